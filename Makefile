@@ -1,0 +1,41 @@
+# `make demo` and `make test` each work as the first command after a clone: both set up `.venv`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Two processes of one thread each use two cores better than one process of two threads.
+WORKERS ?= 2
+# More options for a verb: make demo ARGS="--minutes 2 --out runs/short"
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint test-integrations bench clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+setup: $(READY) ## make .venv with the pinned set and this package, editable
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train a small hybrid on Python's standard library, save, reload, generate
+	$(BIN)/nemotron-v3 demo $(ARGS)
+
+test: lint ## ruff and the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'heavy or integration' $(ARGS)
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY) ## the benchmark tables
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
