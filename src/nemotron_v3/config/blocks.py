@@ -1,0 +1,54 @@
+"""The four block types of the hybrid and the three vocabularies that files spell them in."""
+
+from collections.abc import Iterable
+
+BLOCK_TYPES = ("mamba", "attention", "mlp", "moe")
+PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+
+# One row per vocabulary: canonical name -> the word a file of that vocabulary uses.
+LETTERS = {block: letter for letter, block in PATTERN.items()}
+RELEASED = {block: block for block in BLOCK_TYPES}
+RENAMED = RELEASED | {"mamba": "linear_attention", "attention": "full_attention"}
+VOCABULARIES = (RELEASED, RENAMED, LETTERS)
+
+_CANONICAL = {word: block for words in VOCABULARIES for block, word in words.items()}
+_LEGEND = ", ".join(f"{letter} ({block})" for letter, block in PATTERN.items())
+
+
+def canonical_block_type(name: str) -> str:
+    """The canonical name (one of `BLOCK_TYPES`) of a block type in any spelling.
+
+    Raises `ValueError` for a name that is in none of the vocabularies.
+    """
+    if isinstance(name, str) and name in _CANONICAL:
+        return _CANONICAL[name]
+    raise ValueError(
+        f"Invalid block_type {name!r}: use one of {', '.join(BLOCK_TYPES)} "
+        f"(or {RENAMED['mamba']}, {RENAMED['attention']}, or a pattern letter {_LEGEND})"
+    )
+
+
+def parse_pattern(name: str, pattern: str) -> tuple[str, ...]:
+    """The block types that a pattern string such as `"MEM*-"` stands for.
+
+    `name` is what the error calls the string. Raises `ValueError` with the letter and its
+    position (counted from 0).
+    """
+    for position, letter in enumerate(pattern):
+        if letter not in PATTERN:
+            raise ValueError(
+                f"{name} has {letter!r} at position {position} of {pattern!r}: "
+                f"the pattern letters are {_LEGEND}"
+            )
+    return tuple(PATTERN[letter] for letter in pattern)
+
+
+def to_pattern(blocks: Iterable[str]) -> str:
+    """The pattern string of canonical block types."""
+    return "".join(LETTERS[block] for block in blocks)
+
+
+def vocabulary_of(words: Iterable[str]) -> dict[str, str]:
+    """The vocabulary that `words` were taken from (the released one where several fit)."""
+    words = set(words)
+    return next((v for v in VOCABULARIES if words <= set(v.values())), RELEASED)

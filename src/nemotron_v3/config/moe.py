@@ -1,0 +1,111 @@
+"""The config of one mixture of experts, in the fields that NeMo AutoModel's `MoEConfig` has."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self
+
+import torch
+
+from nemotron_v3.config import values
+from nemotron_v3.config.checks import check_expert_sizes, check_routing
+from nemotron_v3.config.model import NemotronV3Config
+from nemotron_v3.config.spelling import (
+    read_attributes,
+    read_mapping,
+    required,
+    setting,
+    settings_of,
+    settle,
+)
+
+_COUNT = values.whole(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Router, experts and shared expert of a moe block.
+
+    A field whose only offered value is its default stands here so that another value, handed in by
+    code written for AutoModel, is an error and not silently ignored.
+    """
+
+    dim: int = required(_COUNT)  # hidden size; the model's unless moe_latent_size narrows it
+    n_routed_experts: int = required(_COUNT)
+    n_activated_experts: int = required(_COUNT)
+    moe_inter_dim: int = required(_COUNT)
+    shared_expert_inter_dim: int = required(_COUNT)
+    inter_dim: int = setting(0, values.whole(0))
+    moe_latent_size: int | None = setting(None, values.optional(_COUNT))
+    n_shared_experts: int = setting(1, values.only(1))
+    n_expert_groups: int = setting(1, _COUNT)
+    n_limited_groups: int = setting(1, _COUNT)
+    norm_topk_prob: bool = setting(True, values.flag)
+    route_scale: float = setting(1.0, values.number())
+    train_gate: bool = setting(True, values.flag)
+    dtype: torch.dtype | None = setting(None, values.optional(values.dtype))
+    force_e_score_correction_bias: bool = setting(True, values.flag)
+    score_func: str = setting("sigmoid", values.choice("sigmoid"))
+    expert_activation: str = setting("relu2", values.choice("relu2"))
+    shared_expert_activation: str = setting("relu2", values.choice("relu2"))
+    gate_bias_update_factor: float = setting(0.0, values.only(0.0))
+    aux_loss_coeff: float = setting(0.0, values.only(0.0))
+    router_bias: bool = setting(False, values.only(False))
+    expert_bias: bool = setting(False, values.only(False))
+    shared_expert_gate: bool = setting(False, values.only(False))
+    enable_routing_replay: bool = setting(False, values.only(False))
+
+    def __post_init__(self) -> None:
+        settle(self)
+        check_routing(
+            self,
+            experts="n_routed_experts",
+            top_k="n_activated_experts",
+            groups="n_expert_groups",
+            top_groups="n_limited_groups",
+        )
+
+    @classmethod
+    def from_any(cls, source: Any) -> Self:
+        """The typed form of `source`: ours, a `NemotronV3Config`, a mapping, or any object.
+
+        A foreign object's other fields are not looked at, and it stays as it is.
+        """
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, NemotronV3Config):
+            return cls.from_config(source)
+        read = read_mapping if isinstance(source, Mapping) else read_attributes
+        told = read(settings_of(cls), source)
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in told
+        ]
+        if missing:
+            raise ValueError(f"moe_config lacks {', '.join(missing)}: give a number for each")
+        return cls(**told)
+
+    @classmethod
+    def from_config(cls, config: NemotronV3Config) -> Self:
+        """The mixture of experts that a model's config describes.
+
+        Raises `ValueError` naming the sizes it lacks.
+        """
+        check_expert_sizes(config)
+        return cls(
+            dim=config.hidden_size,
+            inter_dim=config.intermediate_size,
+            n_routed_experts=config.n_routed_experts,
+            n_shared_experts=config.n_shared_experts,
+            n_activated_experts=config.num_experts_per_tok,
+            n_expert_groups=config.n_group,
+            n_limited_groups=config.topk_group,
+            moe_inter_dim=config.moe_intermediate_size,
+            shared_expert_inter_dim=config.moe_shared_expert_intermediate_size,
+            moe_latent_size=config.moe_latent_size,
+            norm_topk_prob=config.norm_topk_prob,
+            route_scale=config.routed_scaling_factor,
+            expert_activation=config.mlp_hidden_act,
+            shared_expert_activation=config.mlp_hidden_act,
+            dtype=config.dtype,
+        )

@@ -1,0 +1,109 @@
+"""Where a config came from, and how its text is read and mended."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The mapping that a config was read from and, when that was a file, the file's text."""
+
+    data: dict[str, Any]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Untyped:
+    """A foreign object that a config was read from, which may leave things unsaid."""
+
+    num_hidden_layers: int = 0  # what it announced; counts where it named no block types
+
+
+def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of `data` as JSON holds it; a torch dtype becomes its name."""
+
+    def spell(value: Any) -> str:
+        text = str(value)
+        if text.startswith("torch."):
+            return text.removeprefix("torch.")
+        raise ValueError(f"config value {value!r} cannot be written as JSON: give plain values")
+
+    return json.loads(json.dumps(dict(data), default=spell))
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` holds; raises `ValueError` for anything else."""
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a whole JSON document ({error}): restore the file") from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"holds a JSON {type(data).__name__}, not an object: give a model's config"
+        )
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"key {key!r} stands there twice")
+        data[key] = value
+    return data
+
+
+def mend_text(text: str, changes: Mapping[str, Any]) -> str:
+    """The text of a JSON object with `changes` applied and every other byte as it was.
+
+    A key that stands there gets its new value; the others are added behind the last one.
+    """
+    spans, indent = _members(text)
+    pieces, position = [], 0
+    for key, (start, end) in spans.items():
+        if key in changes:
+            pieces += [text[position:start], _dump(changes[key], indent)]
+        else:
+            pieces.append(text[position:end])
+        position = end
+    separator = f",\n{indent}" if indent else ", "
+    for key, value in changes.items():
+        if key not in spans:
+            pieces.append(f"{separator}{json.dumps(key)}: {_dump(value, indent)}")
+    return "".join(pieces) + text[position:]
+
+
+def _members(text: str) -> tuple[dict[str, tuple[int, int]], str]:
+    """Where the values of the outermost object stand in `text`, and its indentation.
+
+    `text` holds one object with at least one member.
+    """
+    decode = json.JSONDecoder().raw_decode
+    opening = text.index("{") + 1
+    position = _skip_blank(text, opening)
+    _, _, indent = text[opening:position].rpartition("\n")
+    spans = {}
+    while text[position] != "}":
+        key, position = decode(text, position)
+        start = _skip_blank(text, _skip_blank(text, position) + len(":"))
+        _, end = decode(text, start)
+        spans[key] = (start, end)
+        position = _skip_blank(text, end)
+        if text[position] == ",":
+            position = _skip_blank(text, position + 1)
+    return spans, indent
+
+
+def _skip_blank(text: str, position: int) -> int:
+    return _BLANK.match(text, position).end()
+
+
+def _dump(value: Any, indent: str) -> str:
+    if not indent:
+        return json.dumps(value)
+    return json.dumps(value, indent=indent).replace("\n", f"\n{indent}")
