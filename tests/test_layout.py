@@ -1,0 +1,176 @@
+"""SequenceLayout: every way of saying how tokens lie says the same, and nonsense is refused."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+from nemotron_v3 import SequenceLayout
+
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
+
+
+def test_a_padding_mask_gives_one_document_a_row():
+    layout = SequenceLayout.from_padding_mask(MASK)
+    assert layout.lengths == (3, 2, 2, 0)
+    assert layout.cu_seqlens.tolist() == [0, 3, 5, 7, 7]
+    assert layout.token_index.tolist() == [2, 3, 4, 5, 6, 11, 13]
+    assert layout.seq_idx.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert layout.last_tokens.tolist() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_a_mask_may_have_any_numeric_dtype(dtype):
+    layout = SequenceLayout.from_padding_mask(MASK.to(dtype))
+    assert layout.same_as(SequenceLayout.from_padding_mask(MASK))
+
+
+def test_a_full_mask_is_a_plain_batch():
+    layout = SequenceLayout.from_padding_mask(torch.ones(2, 3))
+    assert layout.token_index is None
+    assert layout.same_as(SequenceLayout.plain(2, 3))
+
+
+def test_seq_idx_starts_a_document_at_each_change_and_each_row():
+    layout = SequenceLayout.from_seq_idx(torch.tensor([[0, 0, 1, -1], [1, 1, 0, 1]]))
+    assert layout.lengths == (2, 1, 2, 1, 1)
+    assert layout.token_index.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_padding_inside_a_document_is_skipped():
+    layout = SequenceLayout.from_seq_idx(torch.tensor([[3, -1, 3, 4]]))
+    assert layout.lengths == (2, 1)
+
+
+def test_cu_seqlens_padded_places_documents_apart():
+    layout = SequenceLayout.from_cu_seqlens(
+        torch.tensor([0, 2, 3]), cu_seqlens_padded=torch.tensor([0, 4, 8])
+    )
+    assert layout.shape == (8,)
+    assert layout.lengths == (2, 1)
+    assert layout.token_index.tolist() == [0, 1, 4]
+
+
+def test_cu_seqlens_over_a_batch_keep_rows_apart():
+    layout = SequenceLayout.from_cu_seqlens(torch.tensor([0, 2, 4, 8]), shape=(2, 4))
+    assert layout.lengths == (2, 2, 4)
+    with pytest.raises(ValueError, match="row border 4"):
+        SequenceLayout.from_cu_seqlens(torch.tensor([0, 3, 8]), shape=(2, 4))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 3))
+def test_three_spellings_agree_and_pack_undoes_unpack(lengths, spare):
+    width = max(lengths) + spare
+    if width == 0:
+        return
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    number = torch.arange(len(lengths))[:, None].expand_as(mask)
+    starts = torch.arange(len(lengths) + 1) * width
+    by_mask = SequenceLayout.from_padding_mask(mask)
+    by_number = SequenceLayout.from_seq_idx(number.masked_fill(mask == 0, -1))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    by_offset = SequenceLayout.from_cu_seqlens(offsets, tuple(mask.shape), starts)
+    assert by_mask.same_as(by_number) and by_mask.same_as(by_offset)
+    x = torch.randn(*mask.shape, 2)
+    packed = by_mask.pack(x)
+    rows = [row[:n] for row, n in zip(x, lengths, strict=True)]
+    assert torch.equal(packed, torch.cat(rows))
+    assert torch.equal(by_mask.unpack(packed), x * mask[..., None])
+
+
+def test_unpack_and_pack_are_differentiable():
+    layout = SequenceLayout.from_padding_mask(MASK)
+    x = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
+    layout.unpack(layout.pack(x).square()).sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach() * MASK[..., None])
+
+
+def test_it_is_a_pytree():
+    layout = SequenceLayout.from_padding_mask(MASK)
+    leaves, spec = pytree.tree_flatten(layout)
+    assert len(leaves) == 2
+    assert pytree.tree_unflatten(leaves, spec).same_as(layout)
+
+
+BAD_OFFSETS = [
+    ([1, 4], "start at 0"),
+    ([0, 3, 2, 4], "never decrease"),
+    ([0, 3], "ends at 3 but the input holds 4"),
+    ([0, 5], "ends at 5 but the input holds 4"),
+]
+
+
+@pytest.mark.parametrize(("offsets", "message"), BAD_OFFSETS)
+def test_bad_cu_seqlens_are_refused(offsets, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout.from_cu_seqlens(torch.tensor(offsets), shape=(4,))
+
+
+def test_other_bad_input_is_refused():
+    with pytest.raises(ValueError, match="got 2: give document numbers as seq_idx"):
+        SequenceLayout.from_padding_mask(torch.tensor([[1, 2, 0]]))
+    with pytest.raises(ValueError, match="nan"):
+        SequenceLayout.from_padding_mask(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(ValueError, match="must be integers"):
+        SequenceLayout.from_seq_idx(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="document 0 has 3 tokens"):
+        SequenceLayout.from_cu_seqlens(
+            torch.tensor([0, 3, 4]), cu_seqlens_padded=torch.tensor([0, 2, 6])
+        )
+    with pytest.raises(ValueError, match="hold no document"):
+        SequenceLayout.plain(0, 4)
+
+
+# --- resolving the arguments of a call ----------------------------------------------------------
+
+
+def resolve(shape, mask=None, **kwargs):
+    return SequenceLayout.resolve(shape, torch.device("cpu"), mask, **kwargs)
+
+
+def test_nothing_said_is_a_plain_batch():
+    assert resolve((2, 3)).lengths == (3, 3)
+    assert resolve((3,)).lengths == (3,)
+
+
+def test_arguments_that_agree_may_stand_together():
+    layout = SequenceLayout.from_lengths([2, 1])
+    offsets, numbers = torch.tensor([0, 2, 3]), torch.tensor([7, 7, 9])
+    both = resolve((3,), layout=layout, cu_seqlens=offsets, seq_idx=numbers, max_seqlen=2)
+    assert both.lengths == (2, 1)
+
+
+def test_a_mask_takes_tokens_out_of_seq_idx():
+    layout = resolve((1, 4), torch.tensor([[0, 1, 1, 1]]), seq_idx=torch.tensor([[0, 0, 0, 1]]))
+    assert layout.lengths == (2, 1)
+    assert layout.token_index.tolist() == [1, 2, 3]
+
+
+CONTRADICTIONS = [
+    ({"cu_seqlens": [0, 1, 3], "seq_idx": [0, 0, 1]}, "cu_seqlens and seq_idx contradict"),
+    ({"layout": [2, 1], "cu_seqlens": [0, 1, 3]}, "layout and cu_seqlens contradict"),
+    ({"layout": [2, 2]}, r"describes tokens of shape \(4,\), the input holds \(3,\)"),
+    ({"cu_seqlens": [0, 1, 3], "max_seqlen": 1}, "longest document has 2"),
+    ({"cu_seqlens_padded": [0, 3]}, "needs cu_seqlens"),
+    ({"cu_seqlens": [0, 3], "cp_size": 2}, "no context-parallel group"),
+    ({"qkv_format": "bshd"}, "without a batch dimension"),
+    ({"qkv_format": "sbhd"}, "'thd' or 'bshd'"),
+    ({"layout": [3], "attention_mask": [1, 1, 0]}, "layout and attention_mask contradict"),
+    ({"attention_mask": [1, 1]}, r"shape \(2,\), the tokens \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused(arguments, message):
+    arguments = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    if "layout" in arguments:
+        arguments["layout"] = SequenceLayout.from_lengths(arguments["layout"].tolist())
+    mask = arguments.pop("attention_mask", None)
+    with pytest.raises(ValueError, match=message):
+        resolve((3,), mask, **arguments)
+
+
+def test_an_unknown_argument_is_a_type_error_with_its_name():
+    with pytest.raises(TypeError, match="sequence_ids"):
+        resolve((3,), sequence_ids=1)
