@@ -1,0 +1,30 @@
+"""The mathematics of the model, one function a piece, on packed tokens.
+
+Every op takes `impl`: `"auto"` (the fastest form that can run here), `"reference"` (step by step,
+in fp64: the truth that the others are held to), `"portable"` (plain PyTorch, any device) or
+`"triton"` (raises where it cannot run).
+"""
+
+from nemotron_v3.ops.attention.op import attention
+from nemotron_v3.ops.causal_conv1d.op import causal_conv1d
+from nemotron_v3.ops.cross_entropy.op import cross_entropy, shift_labels
+from nemotron_v3.ops.experts.op import experts, relu2
+from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
+from nemotron_v3.ops.mamba2.op import mamba2
+from nemotron_v3.ops.rms_norm.op import rms_norm
+from nemotron_v3.ops.router.op import router
+from nemotron_v3.ops.ssd.op import ssd
+
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "cross_entropy",
+    "experts",
+    "gated_rms_norm",
+    "mamba2",
+    "relu2",
+    "rms_norm",
+    "router",
+    "shift_labels",
+    "ssd",
+]

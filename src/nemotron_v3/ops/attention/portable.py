@@ -1,0 +1,105 @@
+"""Causal grouped-query attention over documents, in plain PyTorch.
+
+Letters: T packed tokens, n documents of one length L, H query heads, J key/value heads, P head
+width; B, S the grid.
+
+Documents of equal length run as one batch of `scaled_dot_product_attention`, so that a pack never
+needs a mask over all pairs of its tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_v3.layout import SequenceLayout
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    if mask is not None:
+        return _masked(q, k, v, layout, mask, scale, dropout_p)
+    groups = layout.derived("attention", _Groups.of)
+    parts = []
+    for count, length, index in groups.batches:
+        batch = [_take(t, index).unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(
+            *batch, is_causal=length > 1, scale=scale, dropout_p=dropout_p, enable_gqa=_gqa(q, k)
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(parts) if parts else torch.zeros_like(q)
+    return out if groups.token_order is None else out.index_select(0, groups.token_order)
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    mask: Tensor,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """A 4-D mask on the grid decides alone; a query with nothing to attend gives 0."""
+    grid = [layout.unpack(t) for t in (q, k, v)]
+    if len(layout.shape) == 1:
+        grid = [t[None] for t in grid]
+    attends = mask if mask.dtype == torch.bool else mask != float("-inf")
+    some = attends.any(-1, keepdim=True)  # [B, 1, S, 1]
+    # A softmax over nothing is 0/0: let such a query attend everything, and drop what it reads.
+    mask = mask | ~some if mask.dtype == torch.bool else mask.to(q.dtype).masked_fill(~some, 0)
+    out = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in grid),
+        attn_mask=mask,
+        scale=scale,
+        dropout_p=dropout_p,
+        enable_gqa=_gqa(q, k),
+    )
+    out = out.masked_fill(~some, 0).transpose(1, 2)
+    return layout.pack(out[0] if len(layout.shape) == 1 else out)
+
+
+def _gqa(q: Tensor, k: Tensor) -> bool:
+    return q.shape[1] != k.shape[1]
+
+
+def _take(t: Tensor, index: Tensor | slice) -> Tensor:
+    return t[index] if isinstance(index, slice) else t.index_select(0, index)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Documents by length, `(count, length, tokens)`, and each token's place in the result."""
+
+    batches: tuple[tuple[int, int, Tensor | slice], ...]
+    token_order: Tensor | None
+
+    @classmethod
+    def of(cls, layout: SequenceLayout) -> "_Groups":
+        starts: dict[int, list[int]] = {}
+        for start, length in zip(layout.offsets[:-1], layout.lengths, strict=True):
+            if length:
+                starts.setdefault(length, []).append(start)
+        batches, places = [], []
+        for length, firsts in starts.items():
+            tokens = (torch.tensor(firsts)[:, None] + torch.arange(length)).flatten()
+            places.append(tokens)
+            in_a_row = int(tokens[-1]) - firsts[0] + 1 == len(tokens)
+            where = (
+                slice(firsts[0], firsts[0] + len(tokens)) if in_a_row else tokens.to(layout.device)
+            )
+            batches.append((len(firsts), length, where))
+        if not places:
+            return cls((), None)
+        order = torch.cat(places).argsort()
+        in_order = torch.equal(order, torch.arange(layout.num_tokens))
+        return cls(tuple(batches), None if in_order else order.to(layout.device))

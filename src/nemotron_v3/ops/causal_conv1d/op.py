@@ -1,0 +1,69 @@
+"""The public causal depthwise convolution."""
+
+from torch import Tensor
+
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.causal_conv1d import portable, reference
+
+
+@without_autocast
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    layout: SequenceLayout,
+    activation: str | None = "silu",
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`y_t = act(bias + sum_j weight[:, j] * x_{t-W+1+j})` inside each document (Mamba-2).
+
+    Letters: T packed tokens, D documents, C channels, W taps.
+
+    Args:
+        x: `[T, C]`.
+        weight: `[C, W]`; the last tap is the current token's.
+        bias: `[C]` or None.
+        layout: where the documents start; inputs before a document are its initial state.
+        activation: `"silu"` or None.
+        initial_states: `[D, C, W]`, the last W inputs before each document, before activation,
+            newest last; zeros by default.
+        return_final_states: also return the states after each document.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        `y` `[T, C]` in `x`'s dtype (sums in fp32 or wider), and the final states `[D, C, W]` in
+        `x`'s dtype, or None. Both are differentiable, also in the initial states.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown activation.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    channels, width = weight.shape
+    if x.dim() != 2 or x.shape[1] != channels or x.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: {layout.num_tokens} tokens of {channels} channels are "
+            "needed"
+        )
+    expected = (layout.num_documents, channels, width)
+    if initial_states is not None and tuple(initial_states.shape) != expected:
+        raise ValueError(
+            f"initial_states has shape {tuple(initial_states.shape)}, needed is (documents, "
+            f"channels, taps) = {expected}"
+        )
+    run = pick(
+        "causal_conv1d", impl, reference=reference.causal_conv1d, portable=portable.causal_conv1d
+    )
+    return run(
+        x,
+        weight,
+        bias,
+        layout=layout,
+        activation=activation,
+        initial_states=initial_states,
+        return_final_states=return_final_states,
+    )

@@ -1,0 +1,53 @@
+"""Shapes that the tests and benchmarks of experts share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron_v3.ops._cases import Draw, Inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """`used` experts are chosen from, the others get no token."""
+
+    name: str
+    tokens: int
+    width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    used: int | None = None
+    strided: bool = False
+
+
+CASES = (
+    Case("one-token", 1, 64, 48, 8, 2),
+    Case("one-expert", 3, 32, 80, 4, 1),
+    Case("all-experts", 17, 48, 40, 6, 6),
+    Case("idle-experts", 65, 40, 72, 16, 3, used=5),
+    Case("crowded-expert", 129, 32, 48, 8, 2, used=2),
+    Case("odd", 127, 33, 67, 7, 3, strided=True),
+    Case("no-tokens", 0, 32, 48, 8, 2),
+)
+BENCHMARKS = (
+    Case("nano-30b", 8192, 2688, 1856, 128, 6),
+    Case("super-120b-latent", 8192, 1024, 2688, 512, 22),
+)
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> Inputs:
+    draw = Draw(generator, dtype, device, case.strided)
+    tokens, experts, used = case.tokens, case.experts, case.used or case.experts
+    order = torch.rand(tokens, used, generator=generator).argsort(dim=1)
+    tensors = {
+        "x": draw.activation(tokens, case.width),
+        "weights": draw.uniform(tokens, case.top_k, low=0.05, high=1.0, wide=True),
+        "up_proj": draw.normal(experts, case.expert_width, case.width, scale=case.width**-0.5),
+        "down_proj": draw.normal(
+            experts, case.width, case.expert_width, scale=case.expert_width**-0.5
+        ),
+    }
+    return Inputs(tensors, {"indices": order[:, : case.top_k].contiguous().to(device)})

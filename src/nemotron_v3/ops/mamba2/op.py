@@ -1,0 +1,82 @@
+"""The public fused core of a Mamba-2 mixer: everything between `in_proj` and `out_proj`."""
+
+from torch import Tensor
+
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.mamba2 import portable, reference
+
+
+@without_autocast
+def mamba2(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    *,
+    n_groups: int,
+    head_dim: int,
+    state_size: int,
+    chunk_size: int = 128,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    eps: float = 1e-5,
+    layout: SequenceLayout,
+    conv_states: Tensor | None = None,
+    ssm_states: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution + SiLU, scan, skip, gate and grouped norm on the packed projection.
+
+    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps,
+    C = H*P + 2*G*N convolved channels.
+
+    Args:
+        zxbcdt: `[T, 2*H*P + 2*G*N + H]`, in the order z, x, B, C, dt.
+        conv_weight: `[C, W]`. conv_bias: `[C]` or None.
+        dt_bias, A_log, D: `[H]`; the decay is `A = -exp(A_log)`.
+        norm_weight: `[H*P]`, in G groups.
+        n_groups, head_dim, state_size: G, P, N.
+        chunk_size, dt_limit: see `ssd`.
+        eps: of the norm.
+        layout: where the documents start.
+        conv_states: `[D, C, W]`, ssm_states: `[D, H, P, N]`: the states before each document, zeros
+            by default.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        `y` `[T, H*P]` in `zxbcdt`'s dtype, and both states after each document: the conv's in
+        `zxbcdt`'s dtype, the SSM's in fp32 or wider. All are differentiable.
+
+    Raises:
+        ValueError: a projection whose width is not the one these sizes give, and what
+            `causal_conv1d`, `ssd` and `gated_rms_norm` raise.
+    """
+    heads = A_log.shape[0]
+    width = 2 * heads * head_dim + 2 * n_groups * state_size + heads
+    if zxbcdt.dim() != 2 or zxbcdt.shape[1] != width:
+        raise ValueError(
+            f"zxbcdt has shape {tuple(zxbcdt.shape)}: {heads} heads of width {head_dim} with "
+            f"{n_groups} groups of state {state_size} need (tokens, {width})"
+        )
+    run = pick("mamba2", impl, reference=reference.mamba2, portable=portable.mamba2)
+    return run(
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        A_log,
+        D,
+        norm_weight,
+        n_groups=n_groups,
+        head_dim=head_dim,
+        state_size=state_size,
+        chunk_size=chunk_size,
+        dt_limit=dt_limit,
+        eps=eps,
+        layout=layout,
+        conv_states=conv_states,
+        ssm_states=ssm_states,
+    )

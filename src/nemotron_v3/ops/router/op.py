@@ -1,0 +1,67 @@
+"""The public mixture-of-experts router."""
+
+from torch import Tensor
+
+from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.router import portable, reference
+
+
+@without_autocast
+def router(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    scaling_factor: float = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Each token's experts and their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    Scores are `sigmoid(weight x)` in fp32 or wider. The bias moves only the choice: the `top_k`
+    largest of score + bias, within the `topk_group` best groups (a group's value is the sum of its
+    two largest). The weights are the plain scores of the chosen, divided by their sum if
+    `norm_topk_prob`, times `scaling_factor`.
+
+    Letters: T packed tokens, H width, E experts, K = top_k.
+
+    Args:
+        x: `[T, H]`. weight: `[E, H]`. bias: `[E]`.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        Weights `[T, K]` in fp32 or wider, differentiable in `x` and `weight`, and indices `[T, K]`
+        int64 in no particular order.
+
+    Raises:
+        ValueError: shapes that do not fit, or more choices than the experts allow.
+    """
+    experts = weight.shape[0]
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or tuple(bias.shape) != (experts,):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not "
+            "fit: (tokens, width), (experts, width), (experts,)"
+        )
+    if experts % n_group or not 1 <= topk_group <= n_group:
+        raise ValueError(
+            f"{experts} experts cannot be cut into n_group={n_group} groups of which "
+            f"topk_group={topk_group} are kept"
+        )
+    if not 1 <= top_k <= experts // n_group * topk_group:
+        raise ValueError(
+            f"top_k={top_k} experts cannot be chosen among {experts // n_group * topk_group}"
+        )
+    run = pick("router", impl, reference=reference.router, portable=portable.router)
+    return run(
+        x,
+        weight,
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm_topk_prob,
+        scaling_factor=scaling_factor,
+    )

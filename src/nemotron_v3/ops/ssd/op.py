@@ -1,0 +1,103 @@
+"""The public state-space-duality scan."""
+
+from torch import Tensor
+
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.ssd import portable, reference
+
+
+@without_autocast
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    layout: SequenceLayout,
+    chunk_size: int = 128,
+    initial_states: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The Mamba-2 recurrence, each document from its own initial state (arXiv 2405.21060).
+
+    `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T` and `y_t = S_t C_t + D x_t`, with
+    `dt_t = clamp(softplus(dt_t + dt_bias), *dt_limit)`.
+
+    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state.
+
+    Args:
+        x: `[T, H, P]`.
+        dt: `[T, H]`, before bias and softplus.
+        A: `[H]`, negative.
+        B, C: `[T, G, N]`; head h reads group `h // (H / G)`.
+        D: `[H]`, the skip connection, or None.
+        dt_bias: `[H]` or None.
+        dt_limit: bounds of dt after the softplus.
+        layout: where the documents start.
+        chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
+        initial_states: `[D, H, P, N]`; zeros by default.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[D, H, P, N]` in fp32 or
+        wider (dt, decays and states are). Both are differentiable in every tensor given.
+
+    Raises:
+        ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size below
+        1.
+    """
+    _check(x, dt, A, B, C, layout, chunk_size, initial_states)
+    run = pick("ssd", impl, reference=reference.ssd, portable=portable.ssd)
+    return run(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        layout=layout,
+        chunk_size=chunk_size,
+        initial_states=initial_states,
+    )
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    layout: SequenceLayout,
+    chunk_size: int,
+    initial_states: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: (tokens, heads, head width) with {layout.num_tokens} "
+            "tokens is needed"
+        )
+    T, H, P = x.shape
+    if tuple(dt.shape) != (T, H) or tuple(A.shape) != (H,):
+        raise ValueError(
+            f"dt {tuple(dt.shape)} and A {tuple(A.shape)} do not fit {T} tokens of {H} heads"
+        )
+    if B.shape != C.shape or B.dim() != 3 or B.shape[0] != T or H % B.shape[1]:
+        raise ValueError(
+            f"B {tuple(B.shape)} and C {tuple(C.shape)} must both be ({T}, groups, state), with "
+            f"groups a divisor of the {H} heads"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    expected = (layout.num_documents, H, P, B.shape[2])
+    if initial_states is not None and tuple(initial_states.shape) != expected:
+        raise ValueError(
+            f"initial_states has shape {tuple(initial_states.shape)}, needed is (documents, heads, "
+            f"head width, state) = {expected}"
+        )
