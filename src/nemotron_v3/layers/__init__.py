@@ -1,0 +1,18 @@
+"""The documented layers: one mixer of the paper a file."""
+
+from nemotron_v3.layers.attention import NemotronV3Attention
+from nemotron_v3.layers.block import NemotronV3Block
+from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
+from nemotron_v3.layers.mlp import NemotronV3MLP
+from nemotron_v3.layers.moe import NemotronV3MoE
+from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated, NemotronV3RMSNorm
+
+__all__ = [
+    "NemotronV3Attention",
+    "NemotronV3Block",
+    "NemotronV3MLP",
+    "NemotronV3Mamba2Mixer",
+    "NemotronV3MambaRMSNormGated",
+    "NemotronV3MoE",
+    "NemotronV3RMSNorm",
+]

@@ -1,0 +1,156 @@
+"""One block of the model: `x + mixer(norm(x))`."""
+
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from nemotron_v3.config import (
+    BackendConfig,
+    MoEConfig,
+    NemotronV3Config,
+    canonical_block_type,
+)
+from nemotron_v3.layers.attention import NemotronV3Attention
+from nemotron_v3.layers.border import check_names, refuse_cache
+from nemotron_v3.layers.init import on_meta, place_on
+from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
+from nemotron_v3.layers.mlp import NemotronV3MLP
+from nemotron_v3.layers.moe import NemotronV3MoE
+from nemotron_v3.layers.norm import NemotronV3RMSNorm
+
+
+class NemotronV3Block(nn.Module):
+    """A pre-norm residual block around one of the four mixers.
+
+    Args:
+        config: a `NemotronV3Config`, a transformers `NemotronHConfig`, or any object with those
+            attributes; never changed.
+        layer_idx: the block's number in the model.
+        moe_config: a `MoEConfig` or a foreign object with its fields; None derives it from
+        `config`.
+        backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
+        block_type: `mamba`, `attention`, `mlp`, `moe` in any spelling; None reads it from
+            `config.layers_block_type[layer_idx]`.
+
+    Raises:
+        ValueError: an unknown block type, or a layer number outside the model.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_idx: int,
+        moe_config: Any = None,
+        backend: BackendConfig | None = None,
+        block_type: str | None = None,
+    ):
+        super().__init__()
+        config = NemotronV3Config.from_any(config)
+        backend = BackendConfig.from_any(backend)
+        if block_type is None:
+            if not 0 <= layer_idx < config.num_hidden_layers:
+                raise ValueError(
+                    f"layer_idx {layer_idx} is outside the model's {config.num_hidden_layers} "
+                    "layers: give block_type for a block of its own"
+                )
+            block_type = config.layers_block_type[layer_idx]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.block_type = canonical_block_type(block_type)
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronV3RMSNorm(
+            config.hidden_size, config.layer_norm_epsilon, config.dtype, backend
+        )
+        self.mixer = _make_mixer(self.block_type, config, layer_idx, moe_config, backend)
+
+    @property
+    def layer_type(self) -> str:
+        """`"full_attention"` for attention, the block type otherwise."""
+        return "full_attention" if self.block_type == "attention" else self.block_type
+
+    @property
+    def self_attn(self) -> nn.Module:
+        """The mixer, whatever its type."""
+        return self.mixer
+
+    @property
+    def mlp(self) -> nn.Module | None:
+        """The mixer of a moe block, None otherwise."""
+        return self.mixer if self.block_type == "moe" else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: LongTensor | None = None,
+        **attn_kwargs: Any,
+    ) -> Tensor:
+        """Add the mixer's output to the residual stream.
+
+        Args:
+            hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
+            attention_mask: as the mixer takes it: attention a 4-D or a padding mask, mamba and moe
+                a padding mask. An mlp looks at none.
+            past_key_values, cache_position: not supported yet.
+            **attn_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
+                `SequenceLayout.resolve`.
+
+        Returns:
+            The shape of `hidden_states`, in its dtype; in fp32 with `residual_in_fp32`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: what the mixer raises.
+        """
+        refuse_cache(past_key_values)
+        check_names(attn_kwargs)
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(
+                torch.promote_types(hidden_states.dtype, torch.float32)
+            )
+        x = self.norm(hidden_states)
+        if self.block_type == "mlp":
+            return hidden_states + self.mixer(x)
+        return hidden_states + self.mixer(x, attention_mask=attention_mask, **attn_kwargs)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`).
+
+        Args:
+            buffer_device: move the block there first; from the meta device, None means the CPU.
+        """
+        place_on(self, buffer_device)
+        nn.init.ones_(self.norm.weight)
+        self.mixer.init_weights(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
+
+
+def _make_mixer(
+    block_type: str,
+    config: NemotronV3Config,
+    layer_idx: int,
+    moe_config: Any,
+    backend: BackendConfig,
+) -> nn.Module:
+    if block_type == "mamba":
+        return NemotronV3Mamba2Mixer(config, layer_idx, backend=backend)
+    if block_type == "attention":
+        return NemotronV3Attention(config, backend)
+    if block_type == "mlp":
+        return NemotronV3MLP.from_config(config, backend)
+    moe_config = MoEConfig.from_any(config if moe_config is None else moe_config)
+    if moe_config.dim != config.hidden_size:
+        raise ValueError(
+            f"moe_config.dim is {moe_config.dim}, the model's hidden_size {config.hidden_size}: "
+            "they must be the same"
+        )
+    moe = NemotronV3MoE(
+        moe_config,
+        mlp_bias=config.mlp_bias,
+        initializer_range=config.initializer_range,
+        dtype=config.dtype,
+        backend=backend,
+    )
+    if not on_meta(moe):
+        moe.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
+    return moe

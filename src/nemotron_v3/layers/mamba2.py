@@ -1,0 +1,153 @@
+"""The Mamba-2 mixer.
+
+Letters: B batch, S sequence, T packed tokens, D hidden size, H heads, P head width, G groups, N
+state, W conv taps.
+"""
+
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from nemotron_v3 import ops
+from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers.border import enter, refuse_cache
+from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
+from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
+
+
+class NemotronV3Mamba2Mixer(KeepsFp32):
+    """Projection, causal convolution, state-space scan, gated norm, projection (arXiv 2405.21060).
+
+    `A_log`, `D` and `dt_bias` are parameters of the mixer itself and stay fp32 or wider whatever
+    the mixer is cast to.
+
+    Args:
+        config: a `NemotronV3Config`, a transformers `NemotronHConfig`, or any object with those
+            attributes; never changed.
+        layer_idx: the layer's number in the model.
+        backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
+
+    Raises:
+        ValueError: a config that contradicts itself.
+    """
+
+    fp32_tensors = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: Any, layer_idx: int, *, backend: BackendConfig | None = None):
+        super().__init__()
+        config = NemotronV3Config.from_any(config)
+        self.backend = BackendConfig.from_any(backend)
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.num_heads = config.mamba_num_heads
+        self.head_dim = config.mamba_head_dim
+        self.intermediate_size = config.mamba_intermediate_size
+        self.ssm_state_size = config.ssm_state_size
+        self.n_groups = config.n_groups
+        self.conv_dim = config.conv_dim
+        self.conv_kernel_size = config.conv_kernel
+        self.use_conv_bias = config.use_conv_bias
+        self.activation = config.mamba_hidden_act
+        self.chunk_size = config.chunk_size
+        self.time_step_limit = config.time_step_limit
+        self.time_step_min = config.time_step_min
+        self.time_step_max = config.time_step_max
+        self.time_step_floor = config.time_step_floor
+        self.initializer_range = config.initializer_range
+
+        kind = {"bias": config.use_bias, "backend": self.backend, "dtype": config.dtype}
+        self.in_proj = make_linear(self.hidden_size, config.in_proj_size, **kind)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            self.conv_kernel_size,
+            groups=self.conv_dim,
+            padding=self.conv_kernel_size - 1,
+            bias=self.use_conv_bias,
+            dtype=config.dtype,
+        )
+        wide = at_least_fp32(config.dtype)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
+        self.norm = NemotronV3MambaRMSNormGated(
+            self.intermediate_size,
+            self.intermediate_size // self.n_groups,
+            config.layer_norm_epsilon,
+        ).to(config.dtype)
+        self.out_proj = make_linear(self.intermediate_size, self.hidden_size, **kind)
+        if not on_meta(self):
+            self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: LongTensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Mix along each document from its first token.
+
+        Args:
+            hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension, in the model's dtype.
+            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
+            past_key_values: not supported yet.
+            cache_position: without effect as long as there is no cache.
+            **kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of `SequenceLayout.resolve`.
+
+        Returns:
+            The shape and dtype of `hidden_states`; 0 at padding.
+
+        Raises:
+            ValueError: shapes, masks or layouts that do not fit.
+            TypeError: an unknown keyword argument.
+            NotImplementedError: a cache.
+        """
+        refuse_cache(past_key_values)
+        layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs)
+        zxbcdt = self.in_proj(layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
+        y, _, _ = ops.mamba2(
+            zxbcdt,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            n_groups=self.n_groups,
+            head_dim=self.head_dim,
+            state_size=self.ssm_state_size,
+            chunk_size=self.chunk_size,
+            dt_limit=self.time_step_limit,
+            eps=self.norm.variance_epsilon,
+            layout=layout,
+            impl=self.backend.impl,
+        )
+        return layout.unpack(self.out_proj(y))
+
+    def init_weights(
+        self,
+        num_hidden_layers: int,
+        rescale_prenorm_residual: bool = True,
+        buffer_device: torch.device | None = None,
+    ) -> None:
+        """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`).
+
+        Args:
+            num_hidden_layers: of the whole model.
+            rescale_prenorm_residual: draw out_proj with a spread smaller by
+                sqrt(num_hidden_layers).
+            buffer_device: move the layer there first; from the meta device, None means the CPU.
+        """
+        init_module(
+            self,
+            std=self.initializer_range,
+            num_hidden_layers=num_hidden_layers,
+            rescale_prenorm_residual=rescale_prenorm_residual,
+            time_step=(self.time_step_min, self.time_step_max, self.time_step_floor),
+            buffer_device=buffer_device,
+        )

@@ -1,0 +1,86 @@
+"""The squared-ReLU MLP. Letters: D hidden size, I intermediate size."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.ops import relu2
+
+
+class NemotronV3MLP(nn.Module):
+    """`down_proj(relu(up_proj(x))^2)`, no gate (So et al. 2021, Primer).
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I.
+        bias: of both projections.
+        initializer_range: standard deviation of a fresh draw.
+        dtype: of the parameters; None is torch's default.
+        backend: its `linear` field chooses the projections.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        initializer_range: float = 0.02,
+        dtype: torch.dtype | None = None,
+        backend: BackendConfig | None = None,
+    ):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.initializer_range = initializer_range
+        kind = {"bias": bias, "backend": BackendConfig.from_any(backend), "dtype": dtype}
+        self.up_proj = make_linear(hidden_size, intermediate_size, **kind)
+        self.down_proj = make_linear(intermediate_size, hidden_size, **kind)
+
+    @classmethod
+    def from_config(cls, config: Any, backend: BackendConfig | None = None) -> "NemotronV3MLP":
+        """The MLP of an `-` block."""
+        config = NemotronV3Config.from_any(config)
+        mlp = cls(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            initializer_range=config.initializer_range,
+            dtype=config.dtype,
+            backend=backend,
+        )
+        if not on_meta(mlp):
+            mlp.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
+        return mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., D]`.
+
+        Raises:
+            ValueError: another hidden size.
+        """
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden size {hidden_states.shape[-1]} does not match the layer's "
+                f"{self.hidden_size}: give hidden states of shape (..., {self.hidden_size})"
+            )
+        return self.down_proj(relu2(self.up_proj(hidden_states)))
+
+    def init_weights(
+        self,
+        num_hidden_layers: int,
+        rescale_prenorm_residual: bool = True,
+        buffer_device: torch.device | None = None,
+    ) -> None:
+        """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`)."""
+        init_module(
+            self,
+            std=self.initializer_range,
+            num_hidden_layers=num_hidden_layers,
+            rescale_prenorm_residual=rescale_prenorm_residual,
+            buffer_device=buffer_device,
+        )

@@ -1,0 +1,159 @@
+"""The mixture-of-experts block: router, routed experts, shared expert, optional latent projection.
+
+Letters: B batch, S sequence, T packed tokens, D hidden size, E experts, K experts a token, X width
+the experts see (D, or the latent size), F expert width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_v3 import ops
+from nemotron_v3.config import BackendConfig, MoEConfig
+from nemotron_v3.layers.border import enter
+from nemotron_v3.layers.init import init_module
+from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.mlp import NemotronV3MLP
+from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
+
+
+class NemotronV3Router(KeepsFp32):
+    """Sigmoid top-k router; `e_score_correction_bias` moves the choice, never the weights.
+
+    Logits and scores are fp32 or wider, and the bias is a persistent buffer that stays so.
+    """
+
+    fp32_tensors = ("e_score_correction_bias",)
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
+        super().__init__()
+        self.top_k = config.n_activated_experts
+        self.n_group = config.n_expert_groups
+        self.topk_group = config.n_limited_groups
+        self.norm_topk_prob = config.norm_topk_prob
+        self.scaling_factor = config.route_scale
+        self.impl = impl
+        weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
+        bias = torch.zeros(config.n_routed_experts, dtype=at_least_fp32(dtype))
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[T, D]` -> weights `[T, K]` in fp32 or wider, and expert numbers `[T, K]`."""
+        return ops.router(
+            x,
+            self.weight,
+            self.e_score_correction_bias,
+            top_k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            scaling_factor=self.scaling_factor,
+            impl=self.impl,
+        )
+
+
+class NemotronV3Experts(nn.Module):
+    """The routed experts as two stacked tensors: `up_proj [E, F, X]`, `down_proj [E, X, F]`."""
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
+        super().__init__()
+        E, F, X = (
+            config.n_routed_experts,
+            config.moe_inter_dim,
+            config.moe_latent_size or config.dim,
+        )
+        self.impl = impl
+        self.up_proj = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
+        return ops.experts(x, indices, weights, self.up_proj, self.down_proj, impl=self.impl)
+
+
+class NemotronV3MoE(nn.Module):
+    """Routed squared-ReLU experts plus a shared one that sees every token.
+
+    With a latent size the routed experts work between `fc1_latent_proj` and `fc2_latent_proj`; the
+    router and the shared expert always see the full width.
+
+    Args:
+        config: a `MoEConfig` or a foreign object with its fields.
+        mlp_bias: bias of the shared expert and the latent projections.
+        initializer_range: standard deviation of a fresh draw.
+        dtype: of the parameters; None is `config.dtype`, else torch's default.
+        backend: a `BackendConfig`, a foreign one, or None for the default.
+
+    Raises:
+        ValueError: a config that asks for what the model does not have (a gated expert, say).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        mlp_bias: bool = False,
+        initializer_range: float = 0.02,
+        dtype: torch.dtype | None = None,
+        backend: BackendConfig | None = None,
+    ):
+        super().__init__()
+        config = MoEConfig.from_any(config)
+        self.backend = BackendConfig.from_any(backend)
+        dtype = dtype or config.dtype
+        self.hidden_size = config.dim
+        self.initializer_range = initializer_range
+        self.gate = NemotronV3Router(config, dtype, self.backend.impl)
+        self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
+        kind = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
+        self.shared_experts = NemotronV3MLP(
+            config.dim, config.shared_expert_inter_dim, initializer_range=initializer_range, **kind
+        )
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **kind)
+            self.fc2_latent_proj = make_linear(config.moe_latent_size, config.dim, **kind)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **layout_kwargs: Any
+    ) -> Tensor:
+        """Route the real tokens; padding is never routed.
+
+        Args:
+            hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
+            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
+            **layout_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
+                `SequenceLayout.resolve`.
+
+        Returns:
+            The shape and dtype of `hidden_states`; 0 at padding.
+
+        Raises:
+            ValueError: shapes, masks or layouts that do not fit.
+            TypeError: an unknown keyword argument.
+        """
+        layout = enter(hidden_states, self.hidden_size, attention_mask, layout_kwargs)
+        x = layout.pack(hidden_states)  # [T, D]
+        weights, indices = self.gate(x)  # [T, K]
+        latent = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)  # [T, X]
+        routed = self.experts(latent, indices, weights)
+        if self.fc2_latent_proj is not None:
+            routed = self.fc2_latent_proj(routed)
+        return layout.unpack(routed + self.shared_experts(x))
+
+    def init_weights(
+        self,
+        num_hidden_layers: int,
+        rescale_prenorm_residual: bool = True,
+        buffer_device: torch.device | None = None,
+    ) -> None:
+        """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`)."""
+        init_module(
+            self,
+            std=self.initializer_range,
+            num_hidden_layers=num_hidden_layers,
+            rescale_prenorm_residual=rescale_prenorm_residual,
+            buffer_device=buffer_device,
+        )
