@@ -1,0 +1,1 @@
+"""The whole model: embed, loop over the blocks, head."""

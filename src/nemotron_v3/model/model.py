@@ -1,0 +1,283 @@
+"""The whole model: embeddings, a loop over blocks, a head.
+
+Letters: B batch, S sequence, T packed tokens, D hidden size, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemotron_v3 import ops
+from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers.block import NemotronV3Block
+from nemotron_v3.layers.border import refuse_cache
+from nemotron_v3.layers.init import init_, on_meta, place_on
+from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.output import CausalLMOutput, ModelOutput
+
+
+class NemotronV3Model(nn.Module):
+    """Embeddings, blocks and the final norm.
+
+    Args:
+        config: a `NemotronV3Config`, a transformers `NemotronHConfig`, or any object with those
+            attributes; never changed.
+        backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
+    """
+
+    def __init__(self, config: Any, backend: BackendConfig | None = None):
+        super().__init__()
+        self.config = NemotronV3Config.from_any(config)
+        self.backend = BackendConfig.from_any(backend)
+        self.gradient_checkpointing = False
+        config, backend = self.config, self.backend
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
+        self.layers = nn.ModuleList(
+            NemotronV3Block(config, i, backend=backend) for i in range(config.num_hidden_layers)
+        )
+        self.norm_f = NemotronV3RMSNorm(
+            config.hidden_size, config.layer_norm_epsilon, config.dtype, backend
+        )
+        if not on_meta(self):
+            init_("embeddings.weight", self.embeddings.weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **layout_kwargs: Any,
+    ) -> ModelOutput:
+        """Hidden states of every token.
+
+        The blocks see the grid as it was given, except where it holds padding: then they see the
+        real tokens alone, `[T, D]`.
+
+        Args:
+            input_ids: int64 `[B, S]`, or `[T]` without a batch dimension.
+            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
+            layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
+            past_key_values: not supported yet.
+            inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
+            output_hidden_states: keep the stream after each block.
+            **layout_kwargs: what `SequenceLayout.resolve` takes.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the
+                vocabulary, masks or layouts that do not fit.
+            TypeError: an unknown keyword argument.
+            NotImplementedError: a cache.
+        """
+        refuse_cache(past_key_values)
+        shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
+        layout = SequenceLayout.resolve(
+            shape, device, attention_mask, layout=layout, **layout_kwargs
+        )
+        if inputs_embeds is None:
+            hidden = self.embeddings(input_ids)
+        else:
+            hidden = inputs_embeds.to(self.embeddings.weight.dtype)
+        restore = _identity
+        if layout.token_index is not None:
+            hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
+        kept = [hidden]
+        for block in self.layers:
+            hidden = self._run(block, hidden, layout)
+            kept.append(hidden)
+        hidden = restore(self.norm_f(hidden))
+        if not output_hidden_states:
+            return ModelOutput(hidden)
+        return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden))
+
+    def _run(self, block: NemotronV3Block, hidden: Tensor, layout: SequenceLayout) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(partial(block, layout=layout), hidden, use_reentrant=False)
+        return block(hidden, layout=layout)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw all weights anew (the table of `nemotron_v3.layers.init.init_`)."""
+        place_on(self, buffer_device)
+        init_("embeddings.weight", self.embeddings.weight, std=self.config.initializer_range)
+        for block in self.layers:
+            block.init_weights()
+        nn.init.ones_(self.norm_f.weight)
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the embedding matrix and holds no parameter of its own.
+
+    A second registration of one parameter would come apart under `to_empty`, sharding or a load; a
+    reference to the module cannot.
+    """
+
+    def __init__(self, embeddings: nn.Embedding):
+        super().__init__()
+        self._embeddings = (embeddings,)  # in a tuple: not a submodule, so not a second owner
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embeddings[0].weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight)
+
+
+class NemotronV3ForCausalLM(nn.Module):
+    """The model with its language-model head; `NemotronHForCausalLM` on disk.
+
+    Args:
+        config: a `NemotronV3Config`, a transformers `NemotronHConfig`, or any object with those
+            attributes; never changed.
+        backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
+
+    Attributes:
+        mtp: tensors of the multi-token-prediction head, carried from a checkpoint to the next
+            untouched; None where there are none.
+        checkpoint_origin: how the checkpoint this model was read from spells things; None for a
+            fresh model.
+    """
+
+    def __init__(self, config: Any, backend: BackendConfig | None = None):
+        super().__init__()
+        self.model = NemotronV3Model(config, backend)
+        self.config = config = self.model.config
+        if config.tie_word_embeddings:
+            self.lm_head = TiedHead(self.model.embeddings)
+        else:
+            self.lm_head = make_linear(
+                config.hidden_size,
+                config.vocab_size,
+                bias=False,
+                backend=self.model.backend,
+                dtype=config.dtype,
+            )
+            if not on_meta(self):
+                init_("lm_head.weight", self.lm_head.weight, std=config.initializer_range)
+        self.mtp: Any = None
+        self.checkpoint_origin: Any = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **layout_kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits of the next token, and the loss where labels are given.
+
+        Args:
+            input_ids: int64 `[B, S]`, or `[T]` without a batch dimension.
+            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
+            labels: int64 of `input_ids`' shape, usually the same tensor: the shift by one happens
+                here and never crosses a document's border; -100 does not count.
+            layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
+            past_key_values: not supported yet.
+            inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
+            position_ids: without effect: the model has no positional term.
+            use_cache: None and False are the same as long as there is no cache.
+            output_hidden_states: keep the stream after each block.
+            logits_to_keep: logits of the last so many positions only (0: of all), or of the
+                positions in a tensor. The loss always counts all of them.
+            **layout_kwargs: what `SequenceLayout.resolve` takes.
+
+        Raises:
+            ValueError, TypeError: see `NemotronV3Model.forward`; labels of another shape.
+            NotImplementedError: a cache.
+        """
+        if use_cache:
+            raise NotImplementedError("use_cache=True is not supported yet: leave it out")
+        shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
+        if labels is not None and tuple(labels.shape) != shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
+                "labels, one a token"
+            )
+        layout = SequenceLayout.resolve(
+            shape,
+            device,
+            attention_mask,
+            layout=layout,
+            position_ids=position_ids,
+            **layout_kwargs,
+        )
+        out = self.model(
+            input_ids,
+            layout=layout,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = out.last_hidden_state
+        loss = None
+        if labels is None:
+            logits = self.lm_head(_keep(hidden, logits_to_keep))
+        else:
+            packed = self.lm_head(layout.pack(hidden))  # [T, V]
+            loss = ops.cross_entropy(packed, ops.shift_labels(labels, layout))
+            logits = _keep(layout.unpack(packed), logits_to_keep)
+        return CausalLMOutput(loss, logits, out.hidden_states)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only the stream between blocks for the backward pass, and recompute each block."""
+        self.model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what each block's backward pass needs."""
+        self.model.gradient_checkpointing = False
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw all weights anew (the table of `nemotron_v3.layers.init.init_`)."""
+        place_on(self, buffer_device)
+        self.model.init_weights()
+        if not self.config.tie_word_embeddings:
+            init_("lm_head.weight", self.lm_head.weight, std=self.config.initializer_range)
+
+
+def token_grid(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int
+) -> tuple[tuple[int, ...], torch.device]:
+    """The shape `(B, S)` or `(T,)` of the tokens given, and where they are."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "give exactly one of input_ids and inputs_embeds, got "
+            + ("neither" if input_ids is None else "both")
+        )
+    if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
+        raise ValueError(
+            f"inputs_embeds has hidden size {inputs_embeds.shape[-1]}, the model {width}"
+        )
+    shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            f"tokens have shape {tuple(shape)}: (batch, seq_len) or (tokens,) is needed"
+        )
+    return tuple(shape), (input_ids if inputs_embeds is None else inputs_embeds).device
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _keep(x: Tensor, positions: int | Tensor) -> Tensor:
+    """The last `positions` places of the sequence (all for 0), or the places a tensor lists."""
+    if isinstance(positions, Tensor):
+        return x.index_select(-2, positions)
+    if positions < 0:
+        raise ValueError(f"logits_to_keep must not be negative, got {positions}")
+    return x[..., -positions:, :] if positions else x
