@@ -1,0 +1,19 @@
+"""Reading and writing Hugging Face checkpoints: lazy, streamed, proven; safetensors alone."""
+
+from nemotron_v3.checkpoint.audit import audit
+from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.load import from_pretrained
+from nemotron_v3.checkpoint.names import CheckpointOrigin, LoadReport
+from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
+from nemotron_v3.checkpoint.save import save_pretrained
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointOrigin",
+    "LoadReport",
+    "audit",
+    "from_pretrained",
+    "open_checkpoint",
+    "save_pretrained",
+]

@@ -1,0 +1,182 @@
+"""The header of a safetensors file and other JSON that came from outside, read without trusting it.
+
+A safetensors file is eight bytes (the header's length, little-endian), a JSON header naming each
+tensor's dtype, shape and place, and the tensors' bytes, which cover the rest of the file without a
+gap. Every claim of the header is checked here before anybody touches a tensor.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from nemotron_v3.checkpoint.errors import CheckpointError
+
+# All 51,023 tensors of the largest release in one file would need a header of 8 MB.
+MAX_JSON_BYTES = 32 * 2**20
+
+# Bits an element, for every dtype of the format.
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+WEIGHT_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+TORCH_DTYPES = WEIGHT_DTYPES | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+}
+WEIGHT_DTYPE_NAMES = ", ".join(
+    str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES.values()
+)
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes them",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"version ": "a git-lfs pointer: fetch the file itself with `git lfs pull`",
+    b"<!DOCTYP": "a web page",
+    b"<html": "a web page",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `dtype` as the format names it, and its bytes `[begin, end)` counted
+    from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `raw`, with a clear `CheckpointError` for anything else.
+
+    Refuses keys given twice, and text that is mostly brackets: parsed, it would take a hundred
+    times its own size.
+    """
+    if raw.count(b"[") + raw.count(b"{") > len(raw) // 8 + 16:
+        raise CheckpointError(f"{where}: mostly brackets, not the JSON of a checkpoint")
+    try:
+        value = json.loads(raw, object_pairs_hook=_no_twins, parse_int=_short_int)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not JSON that can be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twin[:100]!r} stands twice")
+    return found
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits")
+    return int(digits)
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path` of at most `limit` bytes; raises `CheckpointError`."""
+    size = path.stat().st_size
+    if size > limit:
+        raise CheckpointError(f"{path}: {size} bytes of JSON, more than {limit}")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of an open safetensors file of `size` bytes, in the order of their bytes, and the
+    file's notes (`__metadata__`).
+
+    Raises `CheckpointError`, naming `path`, unless the tensors' bytes cover the file exactly.
+    """
+    start = file.read(8)
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: not safetensors but {what}")
+    if len(start) < 8:
+        raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
+    length = int.from_bytes(start, "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path}: truncated or not safetensors: its header would take {length} bytes, "
+            f"the file has {size}"
+        )
+    if length > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: a header of {length} bytes, more than {MAX_JSON_BYTES}")
+    raw = file.read(length)
+    listing = parse_json(raw, f"the header of {path}")
+    notes = listing.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    entries = {name: _entry(name, claim, 8 + length, path) for name, claim in listing.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    _check_cover(ordered, 8 + length, size, path)
+    return ordered, notes
+
+
+def _entry(name: str, claim: Any, data: int, path: Path) -> Entry:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(claim, dict) or claim.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: needs dtype, shape and data_offsets, nothing else")
+    dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
+    if not _sizes(shape) or len(shape) > 8:
+        raise CheckpointError(f"{where}: shape {shape} is not a list of sizes")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: data_offsets {offsets} are not two positions")
+    begin, end = offsets
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} does not take the {end - begin} bytes "
+            f"that data_offsets {offsets} give it"
+        )
+    return Entry(dtype, tuple(shape), data + begin, data + end)
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+
+
+def _check_cover(entries: dict[str, Entry], data: int, size: int, path: Path) -> None:
+    position = data
+    for name, entry in entries.items():
+        if entry.begin != position:
+            what = "overlaps the tensor before it" if entry.begin < position else "follows a gap"
+            raise CheckpointError(f"{path}: tensor {name!r} {what}")
+        position = entry.end
+    if position > size:
+        raise CheckpointError(
+            f"{path}: truncated: its tensors end at byte {position}, the file at {size}; fetch or "
+            "copy it again"
+        )
+    if position < size:
+        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor")

@@ -1,0 +1,185 @@
+"""Replacing the checkpoint in a directory so that no kill, at any moment, harms it.
+
+The new checkpoint is written whole into a hidden directory inside the target, then takes the old
+one's place in steps that each are one rename, link or removal:
+
+1. `.saving-X/` is filled and synced to disk, then renamed to `.whole-X/`. The old checkpoint is
+   untouched.
+2. The old config.json is removed. This is the moment of the change: from now on `whole_copy` leads
+   readers to `.whole-X/`, and a reader that does not know about it finds no checkpoint at all.
+3. The old weights are removed, the new files are linked into the target, config.json last, and
+   `.whole-X/` is removed.
+
+A kill before 2 leaves the old checkpoint, a kill after it the new one, and the next save first
+finishes or removes what an interrupted one left. Other files in the directory are never touched.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes saving to one directory are not told apart there
+    fcntl = None
+
+from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.header import read_json
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SAVING = ".saving-"
+_WHOLE = ".whole-"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def is_plain_name(file: object) -> bool:
+    """Whether `file` is the name of a .safetensors file, and no path that leads elsewhere."""
+    return (
+        isinstance(file, str)
+        and len(file) < 256
+        and file.endswith(".safetensors")
+        and not file.startswith(".")
+        and not set(file) & set("/\\:\0")
+    )
+
+
+def whole_copy(directory: Path) -> Path:
+    """Where the whole checkpoint of `directory` lies: there, or in what an interrupted save left.
+
+    Raises `CheckpointError` where there is none.
+    """
+    if (directory / CONFIG).exists():
+        return directory
+    whole = [path for path in directory.glob(f"{_WHOLE}*") if (path / CONFIG).exists()]
+    if len(whole) == 1:
+        warnings.warn(
+            f"the last save to {directory} was interrupted while its files took their places: "
+            f"reading the whole copy in {whole[0]}, which the next save there puts in place",
+            stacklevel=3,
+        )
+        return whole[0]
+    left = next(directory.glob(f"{_SAVING}*"), None)
+    told = f"; the save that {left} belongs to was interrupted before it was whole" if left else ""
+    raise CheckpointError(f"{directory} has no {CONFIG}{told}")
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Give an empty directory to fill; on leaving, its files replace the checkpoint in `directory`.
+
+    An exception inside leaves `directory` as it was. Raises `CheckpointError` while another process
+    saves to the same directory, and where `directory` is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: give a directory to save to")
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        _settle(directory)
+        token = secrets.token_hex(4)
+        saving, whole = directory / f"{_SAVING}{token}", directory / f"{_WHOLE}{token}"
+        try:
+            saving.mkdir()
+            yield saving
+            for file in saving.iterdir():
+                _sync(file)
+            _sync(saving)
+            saving.rename(whole)
+        except BaseException:
+            shutil.rmtree(saving, ignore_errors=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+            raise
+        _sync(directory)
+        _install(directory, whole)
+
+
+def _install(directory: Path, whole: Path) -> None:
+    """Put the files of `whole` in place; can be begun again after a kill at any moment."""
+    (directory / CONFIG).unlink(missing_ok=True)
+    _sync(directory)
+    for name in _weights(directory):
+        (directory / name).unlink(missing_ok=True)
+    for file in whole.iterdir():
+        if file.name != CONFIG:
+            _link(file, directory / file.name)
+    _sync(directory)
+    _link(whole / CONFIG, directory / CONFIG)
+    _sync(directory)
+    shutil.rmtree(whole)
+
+
+def _weights(directory: Path) -> list[str]:
+    """The weights of the checkpoint in `directory`; the index that names them comes last."""
+    names = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
+    if (directory / INDEX).exists():
+        with contextlib.suppress(CheckpointError):
+            listed = read_json(directory / INDEX).get("weight_map")
+            if isinstance(listed, dict):
+                names.update(file for file in listed.values() if is_plain_name(file))
+    return [*sorted(names), SINGLE, INDEX]
+
+
+def _settle(directory: Path) -> None:
+    """Finish or remove what an interrupted save left."""
+    for path in directory.glob(f"{_WHOLE}*"):
+        if (directory / CONFIG).exists() or not (path / CONFIG).exists():
+            shutil.rmtree(path)
+        else:
+            _install(directory, path)
+    for path in directory.glob(f"{_SAVING}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        copy = target.with_name(f"{_SAVING}{target.name}")
+        shutil.copyfile(source, copy)
+        _sync(copy)
+        copy.replace(target)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's bytes, or the directory's names, are on the disk."""
+    # Some file systems, and Windows, have no such thing for a directory.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"another process is saving to {directory}: let one process save, the others wait"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
