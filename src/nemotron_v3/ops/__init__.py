@@ -6,25 +6,31 @@ in fp64: the truth that the others are held to), `"portable"` (plain PyTorch, an
 """
 
 from nemotron_v3.ops.attention.op import attention
+from nemotron_v3.ops.cached_attention.op import cached_attention
 from nemotron_v3.ops.causal_conv1d.op import causal_conv1d
 from nemotron_v3.ops.cross_entropy.op import cross_entropy, shift_labels
 from nemotron_v3.ops.experts.op import experts, relu2
 from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
 from nemotron_v3.ops.mamba2.op import mamba2
+from nemotron_v3.ops.mamba2_step.op import mamba2_step
 from nemotron_v3.ops.rms_norm.op import rms_norm
 from nemotron_v3.ops.router.op import router
 from nemotron_v3.ops.ssd.op import ssd
+from nemotron_v3.ops.ssm_step.op import ssm_step
 
 __all__ = [
     "attention",
+    "cached_attention",
     "causal_conv1d",
     "cross_entropy",
     "experts",
     "gated_rms_norm",
     "mamba2",
+    "mamba2_step",
     "relu2",
     "rms_norm",
     "router",
     "shift_labels",
     "ssd",
+    "ssm_step",
 ]

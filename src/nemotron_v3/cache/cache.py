@@ -1,0 +1,496 @@
+"""The hybrid cache: states of every layer that has one, and a position on each row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import LongTensor, Tensor
+
+from nemotron_v3.cache.file import read_states, write_states
+from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState, join
+from nemotron_v3.cache.step import Step
+from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """What a cache held at one moment; give it to `restore`, as often as wanted."""
+
+    lengths: tuple[int, ...]
+    floors: tuple[int, ...]
+    states: dict[int, LayerState]
+
+
+class NemotronHybridCache:
+    """Keys and values of attention layers, conv and SSM states of mamba layers, updated in place.
+
+    Row r of the cache belongs to document r of the layout: a row of a batch, padded on any side, or
+    a document of a pack. Rows may have different lengths; padding is never stored.
+
+    Args:
+        config: of the model; a `NemotronV3Config` or any object with those attributes.
+        batch_size: rows.
+        dtype: of keys, values and conv states; None is the config's, else torch's default. The SSM
+            states have the config's `mamba_ssm_cache_dtype`, fp32 by default.
+        device: where the states are; None is torch's default device.
+        max_length: tokens a row can hold at most; the buffers then have that size, and stable
+            addresses, from the start. None lets them grow by doubling.
+        rollback_window: tokens a row can be taken back. Each costs one more copy of the mamba
+            states; attention layers can be taken back any number.
+
+    Raises:
+        ValueError: fewer than one row, a negative window, a length below 1.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_length: int | None = None,
+        rollback_window: int = 0,
+    ):
+        self.config = NemotronV3Config.from_any(config)
+        _at_least("batch_size", batch_size, 1)
+        _at_least("rollback_window", rollback_window, 0)
+        if max_length is not None:
+            _at_least("max_length", max_length, 1)
+        self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
+        self.max_length = max_length
+        self.rollback_window = rollback_window
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._lengths = [0] * batch_size
+        self._floors = [0] * batch_size  # the earliest position whose mamba state is kept, or 0
+        self._step: Step | None = None
+        self._updated: set[int] = set()
+        self.states: dict[int, LayerState] = {
+            layer: make(self)
+            for layer, block in enumerate(self.config.layers_block_type)
+            if (make := _MAKERS.get(block)) is not None
+        }
+
+    # --- what it holds --------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens each row holds, on the host; `positions` is the same on the device."""
+        return tuple(self._lengths) if self._step is None else self._step.ends
+
+    @property
+    def has_previous_state(self) -> bool:
+        """Whether any row holds a token."""
+        return any(self.lengths)
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Tokens of the longest row, whatever layers the model has."""
+        return max(self.lengths)
+
+    @property
+    def conv_states(self) -> dict[int, Tensor]:
+        """By layer: `[rows, conv_dim, conv_kernel]`, before activation, newest last."""
+        return {i: s.conv for i, s in self.states.items() if isinstance(s, MambaState)}
+
+    @property
+    def ssm_states(self) -> dict[int, Tensor]:
+        """By layer: `[rows, heads, head width, state]`."""
+        return {i: s.ssm for i, s in self.states.items() if isinstance(s, MambaState)}
+
+    def __repr__(self) -> str:
+        return (
+            f"NemotronHybridCache(lengths={list(self.lengths)}, layers={list(self.states)}, "
+            f"dtype={self.dtype}, max_length={self.max_length}, "
+            f"rollback_window={self.rollback_window}, device={self.device})"
+        )
+
+    # --- a forward pass -------------------------------------------------------------------------
+
+    def check(self, config: NemotronV3Config, dtype: torch.dtype, layout: SequenceLayout) -> None:
+        """Refuse a model or tokens that do not fit, before anything is changed.
+
+        Raises:
+            ValueError: a cache of another config or dtype, another number of rows, a row that would
+                pass `max_length`.
+            RuntimeError: a forward pass that stopped half-way has left the layers at odds.
+        """
+        if config is not self.config and _shape_of(config) != _shape_of(self.config):
+            raise ValueError(
+                f"the cache was made for another config ({_shape_of(self.config)}) than the "
+                f"model's ({_shape_of(config)}): make one from the model's config"
+            )
+        if dtype != self.dtype:
+            raise ValueError(
+                f"the cache holds {self.dtype}, the model is {dtype}: make the cache with the "
+                "model's dtype"
+            )
+        self._settle()
+        self._check_rows(layout)
+
+    def _check_rows(self, layout: SequenceLayout) -> None:
+        if layout.num_documents != self.batch_size:
+            raise ValueError(
+                f"{layout.num_documents} documents do not fit a cache of {self.batch_size} rows: "
+                "one document a row is needed"
+            )
+        if layout.device != self.device:
+            raise ValueError(f"tokens on {layout.device}, cache on {self.device}: move one of them")
+        if self.max_length is None:
+            return
+        for row, (held, new) in enumerate(zip(self.lengths, layout.lengths, strict=True)):
+            if held + new > self.max_length:
+                raise ValueError(
+                    f"row {row} holds {held} tokens and gets {new}: more than the cache's "
+                    f"max_length {self.max_length}"
+                )
+
+    def begin(self, layer_idx: int | None, layout: SequenceLayout) -> tuple[LayerState, Step]:
+        """The state of a layer, and the step its new tokens belong to.
+
+        The layers of one forward pass share a step; a layer that comes again starts the next one.
+
+        Raises:
+            ValueError: a layer without state, or tokens that do not fit.
+        """
+        if layer_idx not in self.states:
+            raise ValueError(
+                f"layer {layer_idx} has no state in this cache, whose layers are "
+                f"{list(self.states)}: give the layer_idx it has in the config"
+            )
+        if layer_idx in self._updated:
+            self.finish()
+        if self._step is None:
+            self._check_rows(layout)
+            self._step = Step(
+                layout.packed, tuple(self._lengths), self.positions.clone(), self.rollback_window
+            )
+        elif self._step.lengths != layout.lengths:
+            raise ValueError(
+                f"layer {layer_idx} gets {list(layout.lengths)} tokens, the layers before it in "
+                f"this pass got {list(self._step.lengths)}: give all the same"
+            )
+        self._updated.add(layer_idx)
+        return self.states[layer_idx], self._step
+
+    def finish(self) -> None:
+        """End the forward pass: the rows' positions move on."""
+        if self._step is None:
+            return
+        if (uniform := self._step.layout.uniform_length) is not None:
+            self.positions.add_(uniform)
+        else:
+            self.positions.add_(self._step.layout.cu_seqlens.diff())
+        self._lengths = list(self._step.ends)
+        self._floors = [
+            max(floor, end - self.rollback_window)
+            for floor, end in zip(self._floors, self._lengths, strict=True)
+        ]
+        self._step = None
+        self._updated.clear()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[rows, J, S, P]` of a layer; all that it holds, in that shape."""
+        rows, _, seq_len, _ = key_states.shape
+        layout = layout or SequenceLayout.plain(rows, seq_len, key_states.device)
+        state, step = self.begin(layer_idx, layout)
+        k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
+        return state.append(k, v, step)
+
+    def update_conv_state(
+        self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None
+    ) -> Tensor:
+        """Replace a layer's conv state `[rows, C, W]`, or push one column `[rows, C]` into it."""
+        state = self.states[layer_idx].conv
+        if new_conv_state.dim() == 2 or new_conv_state.shape[-1] == 1:
+            column = new_conv_state.reshape(*state.shape[:2], 1).to(state.dtype)
+            new_conv_state = torch.cat([state[..., 1:], column], -1)
+        return state.copy_(new_conv_state)
+
+    # --- moving in time -------------------------------------------------------------------------
+
+    def snapshot(self) -> CacheSnapshot:
+        """A copy of all it holds."""
+        self._settle()
+        length = self.get_seq_length()
+        states = {i: s.held(length).map(torch.clone) for i, s in self.states.items()}
+        return CacheSnapshot(tuple(self._lengths), tuple(self._floors), states)
+
+    @torch.no_grad()
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Return to a snapshot of this cache, in the present buffers.
+
+        Also what mends a cache that a failed forward pass left half-way.
+
+        Raises:
+            ValueError: a snapshot of another batch or config.
+        """
+        if len(snapshot.lengths) != self.batch_size or snapshot.states.keys() != self.states.keys():
+            raise ValueError(
+                f"the snapshot has {len(snapshot.lengths)} rows and layers "
+                f"{list(snapshot.states)}, the cache {self.batch_size} and {list(self.states)}"
+            )
+        self._step = None
+        self._updated.clear()
+        for layer, state in self.states.items():
+            state.load(snapshot.states[layer], max(snapshot.lengths))
+        self._set_lengths(snapshot.lengths)
+        self._floors = list(snapshot.floors)
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Take back the last tokens of every row: as many each, or as many as a list says.
+
+        Raises:
+            ValueError: further back than the row has tokens, or than `rollback_window` reaches.
+        """
+        self._settle()
+        amounts = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        if len(amounts) != self.batch_size:
+            raise ValueError(f"{len(amounts)} amounts for {self.batch_size} rows: give one a row")
+        mamba = any(isinstance(state, MambaState) for state in self.states.values())
+        for row, (held, back) in enumerate(zip(self._lengths, amounts, strict=True)):
+            if not 0 <= back <= held:
+                raise ValueError(f"row {row} holds {held} tokens: {back} cannot be taken back")
+            reachable = held - back in (0, held) or held - back >= self._floors[row]
+            if mamba and not reachable:
+                raise ValueError(
+                    f"row {row} can be taken back {held - self._floors[row]} tokens, not {back}: "
+                    "make the cache with a larger rollback_window, or keep a snapshot"
+                )
+        lengths = [held - back for held, back in zip(self._lengths, amounts, strict=True)]
+        moved = [row for row, back in enumerate(amounts) if back]
+        fresh = self._index([row for row in moved if lengths[row] == 0])
+        back = [row for row in moved if lengths[row]]
+        rows, positions = self._index(back), self._index([lengths[row] for row in back])
+        with torch.no_grad():
+            for state in self.states.values():
+                state.clear(fresh)
+                state.take_back(rows, positions)
+        self._set_lengths(lengths)
+        self._floors = [min(f, n) for f, n in zip(self._floors, lengths, strict=True)]
+
+    def crop(self, length: int) -> None:
+        """Take back what each row holds beyond `length` tokens.
+
+        Raises:
+            ValueError: a negative length, or what `rollback` raises.
+        """
+        _at_least("length", length, 0)
+        self.rollback([max(0, held - length) for held in self.lengths])
+
+    def clear(self, row: int) -> None:
+        """Make one row fresh."""
+        self._settle()
+        if not 0 <= row < self.batch_size:
+            raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows")
+        self.rollback([held if r == row else 0 for r, held in enumerate(self._lengths)])
+        self._floors[row] = 0
+
+    def detach(self) -> None:
+        """Cut the states from the graph that made them: truncated backpropagation through time."""
+        for layer, state in self.states.items():
+            self.states[layer] = state.map(Tensor.detach)
+
+    # --- rows -----------------------------------------------------------------------------------
+
+    def select(self, rows: Tensor | Sequence[int]) -> Self:
+        """A new cache of these rows, in this order, each as often as it is named.
+
+        Raises:
+            ValueError: a row outside the cache, or none.
+        """
+        self._settle()
+        numbers = torch.as_tensor(rows).flatten().tolist()
+        if not numbers or not all(0 <= row < self.batch_size for row in numbers):
+            raise ValueError(f"rows {numbers} are not all among the cache's {self.batch_size}")
+        index = self._index(numbers)
+        return self._with(
+            lambda tensor: tensor.index_select(0, index),
+            [self._lengths[row] for row in numbers],
+            [self._floors[row] for row in numbers],
+        )
+
+    def repeat(self, n: int) -> Self:
+        """A new cache with each row `n` times in a row, for several samples of one prompt."""
+        _at_least("n", n, 1)
+        return self.select([row for row in range(self.batch_size) for _ in range(n)])
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Put rows in another order, in place (beam search)."""
+        if tuple(beam_idx.shape) != (self.batch_size,):
+            raise ValueError(
+                f"beam_idx has shape {tuple(beam_idx.shape)}, the cache {self.batch_size} rows"
+            )
+        reordered = self.select(beam_idx)
+        with torch.no_grad():
+            for layer, state in self.states.items():
+                for name, tensor in state.tensors().items():
+                    tensor.copy_(getattr(reordered.states[layer], name))
+        self._set_lengths(reordered._lengths)
+        self._floors = reordered._floors
+
+    def split(self) -> list[Self]:
+        """One cache a row."""
+        return [self.select([row]) for row in range(self.batch_size)]
+
+    @classmethod
+    def cat(cls, caches: Sequence[Self]) -> Self:
+        """The rows of several caches as one new cache.
+
+        Raises:
+            ValueError: no cache, or caches of different configs, dtypes, devices or windows.
+        """
+        if not caches:
+            raise ValueError("cat needs at least one cache")
+        first = caches[0]
+        for number, cache in enumerate(caches):
+            cache._settle()
+            for name in ("dtype", "device", "max_length", "rollback_window"):
+                mine, its = getattr(first, name), getattr(cache, name)
+                if mine != its:
+                    raise ValueError(f"cache {number} has {name} {its}, cache 0 {mine}")
+            if _shape_of(cache.config) != _shape_of(first.config):
+                raise ValueError(f"cache {number} belongs to another config than cache 0")
+        joined = object.__new__(cls)
+        joined.__dict__.update(first.__dict__)
+        joined.states = {i: join([cache.states[i] for cache in caches]) for i in first.states}
+        joined._updated = set()
+        joined.positions = torch.cat([cache.positions for cache in caches])
+        joined._lengths = [n for cache in caches for n in cache._lengths]
+        joined._floors = [n for cache in caches for n in cache._floors]
+        return joined
+
+    # --- elsewhere ------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> Self:
+        """A cache with the same contents on `device`; itself if it is there already."""
+        self._settle()
+        if self.device == torch.device(device):
+            return self
+        return self._with(lambda t: t.to(device), self._lengths, self._floors)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all it holds to one safetensors file, which appears only when it is whole."""
+        self._settle()
+        snapshot = self.snapshot()
+        header = {
+            "config": _shape_of(self.config),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "lengths": snapshot.lengths,
+            "floors": snapshot.floors,
+            "rollback_window": self.rollback_window,
+        }
+        write_states(path, snapshot.states, header)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            ValueError: a file that is no cache, or one of another config, batch, dtype or window,
+                or longer than `max_length`; the cache is as it was then.
+        """
+        expected = {
+            "config": _shape_of(self.config),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rollback_window": self.rollback_window,
+        }
+        header, states = read_states(path, self.states, expected, self.batch_size)
+        if self.max_length is not None and max(header["lengths"]) > self.max_length:
+            raise ValueError(
+                f"{path} holds {max(header['lengths'])} tokens a row: more than the cache's "
+                f"max_length {self.max_length}"
+            )
+        self.restore(CacheSnapshot(tuple(header["lengths"]), tuple(header["floors"]), states))
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Close a forward pass that is complete; one that is not cannot be read."""
+        if self._step is not None and len(self._updated) < len(self.states):
+            raise RuntimeError(
+                f"the cache is in the middle of a forward pass ({len(self._updated)} of "
+                f"{len(self.states)} layers updated): restore a snapshot if a pass failed, or call "
+                "finish() if layers were called one by one"
+            )
+        self.finish()
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+        self.positions.copy_(torch.tensor(self._lengths))
+
+    def _with(
+        self,
+        function: Callable[[Tensor], Tensor],
+        lengths: Sequence[int],
+        floors: Sequence[int],
+    ) -> Self:
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.states = {layer: state.map(function) for layer, state in self.states.items()}
+        copy.positions = function(self.positions)
+        copy._updated = set()
+        copy._lengths, copy._floors = list(lengths), list(floors)
+        return copy
+
+
+def _key_value_state(cache: NemotronHybridCache) -> KeyValueState:
+    config = cache.config
+    keys = torch.zeros(
+        cache.batch_size,
+        config.num_key_value_heads,
+        cache.max_length or 0,
+        config.head_dim,
+        dtype=cache.dtype,
+        device=cache.device,
+    )
+    return KeyValueState(keys, torch.zeros_like(keys))
+
+
+def _mamba_state(cache: NemotronHybridCache) -> MambaState:
+    config, rows, window = cache.config, cache.batch_size, cache.rollback_window
+    conv = (config.conv_dim, config.conv_kernel)
+    ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    kind = {"dtype": cache.dtype, "device": cache.device}
+    exact = cache.dtype == torch.float64  # a model in fp64 is there to be exact
+    ssm_kind = kind | {"dtype": cache.dtype if exact else config.mamba_ssm_cache_dtype}
+    return MambaState(
+        torch.zeros(rows, *conv, **kind),
+        torch.zeros(rows, *ssm, **ssm_kind),
+        torch.zeros(rows, window, *conv, **kind),
+        torch.zeros(rows, window, *ssm, **ssm_kind),
+    )
+
+
+_MAKERS: dict[str, Callable[[NemotronHybridCache], LayerState]] = {
+    "attention": _key_value_state,
+    "mamba": _mamba_state,
+}
+
+
+def _shape_of(config: NemotronV3Config) -> dict[str, Any]:
+    """What of a config a cache depends on."""
+    names = (
+        "hybrid_override_pattern num_key_value_heads head_dim conv_dim conv_kernel "
+        "mamba_num_heads mamba_head_dim ssm_state_size"
+    )
+    ssm_dtype = str(config.mamba_ssm_cache_dtype).removeprefix("torch.")
+    return {name: getattr(config, name) for name in names.split()} | {"ssm_dtype": ssm_dtype}
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,154 @@
+"""What one layer remembers: keys and values, or the two states of a Mamba-2 mixer.
+
+Letters: rows of the batch, J key/value heads, P head width, C convolved channels, W conv taps, H
+mamba heads, N state; L tokens held, w tokens of the rollback window.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_v3.cache.step import Step
+
+SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
+
+
+@dataclass
+class LayerState:
+    """Tensors whose first dimension is the batch's rows."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of this kind whose tensors are `function` of these."""
+        return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def held(self, length: int) -> Self:
+        """A view without what lies behind `length` tokens, where that means anything."""
+        return self
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a row."""
+
+    def load(self, other: Self, length: int) -> None:
+        """Take over the values of another state of `length` tokens, into the present buffers."""
+        self.reserve(length)
+        for name, tensor in self.held(length).tensors().items():
+            tensor.copy_(getattr(other, name))
+
+    def clear(self, rows: Tensor) -> None:
+        """Make `rows` (int64 `[n]`) fresh."""
+
+    def take_back(self, rows: Tensor, positions: Tensor) -> None:
+        """Return `rows` to what they held at `positions` (int64 `[n]` each), all above 0."""
+
+
+@dataclass
+class KeyValueState(LayerState):
+    """Keys and values `[rows, J, capacity, P]`, each row's tokens from place 0 on, no padding.
+
+    A buffer keeps its address until it must grow, which doubles it. What lies behind a row's own
+    length is never read.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def held(self, length: int) -> Self:
+        return self.map(lambda tensor: tensor[:, :, :length])
+
+    def reserve(self, length: int) -> None:
+        more = length - self.capacity
+        if more > 0:
+            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
+
+        L is the longest row's length; what a shorter row has behind its own means nothing.
+        """
+        needed = max(step.ends)
+        if needed > self.capacity:
+            self.reserve(max(needed, 2 * self.capacity, SMALLEST_BUFFER))
+        self.keys = _put(self.keys, k.to(self.keys.dtype), step)
+        self.values = _put(self.values, v.to(self.values.dtype), step)
+        return self.keys[:, :, :needed], self.values[:, :, :needed]
+
+
+def _put(buffer: Tensor, new: Tensor, step: Step) -> Tensor:
+    """`new` `[T, J, P]` at its places: in place, or in a new buffer where autograd must see it."""
+    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+        rows, positions = step.places
+        heads = torch.arange(buffer.shape[1], device=buffer.device)
+        return buffer.index_put((rows[:, None], heads, positions[:, None]), new)
+    if step.uniform is not None:
+        start, length = step.uniform
+        by_row = new.view(buffer.shape[0], length, *new.shape[1:]).transpose(1, 2)
+        buffer[:, :, start : start + length] = by_row
+    else:
+        rows, positions = step.places
+        buffer[rows, :, positions] = new
+    return buffer
+
+
+@dataclass
+class MambaState(LayerState):
+    """Conv state `[rows, C, W]`, before activation, newest last; SSM state `[rows, H, P, N]`.
+
+    With a rollback window of w tokens the states after each of the last w positions stand in
+    `past_conv` `[rows, w, C, W]` and `past_ssm` `[rows, w, H, P, N]`, at place `position % w`.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+    past_conv: Tensor
+    past_ssm: Tensor
+
+    @property
+    def window(self) -> int:
+        return self.past_conv.shape[1]
+
+    def write(self, conv: Tensor, ssm: Tensor) -> None:
+        """The states after a step: in place, or as new tensors where autograd must see them."""
+        if torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad):
+            self.conv, self.ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
+        else:
+            self.conv.copy_(conv)
+            self.ssm.copy_(ssm)
+
+    def remember(self, rows: Tensor, positions: Tensor) -> None:
+        """Keep the present states of `rows` as those after `positions` tokens."""
+        place = positions % self.window
+        self.past_conv[rows, place] = self.conv.detach()[rows]
+        self.past_ssm[rows, place] = self.ssm.detach()[rows]
+
+    def clear(self, rows: Tensor) -> None:
+        self.conv.index_fill_(0, rows, 0)
+        self.ssm.index_fill_(0, rows, 0)
+
+    def take_back(self, rows: Tensor, positions: Tensor) -> None:
+        if rows.numel():
+            place = positions % self.window
+            self.conv[rows] = self.past_conv[rows, place]
+            self.ssm[rows] = self.past_ssm[rows, place]
+
+
+def join(states: Sequence[LayerState]) -> LayerState:
+    """States of several batches as one, row after row."""
+    if isinstance(states[0], KeyValueState):
+        capacity = max(state.capacity for state in states)
+        states = [
+            state.map(lambda t, more=capacity - state.capacity: F.pad(t, (0, 0, 0, more)))
+            for state in states
+        ]
+    parts = [state.tensors() for state in states]
+    return type(states[0])(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})

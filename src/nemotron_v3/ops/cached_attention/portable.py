@@ -1,0 +1,82 @@
+"""Attention of new tokens to everything their row holds, in plain PyTorch. Letters: see `op.py`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from nemotron_v3.layout import SequenceLayout
+
+
+def cached_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    layout: SequenceLayout,
+    starts: tuple[int, ...],
+    positions: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    if layout.uniform_length == 1:
+        return _decode(q, keys, values, starts, positions, scale)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, pair in enumerate(zip(starts, layout.lengths, strict=True)):
+        if pair[1]:
+            groups.setdefault(pair, []).append(row)
+    out = torch.empty_like(q)
+    if len(groups) == 1 and len(next(iter(groups.values()))) == len(starts):
+        (start, length), rows = next(iter(groups.items()))
+        return _group(q, keys, values, start, length, scale)
+    parts, places = [], []
+    for (start, length), rows in groups.items():
+        tokens = torch.tensor([layout.offsets[row] for row in rows])[:, None] + torch.arange(length)
+        places.append(tokens.flatten().to(q.device))
+        index = torch.tensor(rows, device=q.device)
+        mine = (t.index_select(0, index) for t in (keys, values))
+        parts.append(_group(q.index_select(0, places[-1]), *mine, start, length, scale))
+    if not parts:
+        return out
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
+def _group(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, length: int, scale: float | None
+) -> Tensor:
+    """Rows that hold `start` tokens and get `length`: the mask is causal, aligned at the end."""
+    total = start + length
+    batch = q.unflatten(0, (-1, length)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        batch,
+        keys[:, :, :total],
+        values[:, :, :total],
+        attn_mask=causal_lower_right(length, total) if start and length > 1 else None,
+        is_causal=start == 0 and length > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: tuple[int, ...],
+    positions: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """One token a row; rows of different lengths are told apart by a mask over the keys."""
+    mask = None
+    if len(set(starts)) > 1:
+        place = torch.arange(keys.shape[2], device=q.device)
+        mask = (place <= positions[:, None])[:, None, None]
+    out = F.scaled_dot_product_attention(
+        q[:, :, None],
+        keys,
+        values,
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+    return out[:, :, 0]

@@ -1,0 +1,56 @@
+"""The core of a Mamba-2 mixer for one token a row, in plain PyTorch. Letters: see `op.py`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
+from nemotron_v3.ops.ssm_step.op import ssm_step
+
+
+def mamba2_step(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    *,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    n_groups: int,
+    head_dim: int,
+    state_size: int,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    eps: float = 1e-5,
+    impl: str = "portable",
+) -> Tensor:
+    H, P, G, N = A_log.shape[0], head_dim, n_groups, state_size
+    z, xBC, dt = zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
+    xBC = _conv_step(xBC, conv_weight, conv_bias, conv_state)
+    x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+    y = ssm_step(
+        ssm_state,
+        x.unflatten(-1, (H, P)),
+        dt,
+        -torch.exp(A_log.to(wide(A_log.dtype))),
+        B.unflatten(-1, (G, N)),
+        C.unflatten(-1, (G, N)),
+        D=D,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        impl=impl,
+    )
+    return gated_rms_norm(y.flatten(-2), z, norm_weight, H * P // G, eps, impl=impl)
+
+
+def _conv_step(xBC: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """Push the newest input into the state `[rows, C, W]`; the convolution's output, after SiLU."""
+    state.copy_(torch.cat([state[..., 1:], xBC[..., None].to(state.dtype)], dim=-1))
+    dtype = wide(xBC.dtype)
+    y = (state.to(dtype) * weight.to(dtype)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return F.silu(y).to(xBC.dtype)
