@@ -329,7 +329,7 @@ class SequenceLayout:
 
     def to(self, device: torch.device | str) -> "SequenceLayout":
         """The same layout with its tensors on `device`; itself where they are there already."""
-        if self.device == torch.empty(0, device=device).device:
+        if self.device == torch.device(device):
             return self
         index = None if self.token_index is None else self.token_index.to(device)
         return SequenceLayout(self.shape, self.lengths, self.cu_seqlens.to(device), index)

@@ -209,11 +209,9 @@ def test_bad_calls_are_refused(shapes, message):
         tiny_model()(**arguments)
 
 
-def test_what_is_not_built_says_so():
+def test_foreign_caches_and_unknown_arguments_are_refused():
     model = tiny_model()
-    with pytest.raises(NotImplementedError, match="past_key_values"):
+    with pytest.raises(TypeError, match="give a NemotronHybridCache"):
         model(tokens(1, 3), past_key_values=object())
-    with pytest.raises(NotImplementedError, match="use_cache"):
-        model(tokens(1, 3), use_cache=True)
     with pytest.raises(TypeError, match="token_type_ids"):
         model(tokens(1, 3), token_type_ids=tokens(1, 3))

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3 import ops
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import enter, refuse_cache
+from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.transformer_engine import make_te_attention
+from nemotron_v3.layout import SequenceLayout
 
 
 class NemotronV3Attention(nn.Module):
@@ -23,20 +26,18 @@ class NemotronV3Attention(nn.Module):
         config: a `NemotronV3Config`, a transformers `NemotronHConfig`, or any object with those
             attributes; never changed.
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
+            `attn="sdpa"` runs `nemotron_v3.ops.attention` as `impl` says, `"flex"` its form on
+            PyTorch's flex attention, `"te"` Transformer Engine's attention.
 
     Raises:
         ValueError: a config that contradicts itself.
-        NotImplementedError: `attn="flex"` and `attn="te"`.
+        ModuleNotFoundError: `attn="te"` where Transformer Engine is not installed.
     """
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
         config = NemotronV3Config.from_any(config)
         self.backend = BackendConfig.from_any(backend)
-        if self.backend.attn != "sdpa":
-            raise NotImplementedError(
-                f"attn={self.backend.attn!r} is not built yet: use BackendConfig(attn='sdpa')"
-            )
         self.hidden_size = config.hidden_size
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
@@ -53,6 +54,8 @@ class NemotronV3Attention(nn.Module):
         self.k_proj = make_linear(self.hidden_size, key_width, **kind)
         self.v_proj = make_linear(self.hidden_size, key_width, **kind)
         self.o_proj = make_linear(query_width, self.hidden_size, **kind)
+        self.core = make_te_attention(config) if self.backend.attn == "te" else ops.attention
+        self.impl = "flex" if self.backend.attn == "flex" else self.backend.impl
         if not on_meta(self):
             self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
 
@@ -70,8 +73,9 @@ class NemotronV3Attention(nn.Module):
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension, in the model's dtype.
             attention_mask: `[B, S]`, 1 = real and 0 = padding; or `[B, 1, S, S]`, bool (True =
                 attend) or additive floats, which then decides alone.
-            past_key_values: not supported yet.
-            layer_idx: the layer's number in the cache.
+            past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
+                updated in place. A padding mask may then also cover what came before.
+            layer_idx: the layer's number in the cache, needed with one.
             **attn_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
                 `SequenceLayout.resolve`; `position_ids` changes nothing.
 
@@ -79,28 +83,57 @@ class NemotronV3Attention(nn.Module):
             The shape and dtype of `hidden_states`; 0 at padding.
 
         Raises:
-            ValueError: shapes, masks or layouts that do not fit.
-            TypeError: an unknown keyword argument.
-            NotImplementedError: a cache.
+            ValueError: shapes, masks or layouts that do not fit; a 4-D mask with a cache.
+            TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        refuse_cache(past_key_values)
+        cache = as_cache(past_key_values)
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        if mask is not None and cache is not None:
+            raise ValueError(
+                f"a 4-D attention_mask {tuple(mask.shape)} cannot be given with a cache, which "
+                "knows what each row holds: give a padding mask"
+            )
         padding_mask = attention_mask if mask is None else None
-        layout = enter(hidden_states, self.hidden_size, padding_mask, attn_kwargs)
+        layout = enter(hidden_states, self.hidden_size, padding_mask, attn_kwargs, cache)
         x = layout.pack(hidden_states)  # [T, D]
         q = self.q_proj(x).unflatten(-1, (self.num_attention_heads, self.head_dim))  # [T, H, P]
         k = self.k_proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim))  # [T, J, P]
         v = self.v_proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
-        y = ops.attention(
+        if cache is not None:
+            y = self._follow(q, k, v, layout, cache, layer_idx)
+        else:
+            y = self.core(
+                q,
+                k,
+                v,
+                layout=layout,
+                mask=mask,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                impl=self.impl,
+            )
+        return layout.unpack(self.o_proj(y.flatten(-2)))
+
+    def _follow(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: SequenceLayout,
+        cache: NemotronHybridCache,
+        layer_idx: int | None,
+    ) -> Tensor:
+        """Store the new keys and values, and attend to all that each row holds."""
+        state, step = cache.begin(layer_idx, layout)
+        keys, values = state.append(k, v, step)
+        return ops.cached_attention(
             q,
-            k,
-            v,
-            layout=layout,
-            mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            keys,
+            values,
+            layout=step.layout,
+            starts=step.starts,
+            positions=step.positions,
             impl=self.backend.impl,
         )
-        return layout.unpack(self.o_proj(y.flatten(-2)))
 
     def init_weights(
         self,

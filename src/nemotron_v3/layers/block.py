@@ -12,7 +12,7 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import check_names, refuse_cache
+from nemotron_v3.layers.border import as_cache, check_names
 from nemotron_v3.layers.init import on_meta, place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
@@ -93,7 +93,9 @@ class NemotronV3Block(nn.Module):
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
             attention_mask: as the mixer takes it: attention a 4-D or a padding mask, mamba and moe
                 a padding mask. An mlp looks at none.
-            past_key_values, cache_position: not supported yet.
+            past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
+                updated in place.
+            cache_position: without effect: the cache knows the position of each row.
             **attn_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
                 `SequenceLayout.resolve`.
 
@@ -101,9 +103,9 @@ class NemotronV3Block(nn.Module):
             The shape of `hidden_states`, in its dtype; in fp32 with `residual_in_fp32`.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: what the mixer raises.
+            ValueError, TypeError: what the mixer raises.
         """
-        refuse_cache(past_key_values)
+        as_cache(past_key_values)
         check_names(attn_kwargs)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
@@ -112,6 +114,10 @@ class NemotronV3Block(nn.Module):
         x = self.norm(hidden_states)
         if self.block_type == "mlp":
             return hidden_states + self.mixer(x)
+        if self.block_type in ("attention", "mamba"):
+            attn_kwargs["past_key_values"] = past_key_values
+        if self.block_type == "attention":
+            attn_kwargs["layer_idx"] = self.layer_idx
         return hidden_states + self.mixer(x, attention_mask=attention_mask, **attn_kwargs)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.layout import SequenceLayout
 
 
 def enter(
-    hidden_states: Tensor, width: int, attention_mask: Tensor | None, layout_kwargs: dict[str, Any]
+    hidden_states: Tensor,
+    width: int,
+    attention_mask: Tensor | None,
+    layout_kwargs: dict[str, Any],
+    cache: NemotronHybridCache | None = None,
 ) -> SequenceLayout:
     """Check the hidden states and resolve the layout of their tokens.
 
@@ -17,6 +22,7 @@ def enter(
         hidden_states: `[B, S, width]`, or `[T, width]` without a batch dimension.
         attention_mask: a 2-D padding mask or None.
         layout_kwargs: the keyword arguments of `SequenceLayout.resolve`.
+        cache: what the tokens follow, or None.
 
     Raises:
         ValueError: another rank or width, or a layout that does not fit.
@@ -28,9 +34,22 @@ def enter(
             f"hidden size {hidden_states.shape[-1]} of hidden states {tuple(hidden_states.shape)} "
             f"does not fit: this layer takes (batch, seq_len, {width}) or (tokens, {width})"
         )
-    return SequenceLayout.resolve(
-        tuple(hidden_states.shape[:-1]), hidden_states.device, attention_mask, **layout_kwargs
-    )
+    shape = tuple(hidden_states.shape[:-1])
+    attention_mask = of_new_tokens(attention_mask, shape, cache)
+    return SequenceLayout.resolve(shape, hidden_states.device, attention_mask, **layout_kwargs)
+
+
+def of_new_tokens(
+    mask: Tensor | None, shape: tuple[int, ...], cache: NemotronHybridCache | None
+) -> Tensor | None:
+    """The columns of a padding mask that belong to the new tokens.
+
+    With a cache a caller may go on giving the mask of the whole sequence: what the cache holds is
+    settled, only the last columns say anything.
+    """
+    if mask is None or cache is None or not cache.has_previous_state or mask.dim() != 2:
+        return mask
+    return mask[:, -shape[-1] :] if mask.shape[1] > shape[-1] else mask
 
 
 def check_names(layout_kwargs: dict[str, Any]) -> None:
@@ -49,10 +68,11 @@ _LAYOUT_NAMES = tuple(
 )
 
 
-def refuse_cache(past_key_values: Any) -> None:
-    """Raises NotImplementedError where a cache is given: state is not carried between calls yet."""
-    if past_key_values is not None:
-        raise NotImplementedError(
-            f"past_key_values ({type(past_key_values).__name__}) is not supported yet: give the "
-            "whole sequence and no cache"
-        )
+def as_cache(past_key_values: Any) -> NemotronHybridCache | None:
+    """Raises TypeError for a cache of another kind, which would hold states of other shapes."""
+    if past_key_values is None or isinstance(past_key_values, NemotronHybridCache):
+        return past_key_values
+    raise TypeError(
+        f"past_key_values is a {type(past_key_values).__name__}: give a NemotronHybridCache made "
+        "from the model's config"
+    )

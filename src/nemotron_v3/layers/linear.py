@@ -1,9 +1,12 @@
 """Projections: the one place that knows which linear layer a backend asks for."""
 
+from types import ModuleType
+
 import torch
 from torch import nn
 
 from nemotron_v3.config import BackendConfig
+from nemotron_v3.layers.extra_state import keep_state_dict_names
 
 
 def make_linear(
@@ -16,6 +19,9 @@ def make_linear(
 ) -> nn.Module:
     """A projection that is called as a module, so that adapters, hooks and quantisation work on it.
 
+    `linear="te"` is `transformer_engine.pytorch.Linear`, used through its documented arguments; it
+    has not been run against the real package.
+
     Args:
         in_features, out_features: widths.
         bias: whether it adds one.
@@ -23,10 +29,34 @@ def make_linear(
         dtype: of the parameters; None is torch's default.
 
     Raises:
-        NotImplementedError: `linear="te"`.
+        ModuleNotFoundError: `linear="te"` where Transformer Engine is not installed.
     """
-    if backend.linear != "torch":
-        raise NotImplementedError(
-            f"linear={backend.linear!r} is not built yet: use BackendConfig(linear='torch')"
-        )
-    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    if backend.linear == "torch":
+        return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    te = load_transformer_engine("linear")
+    linear = te.Linear(
+        in_features,
+        out_features,
+        bias=bias,
+        params_dtype=dtype or torch.get_default_dtype(),
+        device=torch.get_default_device(),
+    )
+    return keep_state_dict_names(linear)
+
+
+def load_transformer_engine(field: str) -> ModuleType:
+    """`transformer_engine.pytorch`, for the backend field that asks for it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import transformer_engine.pytorch as te
+    except ModuleNotFoundError as error:
+        default = getattr(BackendConfig(), field)
+        raise ModuleNotFoundError(
+            f"{field}='te' needs Transformer Engine, and {error.name!r} is not installed: install "
+            f"transformer-engine[pytorch], or use BackendConfig({field}={default!r})",
+            name=error.name,
+        ) from error
+    return te

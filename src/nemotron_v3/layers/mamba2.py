@@ -10,12 +10,15 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from nemotron_v3 import ops
+from nemotron_v3.cache.states import MambaState
+from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import enter, refuse_cache
+from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
 from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
+from nemotron_v3.layout import SequenceLayout
 
 
 class NemotronV3Mamba2Mixer(KeepsFp32):
@@ -95,8 +98,9 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         Args:
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension, in the model's dtype.
             attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
-            past_key_values: not supported yet.
-            cache_position: without effect as long as there is no cache.
+            past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
+                updated in place. A padding mask may then also cover what came before.
+            cache_position: without effect: the cache knows the position of each row.
             **kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of `SequenceLayout.resolve`.
 
         Returns:
@@ -104,30 +108,77 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
         Raises:
             ValueError: shapes, masks or layouts that do not fit.
-            TypeError: an unknown keyword argument.
-            NotImplementedError: a cache.
+            TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        refuse_cache(past_key_values)
-        layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs)
+        cache = as_cache(past_key_values)
+        layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
         zxbcdt = self.in_proj(layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
-        y, _, _ = ops.mamba2(
+        if cache is None:
+            y, _, _ = self._scan(zxbcdt, layout=layout)
+        else:
+            y = self._follow(zxbcdt, *cache.begin(self.layer_idx, layout))
+        return layout.unpack(self.out_proj(y))
+
+    def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
+        return ops.mamba2(
             zxbcdt,
+            *self._weights(),
+            chunk_size=self.chunk_size,
+            **self._sizes(),
+            **layout_and_states,
+        )
+
+    def _follow(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
+        """The core on tokens that follow a state, which moves on: y `[T, H*P]`."""
+        differentiable = torch.is_grad_enabled() and (
+            zxbcdt.requires_grad or state.ssm.requires_grad or state.conv.requires_grad
+        )
+        if step.is_decode and not differentiable:
+            if step.window:
+                state.remember(step.layout.seq_idx.long(), step.positions)
+            return ops.mamba2_step(
+                zxbcdt,
+                *self._weights(),
+                conv_state=state.conv,
+                ssm_state=state.ssm,
+                **self._sizes(),
+            )
+        if not step.window:
+            return self._scan_on(zxbcdt, state, step.layout)
+        parts = []
+        for piece in step.pieces:
+            state.remember(piece.rows, piece.positions)
+            tokens = zxbcdt.index_select(0, piece.tokens)
+            parts.append(self._scan_on(tokens, state, piece.layout))
+        return torch.cat(parts).index_select(0, step.piece_order)
+
+    def _scan_on(self, zxbcdt: Tensor, state: MambaState, layout: SequenceLayout) -> Tensor:
+        y, conv, ssm = self._scan(
+            zxbcdt, layout=layout, conv_states=state.conv, ssm_states=state.ssm
+        )
+        state.write(conv, ssm)
+        return y
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        return (
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
             self.dt_bias,
             self.A_log,
             self.D,
             self.norm.weight,
-            n_groups=self.n_groups,
-            head_dim=self.head_dim,
-            state_size=self.ssm_state_size,
-            chunk_size=self.chunk_size,
-            dt_limit=self.time_step_limit,
-            eps=self.norm.variance_epsilon,
-            layout=layout,
-            impl=self.backend.impl,
         )
-        return layout.unpack(self.out_proj(y))
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "n_groups": self.n_groups,
+            "head_dim": self.head_dim,
+            "state_size": self.ssm_state_size,
+            "dt_limit": self.time_step_limit,
+            "eps": self.norm.variance_epsilon,
+            "impl": self.backend.impl,
+        }
 
     def init_weights(
         self,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig
+from nemotron_v3.layers.transformer_engine import TERMSNorm
 
 
 class NemotronV3RMSNorm(nn.Module):
@@ -17,10 +18,11 @@ class NemotronV3RMSNorm(nn.Module):
         hidden_size: D.
         eps: added to the mean square.
         dtype: of the weight; None is torch's default.
-        backend: its `rms_norm` and `impl` choose what runs.
+        backend: its `rms_norm` and `impl` choose what runs: `"auto"` the op as `impl` says,
+            `"torch"` its portable form, `"te"` Transformer Engine's norm.
 
     Raises:
-        NotImplementedError: `rms_norm="te"`.
+        ModuleNotFoundError: `rms_norm="te"` where Transformer Engine is not installed.
     """
 
     def __init__(
@@ -32,15 +34,14 @@ class NemotronV3RMSNorm(nn.Module):
     ):
         super().__init__()
         self.backend = backend or BackendConfig()
-        if self.backend.rms_norm == "te":
-            raise NotImplementedError(
-                "rms_norm='te' is not built yet: use BackendConfig(rms_norm='auto')"
-            )
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
         self.variance_epsilon = eps
+        self.te_norm = TERMSNorm(self.weight, eps) if self.backend.rms_norm == "te" else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` of any float dtype -> `[..., D]` in the weight's dtype."""
+        if self.te_norm is not None:
+            return self.te_norm(hidden_states, self.weight)
         impl = "portable" if self.backend.rms_norm == "torch" else self.backend.impl
         return ops.rms_norm(
             hidden_states, self.weight, self.variance_epsilon, self.weight.dtype, impl=impl

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemotron_v3 import ops
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.block import NemotronV3Block
-from nemotron_v3.layers.border import refuse_cache
+from nemotron_v3.layers.border import as_cache, of_new_tokens
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
@@ -66,22 +67,27 @@ class NemotronV3Model(nn.Module):
             input_ids: int64 `[B, S]`, or `[T]` without a batch dimension.
             attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
             layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
-            past_key_values: not supported yet.
+            past_key_values: a `NemotronHybridCache` with one row a document: the tokens follow what
+                it holds, and it is updated in place. A padding mask may then also cover what came
+                before.
             inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
             output_hidden_states: keep the stream after each block.
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the
-                vocabulary, masks or layouts that do not fit.
-            TypeError: an unknown keyword argument.
-            NotImplementedError: a cache.
+                vocabulary, masks or layouts that do not fit, a cache of another config, batch or
+                dtype.
+            TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        refuse_cache(past_key_values)
+        cache = as_cache(past_key_values)
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
+        attention_mask = of_new_tokens(attention_mask, shape, cache)
         layout = SequenceLayout.resolve(
             shape, device, attention_mask, layout=layout, **layout_kwargs
         )
+        if cache is not None:
+            cache.check(self.config, self.embeddings.weight.dtype, layout)
         if inputs_embeds is None:
             hidden = self.embeddings(input_ids)
         else:
@@ -91,17 +97,31 @@ class NemotronV3Model(nn.Module):
             hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
         kept = [hidden]
         for block in self.layers:
-            hidden = self._run(block, hidden, layout)
-            kept.append(hidden)
+            hidden = self._run(block, hidden, layout, cache)
+            if output_hidden_states:
+                kept.append(hidden)
+        if cache is not None:
+            cache.finish()
         hidden = restore(self.norm_f(hidden))
         if not output_hidden_states:
-            return ModelOutput(hidden)
-        return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden))
+            return ModelOutput(hidden, past_key_values=cache)
+        return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
 
-    def _run(self, block: NemotronV3Block, hidden: Tensor, layout: SequenceLayout) -> Tensor:
+    def _run(
+        self,
+        block: NemotronV3Block,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        cache: NemotronHybridCache | None,
+    ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "a cache is updated in place and cannot be recomputed: disable gradient "
+                    "checkpointing, or leave the cache out"
+                )
             return checkpoint(partial(block, layout=layout), hidden, use_reentrant=False)
-        return block(hidden, layout=layout)
+        return block(hidden, past_key_values=cache, layout=layout)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw all weights anew (the table of `nemotron_v3.layers.init.init_`)."""
@@ -187,10 +207,11 @@ class NemotronV3ForCausalLM(nn.Module):
             labels: int64 of `input_ids`' shape, usually the same tensor: the shift by one happens
                 here and never crosses a document's border; -100 does not count.
             layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
-            past_key_values: not supported yet.
+            past_key_values: a `NemotronHybridCache` with one row a document: the tokens follow what
+                it holds, and it is updated in place.
             inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
             position_ids: without effect: the model has no positional term.
-            use_cache: None and False are the same as long as there is no cache.
+            use_cache: True makes a fresh cache where none is given; it comes back in the output.
             output_hidden_states: keep the stream after each block.
             logits_to_keep: logits of the last so many positions only (0: of all), or of the
                 positions in a tensor. The loss always counts all of them.
@@ -198,16 +219,14 @@ class NemotronV3ForCausalLM(nn.Module):
 
         Raises:
             ValueError, TypeError: see `NemotronV3Model.forward`; labels of another shape.
-            NotImplementedError: a cache.
         """
-        if use_cache:
-            raise NotImplementedError("use_cache=True is not supported yet: leave it out")
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         if labels is not None and tuple(labels.shape) != shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
                 "labels, one a token"
             )
+        attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
         layout = SequenceLayout.resolve(
             shape,
             device,
@@ -216,6 +235,10 @@ class NemotronV3ForCausalLM(nn.Module):
             position_ids=position_ids,
             **layout_kwargs,
         )
+        if use_cache and past_key_values is None:
+            past_key_values = NemotronHybridCache(
+                self.config, layout.num_documents, self.model.embeddings.weight.dtype, device
+            )
         out = self.model(
             input_ids,
             layout=layout,
@@ -231,7 +254,31 @@ class NemotronV3ForCausalLM(nn.Module):
             packed = self.lm_head(layout.pack(hidden))  # [T, V]
             loss = ops.cross_entropy(packed, ops.shift_labels(labels, layout))
             logits = _keep(layout.unpack(packed), logits_to_keep)
-        return CausalLMOutput(loss, logits, out.hidden_states)
+        return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+
+    def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Continue prompts: `nemotron_v3.generation.generate`, whose options it takes."""
+        from nemotron_v3.generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """The same, token by token: `nemotron_v3.generation.stream`."""
+        from nemotron_v3.generation import stream
+
+        return stream(self, input_ids, attention_mask, **options)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        layout: SequenceLayout | None = None,
+        attention_mask: Tensor | None = None,
+        **layout_kwargs: Any,
+    ) -> Tensor:
+        """Log-probabilities of given tokens: `nemotron_v3.generation.score`."""
+        from nemotron_v3.generation import score
+
+        return score(self, input_ids, layout, attention_mask, **layout_kwargs)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only the stream between blocks for the backward pass, and recompute each block."""

@@ -8,32 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops._selfcheck import CASES, SelfChecked
+
 IMPLS = ("auto", "reference", "portable", "triton")
 
 _log = logging.getLogger("nemotron_v3")
 
 
-def pick(op: str, impl: str, *, reference: Callable, portable: Callable) -> Callable:
+def pick(
+    op: str, impl: str, *, reference: Callable, portable: Callable, **special: Callable
+) -> Callable:
     """The function that computes `op` for this `impl`.
+
+    Args:
+        special: forms that only some ops have, by the `impl` that asks for them.
 
     Raises:
         ValueError: an unknown `impl`.
         RuntimeError: `impl="triton"` for an op that has no Triton form.
     """
-    if impl in ("auto", "portable"):
-        if impl == "auto":
-            _say_once(op, "portable")
-        return portable
-    if impl == "reference":
-        return reference
+    form, _ = choose(op, impl, tuple(special))
+    function = {"reference": reference, "portable": portable, **special}[form]
+    if torch.compiler.is_compiling():
+        return function
+    if impl == "auto":
+        _say_once(op, form)
+    return function if form == "reference" else _checked(op, form, function, reference)
+
+
+def choose(op: str, impl: str, special: tuple[str, ...] = ()) -> tuple[str, str]:
+    """The form of `op` that `impl` means, and why.
+
+    Raises:
+        ValueError, RuntimeError: see `pick`.
+    """
+    if impl in ("reference", "portable", *special):
+        return impl, f"impl={impl!r}"
+    if impl == "auto":
+        return "portable", "impl='auto', and there is no other form"
     if impl == "triton":
         raise RuntimeError(f"{op} has no Triton form: use impl='auto' or impl='portable'")
-    raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    raise ValueError(f"impl must be one of {', '.join((*IMPLS, *special))}, got {impl!r}")
 
 
 @functools.cache
 def _say_once(op: str, form: str) -> None:
     _log.info("%s: impl='auto' takes the %s form", op, form)
+
+
+@functools.cache
+def _checked(op: str, form: str, function: Callable, reference: Callable) -> Callable:
+    """`function`, checked at its first use on a device where there is a case to check it with."""
+    return SelfChecked(op, form, function, reference) if op in CASES else function
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -44,9 +70,10 @@ def without_autocast(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return run
 

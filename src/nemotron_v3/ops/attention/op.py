@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import pick, without_autocast
-from nemotron_v3.ops.attention import portable, reference
+from nemotron_v3.ops.attention import flex, portable, reference
 
 
 @without_autocast
@@ -32,13 +32,16 @@ def attention(
             nothing gives 0.
         scale: of the scores, by default `P ** -0.5`.
         dropout_p: probability of dropping an attention weight.
-        impl: see `nemotron_v3.ops`.
+        impl: see `nemotron_v3.ops`; also `"flex"`, PyTorch's flex attention: without a mask or
+            dropout, and on a CPU without gradients.
 
     Returns:
         `[T, H, P]` in `q`'s dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or a mask that does not cover the grid.
+        ValueError: shapes that do not fit, a mask that does not cover the grid, or one that flex
+            attention does not take.
+        RuntimeError: flex attention with gradients on a CPU.
     """
     T, H, P = q.shape
     if layout.num_tokens != T or k.shape != v.shape or k.shape[::2] != (T, P) or H % k.shape[1]:
@@ -48,7 +51,13 @@ def attention(
         )
     if mask is not None:
         _check_mask(mask, layout, H)
-    run = pick("attention", impl, reference=reference.attention, portable=portable.attention)
+    run = pick(
+        "attention",
+        impl,
+        reference=reference.attention,
+        portable=portable.attention,
+        flex=flex.attention,
+    )
     return run(q, k, v, layout=layout, mask=mask, scale=scale, dropout_p=dropout_p)
 
 

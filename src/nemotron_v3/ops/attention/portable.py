@@ -26,6 +26,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
+    q, k, v = (_aligned(t) for t in (q, k, v))
     if mask is not None:
         return _masked(q, k, v, layout, mask, scale, dropout_p)
     groups = layout.derived("attention", _Groups.of)
@@ -66,6 +67,14 @@ def _masked(
     )
     out = out.masked_fill(~some, 0).transpose(1, 2)
     return layout.pack(out[0] if len(layout.shape) == 1 else out)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """PyTorch's fused kernels read 16 bytes at a time from rows of any stride, and do not check:
+    rows that start elsewhere give wrong numbers, or a fault of the device."""
+    starts = (t.storage_offset(), *t.stride()[:-1])
+    step = 16 // t.element_size()
+    return t.contiguous() if t.is_cuda and any(start % step for start in starts) else t
 
 
 def _gqa(q: Tensor, k: Tensor) -> bool:

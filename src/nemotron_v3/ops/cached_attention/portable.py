@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from nemotron_v3.layout import SequenceLayout
 
@@ -44,6 +43,9 @@ def _group(
     q: Tensor, keys: Tensor, values: Tensor, start: int, length: int, scale: float | None
 ) -> Tensor:
     """Rows that hold `start` tokens and get `length`: the mask is causal, aligned at the end."""
+    # Imported here: it loads triton where that is installed.
+    from torch.nn.attention.bias import causal_lower_right
+
     total = start + length
     batch = q.unflatten(0, (-1, length)).transpose(1, 2)
     out = F.scaled_dot_product_attention(

@@ -1,10 +1,15 @@
 """Routed squared-ReLU experts in plain PyTorch.
 
 Letters: T packed tokens, K choices a token, R = T*K routed rows, E experts, X width, F expert
-width.
+width; M rows of a tile, n tiles of an expert.
 
 Rows are sorted by expert, each expert multiplies its own run of rows, and every token sums its K
 rows in fp32: no atomics, so the result does not depend on the order of execution.
+
+A matrix product may round a row differently when there are more or fewer rows beside it. So an
+expert's rows are filled up with zeros to whole tiles of M rows, and every product has M rows: on a
+CPU, what a token gets does not depend on where other tokens are routed. M depends on T, K and E
+alone. README.md says where this holds, and what it costs.
 """
 
 import torch
@@ -13,17 +18,26 @@ from torch import Tensor
 
 from nemotron_v3.ops._dispatch import wide
 
+TILE = 32  # rows of the largest tile: few enough to waste little, enough to keep a core busy
+
 
 def experts(
     x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    K = indices.shape[1]
-    order = indices.flatten().argsort(stable=True)  # [R], choices by expert
-    rows = x.index_select(0, order // K)  # [R, X]
-    counts = torch.bincount(indices.flatten(), minlength=up_proj.shape[0])
+    K, E = indices.shape[1], up_proj.shape[0]
+    # A grouped product on a GPU works in tiles of its own.
     grouped = x.is_cuda and x.dtype == torch.bfloat16
-    y = (_grouped if grouped else _looped)(rows, counts, up_proj, down_proj)
-    y = y.index_select(0, order.argsort()).unflatten(0, (-1, K))  # [T, K, X]
+    M = 1 if grouped else tile_rows(indices.numel(), E)
+    tiles, place = _places(indices.flatten(), E, M)
+    if grouped:
+        rows = _scatter(x, place, K, indices.numel())
+        y = _grouped(rows, tiles, up_proj, down_proj)
+    else:
+        counts = tiles.tolist()
+        rows = _scatter(x, place, K, M * sum(counts))
+        tiled = rows.view(sum(counts), M, x.shape[1])
+        y = _tiled(tiled, counts, up_proj, down_proj).flatten(0, 1)
+    y = y.index_select(0, place).unflatten(0, (-1, K))  # [T, K, X]
     dtype = wide(x.dtype)
     return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
 
@@ -33,18 +47,67 @@ def relu2(h: Tensor) -> Tensor:
     return F.relu(h).square()
 
 
-def _looped(rows: Tensor, counts: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """One matmul an expert; the counts are read once."""
+def tile_rows(rows: int, experts: int) -> int:
+    """M: the largest power of two that a usual expert fills, up to `TILE`."""
+    usual = max(1, rows // experts)
+    return min(TILE, 1 << (usual.bit_length() - 1))
+
+
+def _places(chosen: Tensor, E: int, M: int) -> tuple[Tensor, Tensor]:
+    """How many tiles each expert has `[E]`, and the row of each choice among all tiles `[R]`."""
+    counts = torch.bincount(chosen, minlength=E)
+    tiles = (counts + M - 1) // M
+    first_row = (tiles.cumsum(0) - tiles) * M
+    first_choice = counts.cumsum(0) - counts
+    order = chosen.argsort(stable=True)  # choices by expert
+    shift = (first_row - first_choice).index_select(0, chosen.index_select(0, order))
+    in_order = torch.arange(len(chosen), device=chosen.device) + shift
+    return tiles, torch.empty_like(order).index_copy_(0, order, in_order)
+
+
+def _scatter(x: Tensor, place: Tensor, K: int, rows: int) -> Tensor:
+    """`[T, X]` -> `[rows, X]`: each token at its K places, zeros between.
+
+    The backward pass gathers and sums K rows a token, where that of an `index_select` would add up
+    rows in memory.
+    """
+    choices = x[:, None].expand(-1, K, -1).flatten(0, 1)
+    return x.new_zeros(rows, x.shape[1]).index_copy(0, place, choices)
+
+
+def _tiled(tiles: Tensor, counts: list[int], up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """`[tiles, M, X]` -> the same, one batched product an expert and matrix."""
     # unbind, not indexing: its backward writes each expert's gradient once instead of adding E
     # zero-padded copies of the whole stack.
     parts = [
-        F.linear(relu2(F.linear(part, up)), down)
+        _TiledLinear.apply(relu2(_TiledLinear.apply(part, up)), down)
         for part, up, down in zip(
-            rows.split(counts.tolist()), up_proj.unbind(0), down_proj.unbind(0), strict=True
+            tiles.split(counts), up_proj.unbind(0), down_proj.unbind(0), strict=True
         )
         if part.shape[0]
     ]
-    return torch.cat(parts) if parts else rows
+    return torch.cat(parts) if parts else tiles
+
+
+class _TiledLinear(torch.autograd.Function):
+    """`[n, M, I] x [O, I] -> [n, M, O]`, each tile a product of its own shape.
+
+    Autograd's own formula would make the weight's gradient tile by tile and then add n of them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x = _TiledLinear.apply(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1)
+        return grad_x, grad_weight
 
 
 def _grouped(rows: Tensor, counts: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:

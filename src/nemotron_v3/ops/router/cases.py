@@ -9,6 +9,8 @@ from nemotron_v3.ops._cases import Draw, Inputs
 
 @dataclass(frozen=True)
 class Case:
+    """The correction bias is normal around `bias_centre` with the spread `bias`."""
+
     name: str
     tokens: int
     hidden: int
@@ -18,7 +20,7 @@ class Case:
     topk_group: int = 1
     norm_topk_prob: bool = True
     scaling_factor: float = 1.0
-    bias: float = 0.1  # its centre is `bias_centre`, its spread this
+    bias: float = 0.1
     bias_centre: float = 0.0
 
 

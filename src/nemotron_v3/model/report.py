@@ -1,0 +1,129 @@
+"""Which implementation each layer of a model uses, and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from nemotron_v3.layers.attention import NemotronV3Attention
+from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
+from nemotron_v3.layers.mlp import NemotronV3MLP
+from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3Router
+from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.ops._dispatch import choose
+
+_TE = "Transformer Engine"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One computation of one layer.
+
+    Attributes:
+        layer: the module's name in the model; "" for the module reported on itself.
+        computes: an op of `nemotron_v3.ops`, or `projections`.
+        uses: the op's form, or the class of the projections.
+        why: what decided it.
+    """
+
+    layer: str
+    computes: str
+    uses: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """`rows` in the order of the model's modules; as text, equal rows of several layers are one."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        layers: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            layers.setdefault((row.computes, row.uses, row.why), []).append(row.layer)
+        lines = [
+            (computes, uses, why, _names(names)) for (computes, uses, why), names in layers.items()
+        ]
+        head = ("computes", "uses", "why", "where")
+        widths = [max(len(line[i]) for line in (head, *lines)) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+            for line in (head, *lines)
+        )
+
+
+def report(model: nn.Module) -> Report:
+    """Which implementation each layer uses and why.
+
+    Args:
+        model: a model, a block or a layer of this package, or a module that holds some.
+
+    Returns:
+        A `Report`: print it, or read its `rows`.
+
+    Raises:
+        ValueError: nothing of this package in it.
+    """
+    rows = [
+        Row(name, computes, uses, why)
+        for name, module in model.named_modules()
+        for computes, uses, why in _computations(module)
+    ]
+    if not rows:
+        raise ValueError(f"a {type(model).__name__} holds no layer of nemotron_v3: give a model")
+    return Report(rows)
+
+
+def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
+    match module:
+        case NemotronV3RMSNorm(te_norm=None):
+            plain = module.backend.rms_norm == "torch"
+            impl = "portable" if plain else module.backend.impl
+            form, why = choose("rms_norm", impl)
+            yield "rms_norm", form, "rms_norm='torch'" if plain else why
+        case NemotronV3RMSNorm():
+            yield "rms_norm", _TE, "rms_norm='te'"
+        case NemotronV3Mamba2Mixer():
+            yield "mamba2", *choose("mamba2", module.backend.impl)
+            yield "mamba2_step", *choose("mamba2_step", module.backend.impl)
+        case NemotronV3Attention():
+            if module.backend.attn == "sdpa":
+                yield "attention", *choose("attention", module.backend.impl)
+            else:
+                uses = {"te": _TE, "flex": "flex"}[module.backend.attn]
+                yield "attention", uses, f"attn={module.backend.attn!r}"
+            yield "cached_attention", *choose("cached_attention", module.backend.impl)
+        case NemotronV3Router():
+            yield "router", *choose("router", module.impl)
+        case NemotronV3Experts():
+            yield "experts", *choose("experts", module.impl)
+        case NemotronV3ForCausalLM():
+            yield "cross_entropy", *choose("cross_entropy", "auto")
+    projections = _projections(module)
+    if projections:
+        classes = {f"{type(p).__module__.split('.')[0]} {type(p).__name__}" for p in projections}
+        yield "projections", ", ".join(sorted(classes)), "what is in their place now"
+
+
+def _projections(module: nn.Module) -> list[nn.Module]:
+    if not isinstance(
+        module, NemotronV3Mamba2Mixer | NemotronV3Attention | NemotronV3MLP | NemotronV3MoE
+    ):
+        return []
+    return [child for name, child in module.named_children() if name.endswith("_proj")]
+
+
+def _names(layers: list[str]) -> str:
+    """`layers.0.norm, layers.1.norm` -> `layers.{0,1}.norm`, in the order they come."""
+    numbers: dict[str, list[str]] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        number = next((part for part in parts if part.isdigit()), None)
+        pattern = ".".join("#" if part == number else part for part in parts)
+        numbers.setdefault(pattern, []).append(number or "")
+    return ", ".join(
+        pattern.replace("#", "{" + ",".join(found) + "}" if len(found) > 1 else found[0])
+        for pattern, found in numbers.items()
+    )

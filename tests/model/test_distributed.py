@@ -1,0 +1,154 @@
+"""DDP and FSDP2 in two processes, against the same model in one.
+
+Each process computes its half of a batch. What must come out is known without either: the mean of
+the two halves' gradients, exactly, since a sum of two numbers has no order.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from nemotron_v3.parallel import shard_model
+from tests.models import tiny_model, tokens
+
+PROCESSES = 2
+SECONDS = 90
+
+
+def run(worker: Callable[[int], None]) -> None:
+    """`worker(rank)` in two processes; a failure or a hang in one of them fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(
+            _process, (worker, str(Path(folder) / "meeting")), nprocs=PROCESSES, join=False
+        )
+        deadline = time.monotonic() + SECONDS
+        try:
+            while not context.join(timeout=1):
+                assert time.monotonic() < deadline, f"not finished after {SECONDS} s"
+        finally:
+            for process in context.processes:
+                process.kill()
+
+
+def _process(rank: int, worker: Callable[[int], None], meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    try:
+        worker(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def half(rank: int) -> dict[str, Tensor]:
+    ids = tokens(PROCESSES, 40)[rank : rank + 1]
+    return {"input_ids": ids, "labels": ids}
+
+
+def expected_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The mean over both halves, summed in fp32, in the dtype of the parameter."""
+    total: dict[str, Tensor] = {}
+    for rank in range(PROCESSES):
+        model.zero_grad()
+        model(**half(rank)).loss.backward()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad.float() / PROCESSES
+            total[name] = total[name] + gradient if name in total else gradient
+    return {n: total[n].to(p.dtype) for n, p in model.named_parameters()}
+
+
+def assert_equal(measured: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert measured.keys() == expected.keys()
+    different = [n for n in expected if not torch.equal(measured[n], expected[n])]
+    assert not different, different
+    assert all(measured[n].dtype == expected[n].dtype for n in expected)
+
+
+def ddp(rank: int) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    gradients = expected_gradients(alone := copy.deepcopy(model))
+    shared = DistributedDataParallel(model)
+    out = shared(**half(rank))
+    assert torch.equal(out.logits, alone(**half(rank)).logits)
+    out.loss.backward()
+    assert_equal({n: p.grad for n, p in model.named_parameters()}, gradients)
+
+
+def fsdp_of_a_bf16_model(rank: int) -> None:
+    """fp32 A_log, D and dt_bias among bf16 parameters; a tied head; recomputed blocks."""
+    model = tiny_model(tie_word_embeddings=True).bfloat16()
+    gradients = expected_gradients(alone := copy.deepcopy(model))
+    model.gradient_checkpointing_enable()
+    shard_model(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    out = model(**half(rank))
+    assert torch.equal(out.logits, alone(**half(rank)).logits)
+    out.loss.backward()
+    parameters = dict(model.named_parameters())
+    assert {p.dtype for p in parameters.values()} == {torch.bfloat16, torch.float32}
+    assert all(p.to_local().numel() < p.numel() for p in parameters.values())
+    assert_equal({n: p.grad.full_tensor() for n, p in parameters.items()}, gradients)
+
+    optimisers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, alone)]
+    for name, parameter in alone.named_parameters():
+        parameter.grad = gradients[name]
+    for optimiser in optimisers:
+        optimiser.step()
+    after = {n: p.full_tensor() for n, p in model.named_parameters()}
+    assert_equal(after, {n: p.detach() for n, p in alone.named_parameters()})
+
+
+def fsdp_computing_in_bf16(rank: int) -> None:
+    """fp32 parameters gathered as bf16, except those that must not be rounded: the numbers of a
+    bf16 model, whose fp32 tensors a cast leaves alone."""
+    model = tiny_model()
+    alone = copy.deepcopy(model).bfloat16()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard_model(model, mp_policy=policy)
+    out = model(**half(rank))
+    assert torch.equal(out.logits, alone(**half(rank)).logits)
+    out.loss.backward()
+    sums = expected_gradients(alone)
+    measured = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    assert {g.dtype for g in measured.values()} == {torch.float32}
+    rounded = {n: g.to(sums[n].dtype) for n, g in measured.items()}
+    assert_equal(rounded, sums)
+
+
+WORKERS = [ddp, fsdp_of_a_bf16_model, fsdp_computing_in_bf16]
+
+
+def every_worker(rank: int) -> None:
+    for worker in WORKERS:
+        try:
+            worker(rank)
+        except Exception as error:
+            error.add_note(f"in {worker.__name__}")
+            raise
+
+
+def test_ddp_and_fsdp2_compute_what_one_process_computes():
+    """One pair of processes for all three: most of the time goes into starting them."""
+    run(every_worker)
+
+
+def test_sharding_says_what_it_needs():
+    with pytest.raises(RuntimeError, match="no process group"):
+        shard_model(tiny_model())
+    with pytest.raises(TypeError, match="got a Linear"):
+        shard_model(nn.Linear(2, 2))

@@ -1,0 +1,119 @@
+"""A form that is wrong on a device raises at its first use there; a right one is checked once."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nemotron_v3.ops import _dispatch, _selfcheck
+from nemotron_v3.ops._selfcheck import CASES, SelfChecked
+from nemotron_v3.ops.rms_norm import portable, reference
+from tests.models import tiny_model
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+
+def forms(op):
+    return [
+        getattr(import_module(f"nemotron_v3.ops.{op}.{f}"), op) for f in ("portable", "reference")
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", CASES)
+def test_a_right_form_has_room_to_its_bound(op, dtype):
+    errors = _selfcheck.measure(op, "portable", *forms(op), CPU, dtype)
+    decodes = op in ("mamba2_step", "cached_attention")
+    assert any(name.startswith("gradient") for name in errors) != decodes
+    assert max(errors.values()) <= _selfcheck.explained_by_rounding(dtype, CPU) / 2
+
+
+WRONG = {
+    "scaled": lambda y: y * 1.05,
+    "one element is not a number": lambda y: y.index_fill(-1, torch.tensor([0]), torch.nan),
+    "one row is zero": lambda y: y.index_fill(0, torch.tensor([1]), 0),
+    "wrong backward": lambda y: y.detach() + 0.9 * (y - y.detach()),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_form_raises_at_every_call_instead_of_computing(wrong, dtype):
+    def broken(*args, **kwargs):
+        return WRONG[wrong](portable.rms_norm(*args, **kwargs))
+
+    checked = SelfChecked("rms_norm", "triton", broken, reference.rms_norm)
+    x, weight = torch.randn(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="rms_norm: the triton form computes wrong numbers"):
+            checked(x, weight)
+
+
+def counted(monkeypatch) -> list[torch.dtype]:
+    """The dtypes of all checks from now on, of a form nobody has used yet."""
+    seen = []
+    check = _selfcheck.check
+
+    def count(*args):
+        seen.append(args[-1])
+        check(*args)
+
+    monkeypatch.setattr(_selfcheck, "check", count)
+    return seen
+
+
+def fresh() -> SelfChecked:
+    return SelfChecked("rms_norm", "portable", portable.rms_norm, reference.rms_norm)
+
+
+def test_each_dtype_is_checked_once(monkeypatch):
+    seen, checked = counted(monkeypatch), fresh()
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
+        x, weight = torch.randn(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+        assert torch.equal(checked(x, weight), portable.rms_norm(x, weight))
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_same_form_is_one_object_so_that_it_is_checked_once_a_process():
+    pair = {"reference": reference.rms_norm, "portable": portable.rms_norm}
+    chosen = [_dispatch.pick("rms_norm", impl, **pair) for impl in ("auto", "portable", "auto")]
+    assert chosen[0] is chosen[1] is chosen[2]
+    assert _dispatch.pick("rms_norm", "reference", **pair) is reference.rms_norm  # the truth itself
+
+
+def test_where_nothing_can_be_measured_the_check_waits(monkeypatch):
+    seen, checked = counted(monkeypatch), fresh()
+    assert checked(torch.empty(2, 8, device="meta"), torch.empty(8, device="meta")).is_meta
+    with FakeTensorMode():
+        checked(torch.empty(2, 8), torch.empty(8))
+    assert seen == []
+    checked(torch.randn(2, 8), torch.ones(8))
+    assert seen == [torch.float32]
+
+
+def test_a_check_sees_nothing_of_the_caller_and_leaves_nothing_behind(monkeypatch):
+    """Inference mode, autocast, saved-tensor hooks and a default device; the random state."""
+    seen, saved = counted(monkeypatch), []
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+    state = torch.get_rng_state()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ):
+        fresh()(x, weight)
+    with torch.inference_mode():
+        fresh()(x, weight)
+    assert len(seen) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {shape[-1] for shape in saved} <= {1, 8}
+
+
+def test_a_compiled_layer_holds_no_check():
+    """One graph without a break, and the numbers of the eager layer."""
+    norm = tiny_model("M").model.norm_f
+    x = torch.randn(1, 9, 48)
+    compiled = torch.compile(norm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), norm(x))
