@@ -1,19 +1,25 @@
 """Causal depthwise convolution in plain PyTorch.
 
-Letters: T packed tokens, D documents, L tokens of a document, C channels, W taps.
+Letters: T packed tokens, D documents, C channels, W taps; u is the sum before the activation.
 
-Each document is written behind its state (the W inputs before it, zeros at a fresh start), so that
-a tap is a shifted view and no border needs a mask.
+The packed tokens are one stream, taken block by block; the first tokens of each document are done
+again behind its own state (`portable_borders`). The backward pass keeps the inputs and computes u
+again (README.md, 'How the portable form computes the backward').
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._blocks import row_blocks
 from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.causal_conv1d.portable_backward import backward
+from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
+from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
 
 
 def causal_conv1d(
@@ -27,74 +33,66 @@ def causal_conv1d(
     return_final_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     W = weight.shape[1]
+    borders = layout.derived(("causal_conv1d", W), lambda it: Borders.of(it, W))
     states = initial_states
-    if states is None:
+    if states is None and return_final_states:
         states = x.new_zeros(layout.num_documents, x.shape[1], W)
-    states = states.to(x.dtype).transpose(1, 2)  # [D, W, C]
-    if layout.uniform_length is not None:
-        y, final = _uniform(x, states, weight, bias)
-    else:
-        y, final = _ragged(x, states, weight, bias, layout)
-    if activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype), final.transpose(1, 2).contiguous() if return_final_states else None
+    y = _Conv.apply(x, weight, bias, initial_states, borders, activation)
+    return y, _final_states(x, states, borders) if return_final_states else None
 
 
-def _uniform(
-    x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    D, W, C = states.shape
-    extended = torch.cat([states, x.view(D, -1, C) if x.numel() else x.view(D, 0, C)], dim=1)
-    return _taps(extended, weight, bias).flatten(0, 1), extended[:, -W:]
+def _final_states(x: Tensor, states: Tensor, borders: Borders) -> Tensor:
+    """The last W inputs of each document, `[D, C, W]`."""
+    D, C, W = states.shape
+    rows = x.new_zeros(D * W, C)
+    from_x, from_states = borders.final_tokens, borders.final_states
+    rows = rows.index_copy(0, from_x.places, x.index_select(0, from_x.sources))
+    if from_states.places.numel():
+        before = states.to(x.dtype).transpose(1, 2).flatten(0, 1)  # [D*W, C]
+        rows = rows.index_copy(0, from_states.places, before.index_select(0, from_states.sources))
+    return rows.unflatten(0, (D, W)).transpose(1, 2).contiguous()
 
 
-def _ragged(
-    x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, layout: SequenceLayout
-) -> tuple[Tensor, Tensor]:
-    table = layout.derived(("causal_conv1d", W := weight.shape[1]), lambda it: _Table.of(it, W))
-    extended = torch.cat([x, states.flatten(0, 1)]).index_select(0, table.extended)  # [T + D*W, C]
-    y = _taps(extended[None], weight, bias)[0]  # [T + D*W - W, C]
-    return y.index_select(0, table.outputs), extended[table.finals]
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        initial_states: Tensor | None,
+        borders: Borders,
+        activation: str | None,
+    ) -> Tensor:
+        dtype = wide(x.dtype)
+        taps = weight.t().to(dtype).contiguous()  # [W, C]
+        shift = None if bias is None else bias.to(dtype)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        W = len(taps)
+        activate_ = _silu_ if activation == "silu" else _identity
+        for start, end in row_blocks(x.shape[0] - (W - 1), x.shape[1], x.device):
+            rows = y[start + W - 1 : end + W - 1]
+            inputs = x[start : end + W - 1].to(dtype)
+            if y.dtype == dtype:
+                activate_(sum_of_taps(inputs, taps, shift, out=rows))
+            else:
+                rows.copy_(activate_(sum_of_taps(inputs, taps, shift)))
+        for _, heads, inputs in head_inputs(x, initial_states, borders, W):
+            u = sum_of_taps(inputs, taps, shift).flatten(0, 1).index_select(0, heads.places)
+            y.index_copy_(0, heads.sources, activate_(u).to(y.dtype))
+        ctx.save_for_backward(x, weight, bias, initial_states)
+        ctx.borders, ctx.activation = borders, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (*backward(*ctx.saved_tensors, ctx.borders, ctx.activation, dy), None, None)
 
 
-def _taps(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[..., W + n, C]` -> `[..., n, C]`: row i holds the sum over taps ending at row i + W."""
-    W = weight.shape[1]
-    n = extended.shape[1] - W
-    dtype = wide(extended.dtype)
-    extended, weight = extended.to(dtype), weight.to(dtype)
-    y = extended[:, 1 : 1 + n] * weight[:, 0]
-    for j in range(1, W):
-        y = torch.addcmul(y, extended[:, 1 + j : 1 + j + n], weight[:, j])
-    return y if bias is None else y + bias.to(dtype)
+def _silu_(u: Tensor) -> Tensor:
+    return F.silu(u, inplace=True)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Row numbers for documents of unequal length.
-
-    `extended` `[T + D*W]`: the row of `cat(x, states)` at each place of the extended stream;
-    `outputs` `[T]`: the row of the taps that belongs to each token; `finals` `[D, W]`: the places
-    of the last W inputs of each document.
-    """
-
-    extended: Tensor
-    outputs: Tensor
-    finals: Tensor
-
-    @classmethod
-    def of(cls, layout: SequenceLayout, W: int) -> "_Table":
-        extended, outputs, finals = [], [], []
-        start = 0
-        for document, length in enumerate(layout.lengths):
-            state_row = layout.num_tokens + document * W
-            extended.append(torch.arange(state_row, state_row + W))
-            first = layout.offsets[document]
-            extended.append(torch.arange(first, first + length))
-            outputs.append(torch.arange(start, start + length))
-            start += W + length
-            finals.append(torch.arange(start - W, start))
-        move = layout.device
-        return cls(
-            torch.cat(extended).to(move), torch.cat(outputs).to(move), torch.stack(finals).to(move)
-        )
+def _identity(u: Tensor) -> Tensor:
+    return u

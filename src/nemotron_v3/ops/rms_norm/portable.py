@@ -1,14 +1,60 @@
-"""RMS normalisation in plain PyTorch. Letters: T packed tokens, D width."""
+"""RMS normalisation in plain PyTorch. Letters: T tokens, D width; r = 1 / rms, n = r x.
+
+The backward pass keeps the input and computes the rest again (README.md, 'How the portable form
+computes the backward').
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nemotron_v3.ops._blocks import row_blocks
 from nemotron_v3.ops._dispatch import wide
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    x_wide = x.to(wide(x.dtype))
-    inverse_rms = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    return (x_wide * inverse_rms * weight.to(x_wide.dtype)).to(out_dtype or x.dtype)
+    rows = x.reshape(-1, weight.shape[0])
+    return _Norm.apply(rows, weight, eps, out_dtype or x.dtype).view(x.shape)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+        dtype = wide(x.dtype)
+        out = x.new_empty(x.shape, dtype=out_dtype)
+        for start, end in row_blocks(*x.shape, x.device):
+            x_rows = x[start:end].to(dtype)
+            n = x_rows * _inverse_rms(x_rows, eps)
+            out[start:end] = n.mul_(weight.to(dtype))
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dtype = wide(x.dtype)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dweight = weight.new_zeros(weight.shape, dtype=dtype)
+        for start, end in row_blocks(*x.shape, x.device):
+            x_rows, dn = x[start:end].to(dtype), dout[start:end].to(dtype)
+            r = _inverse_rms(x_rows, ctx.eps)
+            n = x_rows * r
+            product = dn * n
+            dweight += product.sum(0)
+            # dx = r (dn - n mean(dn n)), with the weight inside dn
+            mean = product.mul_(weight.to(dtype)).mean(-1, keepdim=True)
+            torch.mul(dn, weight.to(dtype), out=product)
+            dx[start:end] = product.addcmul_(n, mean, value=-1).mul_(r)
+        return dx, dweight.to(weight.dtype), None, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """`1 / sqrt(mean(x^2) + eps)` over the last dimension, which stays."""
+    squares = torch.linalg.vecdot(x, x)[..., None]
+    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()

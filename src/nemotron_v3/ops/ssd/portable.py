@@ -1,24 +1,43 @@
-"""State-space duality, chunk by chunk, in plain PyTorch (Mamba-2, arXiv 2405.21060, section 6).
+"""State-space duality, tile by tile, in plain PyTorch (Mamba-2, arXiv 2405.21060, section 6).
 
 Letters: T packed tokens, D documents, H heads, P head width, G groups, R = H / G heads of a group,
-N state; C chunks, n tiles of one size, q tokens of a tile.
+N state; n tiles of a slab, q tokens of a tile.
 
-Within a chunk the recurrence is a masked matrix product; between chunks one state per head passes
-on. With `a_i` the sum of `dt A` over the tokens of the chunk up to and including i,
+Within a tile the recurrence is a masked matrix product; between tiles one state per head passes on.
+With `a_i` the sum of `dt A` over the tokens of the tile up to and including i,
 
     y_i = sum_{j <= i} exp(a_i - a_j) (C_i . B_j) dt_j x_j  +  exp(a_i) S_in C_i  +  D x_i
     S_out = exp(a_last) S_in + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
-Heads of a group share B and C: their products run once a group, never on a copy per head.
+Heads of a group share B and C: their products run once a group, never on a copy per head. The
+backward pass keeps the inputs and the states between tiles, and computes everything else again:
+memory is linear in the length.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._blocks import Workspace, block_elements
 from nemotron_v3.ops._dispatch import wide
-from nemotron_v3.ops.ssd.tiles import Bucket, Tiles, step_starts
+from nemotron_v3.ops._step_sizes import step_sizes
+from nemotron_v3.ops.ssd.portable_backward import backward
+from nemotron_v3.ops.ssd.slab import (
+    Decays,
+    Sizes,
+    add_decayed,
+    by_group,
+    shared,
+    states_product,
+    whole_decays,
+)
+from nemotron_v3.ops.ssd.tiles import Slab, Tiles, take
+
+# Pairs of tokens grow with the tile, states with its inverse: around 64 they cost the same.
+TILE = 64
 
 
 def ssd(
@@ -35,104 +54,106 @@ def ssd(
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = wide(x.dtype)
-    tiles = Tiles.of(layout, chunk_size)
-    dt = step_sizes(dt, dt_bias, dt_limit).to(dtype)
-    streams = (x.to(dtype), dt, B.to(dtype), C.to(dtype))
-    cut = [_Tile(bucket, *streams, A.to(dtype)) for bucket in tiles.buckets]
-    if initial_states is None:
-        initial_states = x.new_zeros(
-            layout.num_documents, x.shape[1], x.shape[2], B.shape[2], dtype=dtype
-        )
-    states_in, final_states = _pass_states(cut, tiles, initial_states.to(dtype))
-    y = _join(cut, tiles, states_in, like=streams[0])
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * streams[0]
-    return y.to(x.dtype), final_states
+    tile_size = min(chunk_size, TILE) if x.is_cpu else chunk_size
+    slab_tokens = block_elements(x.device) // (x.shape[1] * max(tile_size, x.shape[2]))
+    tiles = Tiles.of(layout, tile_size, slab_tokens)
+    dt = step_sizes(dt, dt_bias, dt_limit).to(wide(x.dtype))
+    return _Scan.apply(x, dt, A, B, C, D, initial_states, tiles)
 
 
-def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_limit: tuple[float, float]) -> Tensor:
-    """`clamp(softplus(dt + dt_bias), *dt_limit)`, fp32 or wider."""
-    dt = dt.to(wide(dt.dtype))
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    return F.softplus(dt).clamp(*dt_limit)
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        initial_states: Tensor | None,
+        tiles: Tiles,
+    ) -> tuple[Tensor, Tensor]:
+        decays = [Decays(slab, dt, A) for slab in tiles.slabs]
+        states = _states(x, B, initial_states, tiles, decays)
+        y = _outputs(x, B, C, D, states, tiles, decays)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_states, states)
+        ctx.tiles = tiles
+        return y, take(states, tiles.final).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*backward(*ctx.saved_tensors, ctx.tiles, dy, dfinal), None)
 
 
-class _Tile:
-    """All chunks of one tile size: what does not need the incoming state, and what does."""
-
-    def __init__(self, bucket: Bucket, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor):
-        x, dt, B, C = (_take(stream, bucket) for stream in (x, dt, B, C))
-        if bucket.valid is not None:  # no step, no trace: decay 1, contribution 0
-            dt = dt.masked_fill(~bucket.valid[..., None], 0)
-        self.groups = B.shape[2]
-        self.C = C.transpose(1, 2)  # [n, G, q, N]
-        B = B.transpose(1, 2)  # [n, G, q, N]
-        dtx = (dt[..., None] * x).transpose(1, 2)  # [n, H, q, P]
-        self.a = (dt * A).cumsum(1).transpose(1, 2)  # [n, H, q]
-
-        CB = self.C @ B.transpose(-1, -2)  # [n, G, q, q]
-        L = _decay_between(self.a)  # [n, H, q, q]
-        scores = (CB[:, :, None] * self._by_group(L)).flatten(1, 2)
-        self.y = scores @ dtx  # [n, H, q, P]
-
-        last = self.a[..., -1:]
-        kept = torch.exp(last - self.a)[..., None] * dtx  # [n, H, q, P]
-        kept = self._by_group(kept).transpose(-1, -2).flatten(2, 3)  # [n, G, R*P, q]
-        self.states = (kept @ B).view(*dtx.shape[:2], dtx.shape[-1], -1)  # [n, H, P, N]
-        self.decay = torch.exp(last)[..., None]  # [n, H, 1, 1]
-
-    def _by_group(self, t: Tensor) -> Tensor:
-        return t.unflatten(1, (self.groups, -1))
-
-    def outputs(self, states_in: Tensor) -> Tensor:
-        """`[n, H, P, N]` incoming states -> `[n, q, H, P]` outputs."""
-        shared = self._by_group(states_in).flatten(2, 3)  # [n, G, R*P, N]
-        carried = shared @ self.C.transpose(-1, -2)  # [n, G, R*P, q]
-        carried = carried.unflatten(2, (-1, self.y.shape[-1])).flatten(1, 2)  # [n, H, P, q]
-        y = self.y + torch.exp(self.a)[..., None] * carried.transpose(-1, -2)
-        return y.transpose(1, 2)
+def _states(
+    x: Tensor, B: Tensor, initial_states: Tensor | None, tiles: Tiles, decays: list[Decays]
+) -> Tensor:
+    """The state around each tile, `[state_rows, H, P, N]`."""
+    sizes, dtype = Sizes(x, B), wide(x.dtype)
+    work = Workspace(x, dtype)
+    states = x.new_empty(tiles.state_rows, sizes.H, sizes.P, sizes.N, dtype=dtype)
+    states[tiles.initial] = 0 if initial_states is None else initial_states.to(dtype)
+    for slab, decay in zip(tiles.slabs, decays, strict=True):
+        batch, q = slab.count * sizes.G, slab.size
+        kept = work("kept", slab.count, sizes.G, q, sizes.R, sizes.P)
+        factors = by_group((decay.dt * decay.to_end())[..., None], sizes)
+        torch.mul(by_group(slab.take(x), sizes), factors, out=kept)
+        Bg = shared(slab, B, work("B", batch, q, sizes.N))
+        states_product(kept.view(batch, q, -1).transpose(1, 2), Bg, states, slab.after, work)
+    whole = whole_decays(decays, states)
+    for numbers, before, after in tiles.steps:
+        add_decayed(states, after, take(whole, numbers), before)
+    return states
 
 
-def _take(stream: Tensor, bucket: Bucket) -> Tensor:
-    """`[T, ...]` -> `[n, q, ...]`."""
-    if bucket.index is not None:
-        stream = stream.index_select(0, bucket.index.flatten())
-    return stream.unflatten(0, (bucket.count, bucket.size))
+def _outputs(
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    tiles: Tiles,
+    decays: list[Decays],
+) -> Tensor:
+    sizes, work = Sizes(x, B), Workspace(x, states.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    skip = None if D is None else D.to(states.dtype)[:, None]
+    for slab, decay in zip(tiles.slabs, decays, strict=True):
+        part = slab.target(y, states.dtype)  # [n, q, H, P]
+        _slab_outputs(slab, decay, sizes, work, (x, B, C, skip), states, part)
+        slab.put(y, part)
+    return y
 
 
-def _decay_between(a: Tensor) -> Tensor:
-    """`exp(a_i - a_j)` for j <= i and 0 elsewhere: `[n, H, q]` -> `[n, H, q, q]`."""
-    q = a.shape[-1]
-    future = torch.ones(q, q, dtype=torch.bool, device=a.device).triu(1)
-    # Masked before the exponential: a_i - a_j is large and positive there, and inf * 0 is not 0.
-    return (a[..., :, None] - a[..., None, :]).masked_fill(future, float("-inf")).exp()
+def _slab_outputs(
+    slab: Slab,
+    decay: Decays,
+    sizes: Sizes,
+    work: Workspace,
+    streams: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    states: Tensor,
+    y: Tensor,
+) -> None:
+    n, q, H, P, G, R, N = slab.count, slab.size, sizes.H, sizes.P, sizes.G, sizes.R, sizes.N
+    x, B, C, skip = streams
+    x = slab.take(x)
+    Bg = shared(slab, B, work("B", n * G, q, N))
+    Cg = shared(slab, C, work("C", n * G, q, N))
 
+    CB = torch.bmm(Cg, Bg.transpose(1, 2), out=work("CB", n * G, q, q))
+    scores = decay.between(out=work("scores", n, H, q, q))
+    scores.view(n * G, R, q, q).mul_(CB[:, None])
+    dtx = work("dtx", n, H, q, P)
+    torch.mul(x.transpose(1, 2), decay.dt.transpose(1, 2)[..., None], out=dtx)
+    within = torch.bmm(scores.flatten(0, 1), dtx.flatten(0, 1), out=work("within", n * H, q, P))
 
-def _pass_states(cut: list[_Tile], tiles: Tiles, initial_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk `[C, H, P, N]`, and after each document `[D, H, P, N]`."""
-    state = initial_states.index_select(0, tiles.rank_order)
-    if not cut:
-        return initial_states[:0], initial_states
-    states = torch.cat([tile.states for tile in cut]).index_select(0, tiles.step_chunks)
-    decay = torch.cat([tile.decay for tile in cut]).index_select(0, tiles.step_chunks)
-    before, finished = [], []
-    for start, count in zip(step_starts(tiles.active), tiles.active, strict=False):
-        finished.append(state[count:])
-        state = state[:count]
-        before.append(state)
-        step = slice(start, start + count)
-        state = torch.addcmul(states[step], decay[step], state)
-    finished.append(state)
-    final = torch.cat(finished[::-1]).index_select(0, tiles.document_order)
-    return torch.cat(before).index_select(0, tiles.chunk_steps), final
-
-
-def _join(cut: list[_Tile], tiles: Tiles, states_in: Tensor, like: Tensor) -> Tensor:
-    """The tiles' outputs as packed tokens `[T, H, P]`."""
-    if not cut:
-        return torch.zeros_like(like)
-    parts = states_in.split([bucket.count for bucket in tiles.buckets])
-    y = torch.cat([tile.outputs(part).flatten(0, 1) for tile, part in zip(cut, parts, strict=True)])
-    return y if tiles.token_order is None else y.index_select(0, tiles.token_order)
+    before = take(states, slab.before).reshape(n * G, R * P, N)
+    carried = torch.bmm(Cg, before.transpose(1, 2), out=work("carried", n * G, q, R * P))
+    carried = carried.view(n, G, q, R, P)
+    torch.mul(carried, by_group(decay.from_start()[..., None], sizes), out=by_group(y, sizes))
+    y.add_(within.view(n, H, q, P).transpose(1, 2))
+    if skip is not None:
+        y.addcmul_(x, skip)

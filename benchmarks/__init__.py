@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: one table of ours beside its peers."""

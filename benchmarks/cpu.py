@@ -1,0 +1,163 @@
+"""Training, one block of experts and decoding on a CPU, beside transformers.
+
+The configuration is small enough for a laptop and has every block type; both run fp32 with the
+same weights on the same tokens. Answers are compared before anything is timed.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Timing, alternate, peak_memory
+from benchmarks.table import Row, unavailable
+from nemotron_v3 import NemotronV3ForCausalLM
+
+BLOCKS = ("mamba", "moe", "mamba", "attention", "mamba", "moe", "mamba", "mlp")
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "layers_block_type": list(BLOCKS),
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "n_groups": 2,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "intermediate_size": 1024,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+}
+TOKENS = (1024, 2048, 4096)
+REPEATS = 5
+CLOSE = 1e-4  # relative, Frobenius: fp32 through eight blocks, far below any mistake
+
+
+def rows() -> Iterator[Row]:
+    peer = _peer()
+    check_answers()
+    for tokens in TOKENS:
+        yield from _timed("training step", f"1 x {tokens}", tokens, {
+            "ours": _training("ours", tokens), peer.NAME: _training("peer", tokens),
+        })  # fmt: skip
+        memory = {name: peak_memory("benchmarks.cpu:train", name, tokens) for name in MODELS}
+        theirs = {peer.NAME: memory["peer"]}
+        shape = f"1 x {tokens}"
+        yield Row("training, peak memory", shape, "GiB", memory["ours"], theirs, False)
+    tokens = TOKENS[1]
+    yield from _timed("MoE block, training", f"1 x {tokens}", tokens, {
+        "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
+    })  # fmt: skip
+    for batch in (1, 8):
+        why = unavailable("comes with generation")
+        yield Row("greedy decoding", f"{batch} x 256", "tokens/s", why, {peer.NAME: why})
+
+
+def train(name: str, tokens: int) -> None:
+    """Two training steps: what a process is watched at for its peak memory."""
+    step = _training(name, tokens)
+    step()
+    step()
+
+
+def check_answers() -> None:
+    """Give ours the peer's weights; AssertionError unless logits, loss and gradients agree."""
+    _model("ours").load_state_dict(_model("peer").state_dict())
+    ids = _ids(300)  # not a multiple of the chunk
+    found = {}
+    for name in MODELS:
+        model = _model(name)
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        gradients = torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters())])
+        found[name] = (out.logits.detach(), out.loss.detach(), gradients)
+        model.zero_grad(set_to_none=True)
+    for what, ours, theirs in zip(("logits", "loss", "gradients"), *found.values(), strict=True):
+        error = float((ours - theirs).norm() / theirs.norm())
+        assert error < CLOSE, f"the {what} are {error:.1e} from the peer's: nothing is timed"
+
+
+def _peer() -> Any:
+    """Imported on use: a process that measures our memory must not load it."""
+    from benchmarks.peers import transformers_peer
+
+    return transformers_peer
+
+
+def _ours() -> nn.Module:
+    return NemotronV3ForCausalLM(SIZES)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ours": _ours,
+    "peer": lambda: _peer().causal_lm(SIZES),
+}
+
+
+@cache
+def _model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def _ids(tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(SIZES["vocab_size"], (1, tokens), generator=generator)
+
+
+def _training(name: str, tokens: int) -> Callable[[], None]:
+    model, ids = _model(name), _ids(tokens)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    return step
+
+
+def _moe(name: str, tokens: int) -> Callable[[], None]:
+    block = next(layer.mixer for layer in _model(name).model.layers if layer.block_type == "moe")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, SIZES["hidden_size"], generator=generator).requires_grad_()
+    dy = torch.randn(x.shape, generator=generator)
+
+    def step() -> None:
+        block.zero_grad(set_to_none=True)
+        x.grad = None
+        block(x).backward(dy)
+
+    return step
+
+
+def _timed(
+    work: str, shape: str, tokens: int, variants: dict[str, Callable[[], None]]
+) -> Iterator[Row]:
+    """By the clock with all threads; then with one thread by its processor time, which other work
+    on the machine disturbs less."""
+    yield _row(work, shape, "tokens/s", tokens, alternate(variants, REPEATS), lambda t: t.wall)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        timings = alternate(variants, REPEATS)
+    finally:
+        torch.set_num_threads(threads)
+    yield _row(f"{work}, 1 thread", shape, "tokens/CPU-s", tokens, timings, lambda t: t.cpu)
+
+
+def _row(
+    work: str,
+    shape: str,
+    unit: str,
+    tokens: int,
+    timings: dict[str, Timing],
+    seconds: Callable[[Timing], float],
+) -> Row:
+    rates = {name: tokens / seconds(timing) for name, timing in timings.items()}
+    return Row(work, shape, unit, rates.pop("ours"), rates)
