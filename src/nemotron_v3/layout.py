@@ -312,6 +312,8 @@ class SequenceLayout:
     def pack(self, x: Tensor) -> Tensor:
         """`[*shape, ...]` -> `[T, ...]`: the real tokens, a view where there is no padding."""
         rank = len(self.shape)
+        if rank == 1 and self.token_index is None and x.shape[0] == self.shape[0]:
+            return x
         if tuple(x.shape[:rank]) != self.shape:
             raise ValueError(
                 f"the layout describes tokens of shape {self.shape}, got a tensor of shape "
@@ -325,6 +327,8 @@ class SequenceLayout:
         if self.token_index is not None:
             grid = y.new_zeros(_size(self.shape), *y.shape[1:])
             y = grid.index_copy(0, self.token_index, y)
+        elif len(self.shape) == 1:
+            return y
         return y.reshape(*self.shape, *y.shape[1:])
 
     def to(self, device: torch.device | str) -> "SequenceLayout":

@@ -35,6 +35,10 @@ def enter(
             f"does not fit: this layer takes (batch, seq_len, {width}) or (tokens, {width})"
         )
     shape = tuple(hidden_states.shape[:-1])
+    if attention_mask is None and layout_kwargs.keys() == {"layout"}:
+        layout = layout_kwargs["layout"]
+        if layout is not None and (layout.shape, layout.device) == (shape, hidden_states.device):
+            return layout  # as a model hands it to its blocks, many times a token
     attention_mask = of_new_tokens(attention_mask, shape, cache)
     return SequenceLayout.resolve(shape, hidden_states.device, attention_mask, **layout_kwargs)
 

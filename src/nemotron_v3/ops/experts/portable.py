@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops._dispatch import needs_grad, wide
 
+# Without gradients and with at most so many rows an expert on average, each row alone is faster
+# than sorting them: a few tokens of a decode step.
+ROWS_ALONE = 2
 TILE = 32  # rows of the largest tile: few enough to waste little, enough to keep a core busy
 
 
@@ -25,6 +28,11 @@ def experts(
     x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     K, E = indices.shape[1], up_proj.shape[0]
+    dtype = wide(x.dtype)
+    few = indices.numel() <= ROWS_ALONE * E and x.device.type == "cpu"
+    if few and not needs_grad(x, weights, up_proj, down_proj):
+        y = _row_by_row(x, indices.flatten().tolist(), up_proj, down_proj).unflatten(0, (-1, K))
+        return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
     # A grouped product on a GPU works in tiles of its own.
     grouped = x.is_cuda and x.dtype == torch.bfloat16
     M = 1 if grouped else tile_rows(indices.numel(), E)
@@ -38,8 +46,22 @@ def experts(
         tiled = rows.view(sum(counts), M, x.shape[1])
         y = _tiled(tiled, counts, up_proj, down_proj).flatten(0, 1)
     y = y.index_select(0, place).unflatten(0, (-1, K))  # [T, K, X]
-    dtype = wide(x.dtype)
     return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
+
+
+def _row_by_row(x: Tensor, chosen: list[int], up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """`[T, X]` and the experts of the T*K choices -> `[R, X]`."""
+    K = len(chosen) // x.shape[0] if len(x) else 1
+    up, down = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+    h = x.new_empty(len(chosen), up_proj.shape[1])
+    y = x.new_empty(len(chosen), x.shape[1])
+    tokens = x.split(1)
+    for r, (e, row) in enumerate(zip(chosen, h.split(1), strict=True)):
+        torch.mm(tokens[r // K], up[e], out=row)
+    h.relu_().square_()
+    for e, row, out in zip(chosen, h.split(1), y.split(1), strict=True):
+        torch.mm(row, down[e], out=out)
+    return y
 
 
 def relu2(h: Tensor) -> Tensor:

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops._blocks import block_elements, row_blocks
+from nemotron_v3.ops._dispatch import needs_grad, wide
 
 
 def gated_rms_norm(
     y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float = 1e-5
 ) -> Tensor:
+    if not needs_grad(y, z, weight) and y.numel() <= block_elements(y.device):
+        v = y.to(wide(y.dtype))
+        if z is not None:
+            v = F.silu(z.to(v.dtype)).mul_(v)
+        n = v.unflatten(-1, (-1, group_size))
+        n = (n * _inverse_rms(n, eps)).flatten(-2)
+        return n.mul_(weight.to(v.dtype)).to(y.dtype)
     width = weight.shape[0]
     gate = None if z is None else z.reshape(-1, width)
     return _GatedNorm.apply(y.reshape(-1, width), gate, weight, group_size, eps).view(y.shape)

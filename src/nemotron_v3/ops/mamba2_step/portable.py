@@ -50,7 +50,7 @@ def _conv_step(xBC: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) 
     """Push the newest input into the state `[rows, C, W]`; the convolution's output, after SiLU."""
     state.copy_(torch.cat([state[..., 1:], xBC[..., None].to(state.dtype)], dim=-1))
     dtype = wide(xBC.dtype)
-    y = (state.to(dtype) * weight.to(dtype)).sum(-1)
+    y = torch.linalg.vecdot(state.to(dtype), weight.to(dtype))
     if bias is not None:
-        y = y + bias.to(dtype)
-    return F.silu(y).to(xBC.dtype)
+        y = y.add_(bias.to(dtype))
+    return F.silu(y, inplace=True).to(xBC.dtype)

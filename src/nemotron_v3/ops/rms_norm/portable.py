@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops._blocks import block_elements, row_blocks
+from nemotron_v3.ops._dispatch import needs_grad, wide
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
 ) -> Tensor:
+    if not needs_grad(x, weight) and x.numel() <= block_elements(x.device):
+        x_wide = x.to(wide(x.dtype))
+        n = (x_wide * _inverse_rms(x_wide, eps)).mul_(weight.to(x_wide.dtype))
+        return n.to(out_dtype or x.dtype)
     rows = x.reshape(-1, weight.shape[0])
     return _Norm.apply(rows, weight, eps, out_dtype or x.dtype).view(x.shape)
 

@@ -1,0 +1,350 @@
+"""A decode step on a CPU with as few calls as possible.
+
+One token of a small model costs less arithmetic than the calls that ask for it: modules, checks,
+views and fresh arrays take most of a step. So the weights, the views and the arrays are laid out
+once for a cache, and a step is a list of in-place operations on them. It computes what the model's
+`forward` computes, in the same precision and another order of sums, and takes over only where every
+module is the plain one that it knows; hooks, adapters, other dtypes and other devices go through
+`forward`.
+
+Letters: B rows, one token each; D hidden size, V vocabulary; Mamba: H heads, P head width, G
+groups, N state, W conv taps, C convolved channels; MoE: E experts, K choices a token, R = B*K
+choices, X width the experts see, F expert width.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemotron_v3 import ops
+from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+
+PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
+PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
+# With more choices an expert on average the op for many tokens is as fast.
+FEW_CHOICES = 4
+# Where BLAS is slower than the memory: elements of a row, rows of a batch, elements of a weight
+# (the products are to stay in a cache).
+SHORT_ROW, FEW_TOKENS, SCRATCH = 512, 16, 1 << 20
+
+
+class DecodeStep:
+    """One token a row for a cache, which moves on: call it with tokens `[B]` for logits `[B, V]`.
+
+    The next call writes over the logits.
+
+    Args:
+        model: one that `fits` says yes to.
+        cache: which nothing but this may touch as long as it is used.
+    """
+
+    def __init__(self, model: NemotronV3ForCausalLM, cache: NemotronHybridCache):
+        self.cache = cache
+        self.layout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
+        self._embeddings = model.model.embeddings.weight
+        self._scratch: Tensor | None = None
+        self._blocks = [
+            _BLOCKS[block.block_type](self, block, layer)
+            for layer, block in enumerate(model.model.layers)
+        ]
+        self._norm = _Norm(self, model.model.norm_f)
+        self._head = _Linear(self, model.lm_head.weight)
+
+    @staticmethod
+    def fits(model: NemotronV3ForCausalLM, cache: NemotronHybridCache) -> bool:
+        """Whether a step computes what the model's `forward` would."""
+        backend, kind = model.model.backend, model.model.embeddings.weight
+        tensors = [*model.parameters(), *model.buffers(), *cache.ssm_states.values()]
+        return (
+            kind.device.type == "cpu"
+            and kind.dtype in (torch.float32, torch.float64)
+            and all(t.dtype == kind.dtype and t.device == kind.device for t in tensors)
+            and all(type(p) is nn.Parameter for p in model.parameters())
+            and cache.rollback_window == 0
+            and not torch.is_autocast_enabled("cpu")
+            and backend.impl in ("auto", "portable")
+            and (backend.attn, backend.linear) == ("sdpa", "torch")
+            and all(map(_is_plain, model.modules()))
+        )
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        hidden = self._embeddings.index_select(0, tokens)  # [B, D], the residual stream
+        for block in self._blocks:
+            block(hidden)
+        self.cache.finish()
+        return self._head(self._norm(hidden))
+
+    def empty(self, *shape: int) -> Tensor:
+        """An array `[B, *shape]` of the model's dtype."""
+        return self._embeddings.new_empty(self.cache.batch_size, *shape)
+
+    def scratch(self, *shape: int) -> Tensor:
+        """An array that all who ask share: what it holds is gone with the next user."""
+        if self._scratch is None:
+            self._scratch = self._embeddings.new_empty(SCRATCH)
+        return self._scratch[: math.prod(shape)].view(shape)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return known and not hooked
+
+
+class _Norm:
+    """RMS normalisation of `[B, groups, D / groups]`, one array for all results."""
+
+    def __init__(self, step: DecodeStep, norm: nn.Module, groups: int = 1):
+        self._weight = norm.weight.detach()
+        width = len(self._weight)
+        self._result = step.empty(width)
+        self._by_group = self._result.view(-1, groups, width // groups)
+        self._rms = step.empty(groups, 1)
+        self._eps = step.empty(groups, 1).fill_(norm.variance_epsilon)
+        self._share = groups / width  # of an element in the mean square
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[B, D]` -> `[B, D]`."""
+        groups, rms = self._by_group, self._rms
+        x = x.view(groups.shape)
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rms)
+        torch.addcmul(self._eps, rms, rms, value=self._share, out=rms).rsqrt_()
+        torch.mul(x, rms, out=groups)
+        return self._result.mul_(self._weight)
+
+
+class _Linear:
+    """A projection `[B, n] -> [B, m]`, into its own array or added to another.
+
+    A step reads every weight once, from memory that is far away, and BLAS reads short rows at a
+    third of what the memory gives. So one token takes a product element by element, which streams
+    through the weight, and a few tokens take `W x^T`; long rows and many tokens are BLAS's own.
+    """
+
+    def __init__(self, step: DecodeStep, weight: Tensor, bias: Tensor | None = None):
+        self._weight, self._bias = weight.detach(), bias
+        self._transposed = self._weight.t()
+        B, (m, n) = step.cache.batch_size, weight.shape
+        self.result = step.empty(m)
+        self._row = self.result[0]
+        self._products = self._columns = None
+        if B == 1 and n <= SHORT_ROW and m * n <= SCRATCH:
+            self._products = step.scratch(m, n)
+        elif 1 < B <= FEW_TOKENS:
+            self._columns = weight.new_empty(m, B)
+
+    @classmethod
+    def of(cls, step: DecodeStep, linear: nn.Module) -> Self:
+        return cls(step, linear.weight, linear.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._products is not None:
+            torch.mul(self._weight, x, out=self._products)
+            torch.sum(self._products, -1, out=self._row)
+        elif self._columns is not None:
+            torch.mm(self._weight, x.t(), out=self._columns)
+            self.result.copy_(self._columns.t())
+        else:
+            torch.mm(x, self._transposed, out=self.result)
+        return self.result if self._bias is None else self.result.add_(self._bias)
+
+    def add_to(self, sum_: Tensor, x: Tensor) -> None:
+        sum_.add_(self(x))
+
+
+class _MLP:
+    def __init__(self, step: DecodeStep, mlp: nn.Module):
+        self._up, self._down = _Linear.of(step, mlp.up_proj), _Linear.of(step, mlp.down_proj)
+
+    def add_to(self, sum_: Tensor, x: Tensor) -> None:
+        self._down.add_to(sum_, self._up(x).relu_().square_())
+
+
+class _MLPBlock:
+    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
+        self._norm, self._mlp = _Norm(step, block.norm), _MLP(step, block.mixer)
+
+    def __call__(self, hidden: Tensor) -> None:
+        self._mlp.add_to(hidden, self._norm(hidden))
+
+
+class _AttentionBlock:
+    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
+        mixer = block.mixer
+        self._step, self._layer = step, layer
+        self._norm = _Norm(step, block.norm)
+        self._q, self._k, self._v, self._o = (
+            _Linear.of(step, p) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
+        )
+        width = mixer.head_dim
+        self._heads = [p.result.unflatten(1, (-1, width)) for p in (self._q, self._k, self._v)]
+        self._impl = mixer.backend.impl
+
+    def __call__(self, hidden: Tensor) -> None:
+        x = self._norm(hidden)
+        for projection in (self._q, self._k, self._v):
+            projection(x)
+        q, k, v = self._heads
+        state, step = self._step.cache.begin(self._layer, self._step.layout)
+        keys, values = state.append(k, v, step)
+        y = ops.cached_attention(
+            q,
+            keys,
+            values,
+            layout=step.layout,
+            starts=step.starts,
+            positions=step.positions,
+            impl=self._impl,
+        )
+        self._o.add_to(hidden, y.flatten(1))
+
+
+class _MambaBlock:
+    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
+        mixer, state = block.mixer, step.cache.states[layer]
+        B, H, P = step.cache.batch_size, mixer.num_heads, mixer.head_dim
+        G, N = mixer.n_groups, mixer.ssm_state_size
+        self._step, self._layer = step, layer
+        self._norm, self._gated = _Norm(step, block.norm), _Norm(step, mixer.norm, G)
+        self._in, self._out = _Linear.of(step, mixer.in_proj), _Linear.of(step, mixer.out_proj)
+        self._z, xBC, self._dt = self._in.result.split([H * P, H * P + 2 * G * N, H], dim=1)
+
+        self._conv = state.conv  # [B, C, W]
+        self._window = torch.empty_like(state.conv)
+        self._inputs = (state.conv[..., 1:], xBC[..., None])
+        self._taps, self._conv_bias = mixer.conv1d.weight.detach()[:, 0], mixer.conv1d.bias
+        self._xBC = step.empty(xBC.shape[1])
+        x, inputs, outputs = self._xBC.split([H * P, G * N, G * N], dim=1)
+        self._x = x.unflatten(1, (H, P))
+        self._B_row = inputs.unflatten(1, (G, 1, N))  # [B, G, 1, N]
+        self._C_in_place = outputs.unflatten(1, (G, N))
+        self._C_copy = step.empty(G, N)
+        self._C_row = self._C_copy.view(B * G, 1, N)
+
+        self._dt_bias, self._dt_limit = mixer.dt_bias.detach(), mixer.time_step_limit
+        self._A, self._D = -mixer.A_log.detach().exp(), mixer.D.detach()[:, None]
+        self._step_size, self._decay = step.empty(H), step.empty(H)
+        self._dtx = step.empty(H, P)
+        self._dtx_column = self._dtx.view(B, G, -1, 1)  # [B, G, H/G*P, 1]
+        self._state, self._decay_4d = state.ssm, self._decay[..., None, None]
+        self._by_group = state.ssm.view(B, G, -1, N)  # [B, G, H/G*P, N]
+        self._transposed = state.ssm.view(B * G, -1, N).transpose(1, 2)
+        self._y = step.empty(H * P)
+        self._y_row, self._y_heads = self._y.view(B * G, 1, -1), self._y.view(B, H, P)
+
+    def __call__(self, hidden: Tensor) -> None:
+        self._step.cache.begin(self._layer, self._step.layout)
+        self._in(self._norm(hidden))
+        self._convolve()
+        self._recur()
+        y = F.silu(self._z).mul_(self._y)
+        self._out.add_to(hidden, self._gated(y))
+
+    def _convolve(self) -> None:
+        torch.cat(self._inputs, -1, out=self._window)
+        self._conv.copy_(self._window)
+        torch.linalg.vecdot(self._window, self._taps, out=self._xBC)
+        if self._conv_bias is not None:
+            self._xBC.add_(self._conv_bias)
+        F.silu(self._xBC, inplace=True)
+
+    def _recur(self) -> None:
+        """`S <- exp(dt A) S + dt x B^T`, `y = S C + D x`."""
+        torch.add(self._dt, self._dt_bias, out=self._step_size)
+        dt = F.softplus(self._step_size)
+        if self._dt_limit != (0.0, float("inf")):
+            dt.clamp_(*self._dt_limit)
+        torch.mul(dt, self._A, out=self._decay).exp_()
+        self._state.mul_(self._decay_4d)
+        torch.mul(self._x, dt[..., None], out=self._dtx)
+        self._by_group.addcmul_(self._dtx_column, self._B_row)
+        # C from the left: a batch of (matrix, column) products runs several times slower.
+        self._C_copy.copy_(self._C_in_place)
+        torch.bmm(self._C_row, self._transposed, out=self._y_row)
+        self._y_heads.addcmul_(self._D, self._x)
+
+
+class _MoEBlock:
+    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
+        mixer = block.mixer
+        self._norm, self._gate = _Norm(step, block.norm), mixer.gate
+        self._shared = _MLP(step, mixer.shared_experts)
+        self._into = self._back = None
+        if mixer.fc1_latent_proj is not None:
+            self._into = _Linear.of(step, mixer.fc1_latent_proj)
+            self._back = _Linear.of(step, mixer.fc2_latent_proj)
+            self._latent_sum = torch.empty_like(self._into.result)
+        self._experts = mixer.experts
+        E, F_, X = mixer.experts.up_proj.shape
+        B, K = step.cache.batch_size, mixer.gate.top_k
+        self._few = B * K <= FEW_CHOICES * E
+        self._streams = B == 1 and max(F_, X) <= SHORT_ROW and K * F_ * X <= SCRATCH
+        if self._few:
+            self._up = mixer.experts.up_proj.detach().unbind(0)  # [F, X] each
+            self._down = mixer.experts.down_proj.detach().unbind(0)  # [X, F] each
+            self._h, self._y = step.empty(K, F_).view(B * K, F_), step.empty(K, X).view(B * K, X)
+        if self._streams:
+            self._up_products, self._down_products = step.scratch(K, F_, X), step.scratch(K, X, F_)
+
+    def __call__(self, hidden: Tensor) -> None:
+        x = self._norm(hidden)
+        weights, indices = self._gate(x)  # [B, K]
+        if self._into is None:
+            self._route(hidden, x, weights, indices)
+        else:
+            routed = self._latent_sum.zero_()
+            self._route(routed, self._into(x), weights, indices)
+            self._back.add_to(hidden, routed)
+        self._shared.add_to(hidden, x)
+
+    def _route(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
+        """Add the experts' outputs `[B, X]`, each with its weight."""
+        if not self._few:
+            sum_.add_(self._experts(x, indices, weights))
+        elif self._streams:
+            self._route_one(sum_, x, weights, indices)
+        else:
+            self._route_few(sum_, x, weights, indices)
+
+    def _route_one(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
+        """One token: element by element, as `_Linear` does."""
+        chosen = indices[0].tolist()
+        for expert, products in zip(chosen, self._up_products, strict=True):
+            torch.mul(self._up[expert], x, out=products)
+        torch.sum(self._up_products, -1, out=self._h)
+        self._h.relu_().square_().mul_(weights.view(-1, 1))
+        for expert, h, products in zip(chosen, self._h, self._down_products, strict=True):
+            torch.mul(self._down[expert], h, out=products)
+        torch.sum(self._down_products, -1, out=self._y)
+        sum_.add_(self._y.sum(0))
+
+    def _route_few(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
+        """Choices by expert, so that each expert's weights are read once."""
+        chosen, order = indices.view(-1).sort(stable=True)  # [R]
+        tokens = order // indices.shape[1]
+        runs = [(expert, len(list(run))) for expert, run in groupby(chosen.tolist())]
+        sizes = [size for _, size in runs]
+        x_parts = x.index_select(0, tokens).split(sizes)
+        h_parts, y_parts = self._h.split(sizes), self._y.split(sizes)
+        for (expert, _), part, h in zip(runs, x_parts, h_parts, strict=True):
+            torch.mm(part, self._up[expert].t(), out=h)
+        self._h.relu_().square_().mul_(weights.view(-1, 1).index_select(0, order))
+        for (expert, _), h, y in zip(runs, h_parts, y_parts, strict=True):
+            torch.mm(h, self._down[expert].t(), out=y)
+        sum_.index_add_(0, tokens, self._y)
+
+
+_BLOCKS: dict[str, Callable[[DecodeStep, nn.Module, int], Callable[[Tensor], None]]] = {
+    "mamba": _MambaBlock,
+    "attention": _AttentionBlock,
+    "mlp": _MLPBlock,
+    "moe": _MoEBlock,
+}

@@ -1,0 +1,403 @@
+"""Prefill, then one token a row and step, until every row has ended.
+
+Letters: R rows, V vocabulary, T packed tokens.
+
+Between two steps a row's cache holds all of the row's tokens but the last, which is fed next. Rows
+that have ended leave the batch: their part of the cache is set aside as it is, so that at the end
+the cache holds of every row exactly what the row's result says.
+
+On an accelerator the host would have to wait for every token to see whether it ends a row. So steps
+go in segments, and the host looks once a segment. A row that ended inside one was fed some tokens
+too many, and a recurrent state cannot be unfed: its cache is taken from a copy made when the
+segment began, and fed the tokens that count.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.generation.decode import DecodeStep
+from nemotron_v3.generation.options import GenerationOptions
+from nemotron_v3.generation.prompts import read_prompts
+from nemotron_v3.generation.sampling import Sampler
+from nemotron_v3.generation.stopping import Row
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+
+STEPS_AT_ONCE = 16  # between two looks of the host, on an accelerator
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """Of `generate`. Rows are the prompts in order, each `num_return_sequences` times in a row.
+
+    Attributes:
+        sequences: int64 `[R, S]` on the model's device: the prompt's real tokens, then the new
+            ones, the token that ended the row included, then padding up to the longest row.
+            Padding of the prompts, on whichever side it was, is gone.
+        attention_mask: int64 `[R, S]`, 1 = real and 0 = padding.
+        prompt_lengths: real prompt tokens of each row.
+        lengths: tokens of each row in all.
+        finish_reason: of each row, `"stop"` (an eos token or a stop string) or `"length"`.
+        logprobs: if asked for, fp32 or wider `[R, N]`: column j for the j-th new token of each row,
+            0 behind its last.
+        text: with a tokenizer, what the new tokens of each row read, without the eos token or the
+            stop string that ended it, or a character cut short.
+        cache: holds each row's tokens but the last: `lengths[r] - 1` of row r. To go on, give
+            `sequences`, `attention_mask` and this cache as `past_key_values`.
+    """
+
+    sequences: Tensor
+    attention_mask: Tensor
+    prompt_lengths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    finish_reason: tuple[str, ...]
+    logprobs: Tensor | None
+    text: tuple[str, ...] | None
+    cache: NemotronHybridCache
+
+    @property
+    def new_tokens(self) -> list[list[int]]:
+        """The new tokens of each row."""
+        rows = zip(self.sequences.tolist(), self.prompt_lengths, self.lengths, strict=True)
+        return [row[start:end] for row, start, end in rows]
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """One new token.
+
+    Attributes:
+        row: which row it belongs to.
+        token_id: the token.
+        text: what can be told now, never half a character; "" without a tokenizer. A row's texts
+            put together are `GenerationOutput.text`.
+        logprob: the model's log-probability of it, if asked for.
+        finish_reason: `"stop"` or `"length"` with a row's last token, else None.
+    """
+
+    row: int
+    token_id: int
+    text: str
+    logprob: float | None
+    finish_reason: str | None
+
+
+def generate(
+    model: NemotronV3ForCausalLM,
+    input_ids: Any,
+    attention_mask: Tensor | None = None,
+    *,
+    past_key_values: NemotronHybridCache | None = None,
+    **options: Any,
+) -> GenerationOutput:
+    """Continue every prompt until an eos token, a stop string, or `max_new_tokens`.
+
+    Args:
+        model: the model, in the mode (`eval()`) it is to run in.
+        input_ids: integers `[R, S]` or `[S]`; a list of ints, or of rows of different lengths; with
+            a tokenizer a text, or a list of texts.
+        attention_mask: `[R, S]`, 1 = real and 0 = padding, on any side of each row.
+        past_key_values: a cache of what each prompt begins with, updated in place: `input_ids` are
+            the whole sequences, and what the cache holds of them is not fed again. With
+            `num_return_sequences` above 1 it ends up holding the prompts, and the output has a
+            cache of its own.
+        **options: see `GenerationOptions`.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, an option out of range, a cache
+            of another config, batch or dtype, or too short a one; the cache is untouched then.
+        TypeError: an unknown option.
+    """
+    run = _Run(model, input_ids, attention_mask, past_key_values, GenerationOptions.of(options))
+    for _ in run.tokens():
+        pass
+    return run.output()
+
+
+def stream(
+    model: NemotronV3ForCausalLM,
+    input_ids: Any,
+    attention_mask: Tensor | None = None,
+    *,
+    past_key_values: NemotronHybridCache | None = None,
+    **options: Any,
+) -> Iterator[StreamedToken]:
+    """Like `generate`, token by token as they come: in each step one for every row not yet ended.
+
+    Arguments and errors are `generate`'s, and errors come at the call. A cache given is complete
+    when the iterator is exhausted; left early, it holds the tokens fed so far.
+    """
+    run = _Run(model, input_ids, attention_mask, past_key_values, GenerationOptions.of(options))
+    run.steps_at_once = 1
+    return run.tokens()
+
+
+class _Run:
+    """One call of `generate` or `stream`."""
+
+    def __init__(
+        self,
+        model: NemotronV3ForCausalLM,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        cache: NemotronHybridCache | None,
+        options: GenerationOptions,
+    ):
+        self.model, self.options = model, options
+        embedding = model.model.embeddings.weight
+        self.device, vocab_size = embedding.device, model.config.vocab_size
+        self.prompts = read_prompts(input_ids, attention_mask, options.tokenizer, vocab_size)
+        self.given = cache
+        if cache is None:
+            cache = NemotronHybridCache(
+                model.config, len(self.prompts), embedding.dtype, self.device
+            )
+        self.unfed = self._check_cache(cache, embedding.dtype)
+        self.cache = cache
+        copies = range(options.num_return_sequences)
+        self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
+        eos = options.eos(model.config)
+        self.rows = [
+            Row(eos, options.max_new_tokens, options.tokenizer, options.stops)
+            for _ in self.row_prompts
+        ]
+        self.sampler = Sampler(options, self.row_prompts, vocab_size, embedding)
+        self.active = list(range(len(self.rows)))
+        self.complete: list[tuple[list[int], NemotronHybridCache]] = []
+        self.can_stop = bool(eos or options.stops)
+        self.steps_at_once = options.max_new_tokens
+        if self.can_stop:
+            self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
+
+    def _check_cache(self, cache: NemotronHybridCache, dtype: torch.dtype) -> list[Tensor]:
+        """What of each prompt the cache does not hold yet; checks that all of the run fits it."""
+        if not isinstance(cache, NemotronHybridCache):
+            raise TypeError(
+                f"past_key_values is a {type(cache).__name__}: give a NemotronHybridCache made "
+                "from the model's config"
+            )
+        if cache.batch_size != len(self.prompts):
+            raise ValueError(
+                f"the cache has {cache.batch_size} rows, input_ids {len(self.prompts)}: they must "
+                "be the same"
+            )
+        unfed = []
+        for row, (prompt, held) in enumerate(zip(self.prompts, cache.lengths, strict=True)):
+            if held >= len(prompt):
+                raise ValueError(
+                    f"row {row} of the cache holds {held} tokens, its prompt has {len(prompt)}: "
+                    "give the whole sequence, what the cache holds and at least one token more"
+                )
+            unfed.append(prompt[held:])
+        # The last new token is never fed.
+        fed = [len(tokens) + self.options.max_new_tokens - 1 for tokens in unfed]
+        cache.check(self.model.config, dtype, SequenceLayout.from_lengths(fed, self.device))
+        return unfed
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def tokens(self) -> Iterator[StreamedToken]:
+        """Run to the end; every new token, step by step."""
+        logits = self._prefill()
+        self._step = self._make_step()
+        pending: Tensor | None = None  # the last token of each row, which is not fed yet
+        produced = 0
+        while self.active:
+            steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
+            base = self.cache.select(self.places) if steps > 1 and self.can_stop else None
+            segment = self._segment(steps, logits, pending)
+            yield from self._read(segment)
+            ended = [place for place in self.places if self._row(place).finish_reason]
+            if ended:
+                self._set_aside(ended, produced, base, segment)
+            going_on = [place for place in self.places if not self._row(place).finish_reason]
+            pending = segment.drawn[-1]
+            if ended and going_on:
+                index = torch.tensor(going_on, device=self.device)
+                pending = pending.index_select(0, index)
+                self.sampler.select(going_on, index)
+                self.cache = self.cache.select(going_on)
+                self._step = self._make_step()
+            self.active = [self.active[place] for place in going_on]
+            produced += steps
+        self._gather()
+
+    @torch.no_grad()
+    def _prefill(self) -> Tensor:
+        """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
+        longest = max(map(len, self.unfed))
+        chunk = self.options.prefill_chunk or longest
+        after: dict[int, Tensor] = {}
+        for start in range(0, longest, chunk):
+            pieces = [tokens[start : start + chunk] for tokens in self.unfed]
+            ending = [
+                row for row, tokens in enumerate(self.unfed) if start < len(tokens) <= start + chunk
+            ]
+            after.update(zip(ending, self._feed(self.cache, pieces, ending), strict=True))
+        logits = torch.stack([after[row] for row in range(len(self.unfed))])
+        if self.options.num_return_sequences > 1:
+            self.cache = self.cache.repeat(self.options.num_return_sequences)
+            logits = logits.repeat_interleave(self.options.num_return_sequences, 0)
+        return logits
+
+    def _feed(
+        self, cache: NemotronHybridCache, pieces: Sequence[Tensor], rows: Sequence[int] = ()
+    ) -> Tensor:
+        """Feed any number of tokens to each row; the logits after the last one of some rows."""
+        layout = SequenceLayout.from_lengths([len(piece) for piece in pieces], self.device)
+        last = torch.tensor([layout.offsets[row + 1] - 1 for row in rows], dtype=torch.int64)
+        return self.model(
+            torch.cat(list(pieces)).to(self.device),
+            layout=layout,
+            past_key_values=cache,
+            logits_to_keep=last.to(self.device),
+        ).logits
+
+    def _make_step(self) -> Callable[[Tensor], Tensor]:
+        """What feeds one token to each row of the present cache: `[R]` -> `[R, V]`."""
+        if DecodeStep.fits(self.model, self.cache):
+            return DecodeStep(self.model, self.cache)
+        model, cache = self.model, self.cache
+        layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
+        return lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
+
+    @torch.no_grad()
+    def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
+        """Some steps without a look at what comes out."""
+        segment = _Segment(pending, [], [])
+        for _ in range(steps):
+            if pending is not None:
+                logits = self._step(pending)
+            pending, logprob = self.sampler(logits)
+            segment.drawn.append(pending)
+            if logprob is not None:
+                segment.logprobs.append(logprob)
+        return segment
+
+    def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:
+        """Give the rows their tokens, each until it ends."""
+        logprobs = torch.stack(segment.logprobs).tolist() if segment.logprobs else None
+        for step, tokens in enumerate(segment.values):
+            for place, number in enumerate(self.active):
+                row = self.rows[number]
+                if row.finish_reason is not None:
+                    continue
+                logprob = None if logprobs is None else logprobs[step][place]
+                text = row.push(tokens[place], logprob)
+                yield StreamedToken(number, tokens[place], text, logprob, row.finish_reason)
+
+    @property
+    def places(self) -> range:
+        """Places in the present batch; `active` says which rows stand there."""
+        return range(len(self.active))
+
+    def _row(self, place: int) -> Row:
+        return self.rows[self.active[place]]
+
+    # --- the cache of rows that have ended ------------------------------------------------------
+
+    @torch.no_grad()
+    def _set_aside(
+        self,
+        ended: Sequence[int],
+        produced: int,
+        base: NemotronHybridCache | None,
+        segment: "_Segment",
+    ) -> None:
+        """Keep the cache of the places whose rows ended in a segment.
+
+        Args:
+            produced: tokens each row had when the segment began.
+            base: the cache at that moment, where a row can end before the segment does.
+        """
+        counts = {place: len(self._row(place).tokens) - produced for place in ended}
+        on_time = [place for place in ended if counts[place] == len(segment.drawn)]
+        early = [place for place in ended if counts[place] < len(segment.drawn)]
+        if on_time:
+            all_of_them = len(on_time) == len(self.active)
+            self._keep(on_time, self.cache if all_of_them else self.cache.select(on_time))
+        if early:
+            rewound = base.select(early)
+            fed = [segment.fed(place, counts[place]) for place in early]
+            if any(map(len, fed)):
+                self._feed(rewound, fed)
+            self._keep(early, rewound)
+
+    def _keep(self, places: Sequence[int], cache: NemotronHybridCache) -> None:
+        self.complete.append(([self.active[place] for place in places], cache))
+
+    def _gather(self) -> None:
+        """One cache of all rows, in order, in the caller's own where there is one."""
+        numbers = [number for rows, _ in self.complete for number in rows]
+        self.cache = self.complete[0][1]
+        if len(self.complete) > 1:
+            self.cache = NemotronHybridCache.cat([cache for _, cache in self.complete])
+        if numbers != sorted(numbers):
+            place = {number: place for place, number in enumerate(numbers)}
+            self.cache = self.cache.select([place[number] for number in sorted(numbers)])
+        own = self.given is not None and self.options.num_return_sequences == 1
+        if own and self.cache is not self.given:
+            self.given.restore(self.cache.snapshot())
+            self.cache = self.given
+
+    # --- the result -----------------------------------------------------------------------------
+
+    def output(self) -> GenerationOutput:
+        """What came out, once `tokens` is exhausted."""
+        whole = [
+            torch.cat([prompt, torch.tensor(row.tokens, dtype=torch.int64)])
+            for prompt, row in zip(self.row_prompts, self.rows, strict=True)
+        ]
+        pad = self.options.pad(self.model.config)
+        sequences = pad_sequence(whole, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in whole])
+        mask = torch.arange(sequences.shape[1]) < lengths[:, None]
+        logprobs = None
+        if self.options.return_logprobs:
+            # The host's floats are fp64 and hold what the device computed exactly.
+            rows = [torch.tensor(row.logprobs, dtype=torch.float64) for row in self.rows]
+            logprobs = pad_sequence(rows, batch_first=True).to(self.device, self.sampler.dtype)
+        with_text = self.options.tokenizer is not None
+        return GenerationOutput(
+            sequences=sequences.to(self.device),
+            attention_mask=mask.to(self.device, torch.int64),
+            prompt_lengths=tuple(len(prompt) for prompt in self.row_prompts),
+            lengths=tuple(lengths.tolist()),
+            finish_reason=tuple(row.finish_reason for row in self.rows),
+            logprobs=logprobs,
+            text=tuple(row.text for row in self.rows) if with_text else None,
+            cache=self.cache,
+        )
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Steps between two looks of the host.
+
+    Attributes:
+        pending: the token `[R]` that was fed before the first draw; None where that was the prompt.
+        drawn: the tokens `[R]` of each step.
+        logprobs: their log-probabilities, or empty.
+    """
+
+    pending: Tensor | None
+    drawn: list[Tensor]
+    logprobs: list[Tensor]
+
+    @cached_property
+    def values(self) -> list[list[int]]:
+        """`drawn` on the host."""
+        return torch.stack(self.drawn).tolist()
+
+    def fed(self, place: int, count: int) -> Tensor:
+        """What was fed to one place until its `count`-th token of the segment was drawn."""
+        first = [] if self.pending is None else [self.pending[place].item()]
+        drawn = [tokens[place] for tokens in self.values[: count - 1]]
+        return torch.tensor(first + drawn, dtype=torch.int64)

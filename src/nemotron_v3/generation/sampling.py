@@ -1,0 +1,155 @@
+"""From logits to one token a row.
+
+Letters: R rows, V vocabulary, C candidates.
+
+All arithmetic is in fp32 or wider. A draw inverts the cumulated probabilities at one uniform number
+a row and step. Row r's numbers come from a generator of its own on the CPU, so they depend on its
+seed and on how many tokens it has drawn, and on nothing else: not on the rows beside it, nor on the
+device. Reading them ahead in blocks keeps the CPU and its copies out of the step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.generation.options import GenerationOptions
+
+BLOCK = 64  # uniform numbers drawn ahead
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that are `seen` (bool `[R, V]`) less likely: `l / p`, or `l * p` below 0."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def candidates(
+    logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens a draw may choose from.
+
+    Args:
+        logits: `[R, V]`, after temperature.
+        top_k: the so many likeliest; 0 for all.
+        top_p: of these, the fewest likeliest whose probabilities sum to at least `top_p`, as a
+            part of their own sum.
+        min_p: of these, those at least `min_p` times as likely as the likeliest.
+
+    Returns:
+        Probabilities `[R, C]`, which sum to 1 and are 0 where a token is not to be drawn, and the
+        tokens they belong to, int64 `[R, C]`; None where they are all, in order.
+    """
+    tokens = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, tokens = logits.topk(top_k, dim=-1)  # in falling order
+    elif top_p < 1:
+        logits, tokens = logits.sort(dim=-1, descending=True)
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_p < 1:
+        if tokens is None:  # top_k named all of them
+            probabilities, tokens = probabilities.sort(dim=-1, descending=True)
+        # A token stays while those before it have not reached top_p, so the first always does.
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    if min_p > 0:
+        least = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    return probabilities / probabilities.sum(-1, keepdim=True), tokens
+
+
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first index whose cumulated probability passes `uniform` (fp64 `[R]`, in [0, 1)).
+
+    Never one of probability 0. The sum runs in fp64: in fp32 over a large vocabulary its rounding
+    would be as large as the probability of a rare token.
+    """
+    cumulated = probabilities.to(torch.float64).cumsum(-1)
+    total = cumulated[:, -1:]
+    # `uniform * total` may round up to the total itself, behind which there is no token.
+    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+class Uniform:
+    """A stream of uniform numbers in [0, 1) for each row, from the row's own seed."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+        self._block = torch.empty(0, len(seeds))
+        self._next = 0
+
+    def __call__(self) -> Tensor:
+        """fp64 `[R]`."""
+        if self._next == len(self._block):
+            numbers = [
+                torch.rand(BLOCK, generator=generator, dtype=torch.float64)
+                for generator in self._generators
+            ]
+            self._block = torch.stack(numbers, dim=1).to(self._device)
+            self._next = 0
+        self._next += 1
+        return self._block[self._next - 1]
+
+    def select(self, rows: Sequence[int], index: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._generators = [self._generators[row] for row in rows]
+        self._block = self._block.index_select(1, index)
+
+
+class Sampler:
+    """One token a row from its logits, as the options say.
+
+    Args:
+        options: see `GenerationOptions`.
+        prompts: the tokens each row holds, int64 `[n]` each.
+        vocab_size: V.
+        like: a tensor of the logits' device and dtype.
+    """
+
+    def __init__(
+        self, options: GenerationOptions, prompts: Sequence[Tensor], vocab_size: int, like: Tensor
+    ):
+        self.options = options
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        device = like.device
+        self._uniform: Uniform | None = None
+        self._seen: Tensor | None = None
+        if options.do_sample:
+            seeds = options.seeds(len(prompts))
+            if seeds is None:
+                seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            self._uniform = Uniform(seeds, device)
+        if options.repetition_penalty != 1:
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                seen[row, prompt] = True
+            self._seen = seen.to(device)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for."""
+        logits = logits.to(self.dtype)
+        shaped = logits
+        if self._seen is not None:
+            shaped = penalize_repetition(shaped, self._seen, self.options.repetition_penalty)
+        tokens = shaped.argmax(-1) if self._uniform is None else self._draw(shaped)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        if not self.options.return_logprobs:
+            return tokens, None
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        options = self.options
+        probabilities, tokens = candidates(
+            logits / options.temperature, options.top_k, options.top_p, options.min_p
+        )
+        drawn = invert(probabilities, self._uniform())
+        return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]
+
+    def select(self, rows: Sequence[int], index: Tensor) -> None:
+        """Go on with these rows alone; `index` is int64 `[rows]`, the same on the device."""
+        if self._uniform is not None:
+            self._uniform.select(rows, index)
+        if self._seen is not None:
+            self._seen = self._seen.index_select(0, index)

@@ -1,0 +1,67 @@
+"""Log-probabilities that a model gives to tokens it is shown."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nemotron_v3 import ops
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.model import NemotronV3ForCausalLM, token_grid
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+
+
+def score(
+    model: NemotronV3ForCausalLM,
+    input_ids: Tensor,
+    layout: SequenceLayout | None = None,
+    attention_mask: Tensor | None = None,
+    **layout_kwargs: Any,
+) -> Tensor:
+    """Teacher-forced log-probabilities of the tokens.
+
+    Differentiable. The logits are computed in slices of tokens, and in the backward pass once
+    more, so that neither they nor their softmax are ever held for all tokens at once.
+
+    Args:
+        model: the model.
+        input_ids: int64 `[B, S]`, or `[T]` without a batch dimension.
+        layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
+        attention_mask: `[B, S]`, 1 = real and 0 = padding on any side, or None.
+        **layout_kwargs: what `SequenceLayout.resolve` takes.
+
+    Returns:
+        The shape of `input_ids`, fp32 or wider, in nats: at each token its log-probability after
+        the tokens before it in its document. 0 at a document's first token, which nothing
+        predicts, and at padding.
+
+    Raises:
+        ValueError, TypeError: masks or layouts that do not fit.
+    """
+    shape, device = token_grid(input_ids, None, model.config.hidden_size)
+    layout = SequenceLayout.resolve(shape, device, attention_mask, layout=layout, **layout_kwargs)
+    hidden = layout.pack(model.model(input_ids, layout=layout).last_hidden_state)  # [T, D]
+    next_tokens = ops.shift_labels(input_ids, layout)  # [T], negative at a document's end
+    tokens = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    following = [
+        _of_next(model, *part)
+        for part in zip(hidden.split(tokens), next_tokens.split(tokens), strict=True)
+    ]
+    scores = torch.cat(following)
+    return layout.unpack(torch.cat([scores.new_zeros(min(1, len(scores))), scores[:-1]]))
+
+
+def _of_next(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+    """`[T, D]` and `[T]` -> the log-probability of each next token, 0 where there is none."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return checkpoint(_log_probability, model, hidden, next_tokens, use_reentrant=False)
+    return _log_probability(model, hidden, next_tokens)
+
+
+def _log_probability(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+    logits = model.lm_head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.gather(1, next_tokens.clamp(min=0)[:, None])[:, 0]
+    return (chosen - logits.logsumexp(-1)).masked_fill(next_tokens < 0, 0)
