@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Timing, alternate, peak_memory
-from benchmarks.table import Row, unavailable
+from benchmarks.table import Row
 from nemotron_v3 import NemotronV3ForCausalLM
 
 BLOCKS = ("mamba", "moe", "mamba", "attention", "mamba", "moe", "mamba", "mlp")
@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 512,
 }
 TOKENS = (1024, 2048, 4096)
+PROMPT, NEW_TOKENS = 16, 256
 REPEATS = 5
 CLOSE = 1e-4  # relative, Frobenius: fp32 through eight blocks, far below any mistake
 
@@ -56,8 +57,10 @@ def rows() -> Iterator[Row]:
         "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
     })  # fmt: skip
     for batch in (1, 8):
-        why = unavailable("comes with generation")
-        yield Row("greedy decoding", f"{batch} x 256", "tokens/s", why, {peer.NAME: why})
+        check_decoding(batch)
+        yield from _timed("greedy decoding", f"{batch} x {NEW_TOKENS}", batch * NEW_TOKENS, {
+            "ours": _decoding("ours", batch), peer.NAME: _decoding("peer", batch),
+        })  # fmt: skip
 
 
 def train(name: str, tokens: int) -> None:
@@ -82,6 +85,17 @@ def check_answers() -> None:
     for what, ours, theirs in zip(("logits", "loss", "gradients"), *found.values(), strict=True):
         error = float((ours - theirs).norm() / theirs.norm())
         assert error < CLOSE, f"the {what} are {error:.1e} from the peer's: nothing is timed"
+
+
+def check_decoding(batch: int) -> None:
+    """AssertionError unless every token that one chose is a best one by the other's logits."""
+    for chooser, judge in (("ours", "peer"), ("peer", "ours")):
+        sequences = _decoding(chooser, batch)()
+        with torch.no_grad():
+            logits = _model(judge)(input_ids=sequences).logits[:, PROMPT - 1 : -1]
+        chosen = logits.gather(-1, sequences[:, PROMPT:, None])[..., 0]
+        behind = (logits.amax(-1) - chosen).max() / logits.abs().max()
+        assert behind < CLOSE, f"{chooser} chose a token {behind:.1e} behind: nothing is timed"
 
 
 def _peer() -> Any:
@@ -120,6 +134,21 @@ def _training(name: str, tokens: int) -> Callable[[], None]:
         model(input_ids=ids, labels=ids).loss.backward()
 
     return step
+
+
+def _decoding(name: str, batch: int) -> Callable[[], Tensor]:
+    """A prompt's prefill and so many tokens after it: `[batch, PROMPT + NEW_TOKENS]`."""
+    model, prompts = _model(name).eval(), _ids(batch * PROMPT).view(batch, PROMPT)
+    no_end = {
+        "ours": {"eos_token_id": []},
+        "peer": {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "use_cache": True},
+    }
+
+    def decode() -> Tensor:
+        out = model.generate(prompts, max_new_tokens=NEW_TOKENS, **no_end[name])
+        return out if isinstance(out, Tensor) else out.sequences
+
+    return decode
 
 
 def _moe(name: str, tokens: int) -> Callable[[], None]:

@@ -23,8 +23,3 @@ def causal_lm(sizes: dict[str, Any]) -> nn.Module:
     return NemotronHForCausalLM._from_config(
         config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
-
-
-def moe_block(model: nn.Module) -> nn.Module:
-    """The first mixture-of-experts mixer of the model."""
-    return next(layer.mixer for layer in model.model.layers if layer.block_type == "moe")

@@ -1,0 +1,275 @@
+"""The core of a Mamba-2 mixer on a GPU, at the shapes of Nemotron-3 Nano in bf16.
+
+Letters: T tokens, H heads, P head width, G groups, N state. GPU times are replays of a captured
+CUDA graph with a cold L2 cache, medians of many; "eager" is the clock of the host around a call
+that nothing overlaps. Answers are checked against the portable form first.
+"""
+
+import gc
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.table import Row, unavailable
+from nemotron_v3 import ops
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.mamba2 import cases
+
+H, P, G, N, W = 64, 64, 8, 128, 4
+INNER, CHANNELS = H * P, H * P + 2 * G * N
+FLUSH_BYTES = 256 * 2**20
+PEER = "mamba_ssm"
+
+
+def rows() -> Iterator[Row]:
+    """Every row of the table; the first raises if a result is wrong."""
+    _check()
+    T = 8192
+    yield from _conv(T)
+    yield from _norm(T)
+    yield from _scan(T)
+    for lengths in ((8192,), (128,) * 64, (4096,) * 4):
+        yield from _core(lengths)
+    yield from _linear_growth()
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def gpu_time(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Microseconds of one replay of `run`, captured, with a cold cache: the median."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def wall_time(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Microseconds of the host's clock from a call to its result."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+def peak_memory(run: Callable[[], Any]) -> float:
+    """MiB that `run` needs at most, above what was allocated before it."""
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _row(work: str, T: int | str, ours: float, floor: float | None = None, **peers: Any) -> Row:
+    return Row(work, str(T), "us", ours, peers, more_is_better=False, floor=floor)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _conv(T: int) -> Iterator[Row]:
+    layout = SequenceLayout.from_lengths([T], "cuda")
+    x, dy = _normal(T, CHANNELS), _normal(T, CHANNELS)
+    weight, bias = _normal(CHANNELS, W), _normal(CHANNELS)
+    given = {"layout": layout, "impl": "triton"}
+    yield _row(
+        "conv + SiLU, forward",
+        T,
+        gpu_time(lambda: ops.causal_conv1d(x, weight, bias, **given)),
+        67,
+    )
+    from nemotron_v3.ops.causal_conv1d.kernels import tables
+
+    backward = torch.ops.nemotron_v3.causal_conv1d_backward
+    place = (*tables(layout), layout.cu_seqlens)
+    yield _row(
+        "conv + SiLU, backward",
+        T,
+        gpu_time(lambda: backward(dy, None, x, weight, bias, None, *place, True)),
+        101,
+    )
+
+
+def _norm(T: int) -> Iterator[Row]:
+    y, z, dout, weight = _normal(T, INNER), _normal(T, INNER), _normal(T, INNER), _normal(INNER)
+    size = INNER // G
+    peer = _peer_module("layernorm_gated")
+    theirs = unavailable("not installed")
+    if peer is not None:
+        theirs = gpu_time(
+            lambda: peer.rmsnorm_fn(
+                y, weight, None, z=z, eps=1e-5, group_size=size, norm_before_gate=False
+            )
+        )
+    yield _row(
+        "gated norm, forward",
+        T,
+        gpu_time(lambda: ops.gated_rms_norm(y, z, weight, size, impl="triton")),
+        67,
+        **{PEER: theirs},
+    )
+    backward = torch.ops.nemotron_v3.gated_rms_norm_backward
+    yield _row(
+        "gated norm, backward",
+        T,
+        gpu_time(lambda: backward(dout, y, z, weight, size, 1e-5)),
+        112,
+    )
+
+
+def _scan(T: int) -> Iterator[Row]:
+    layout = SequenceLayout.from_lengths([T], "cuda")
+    x, B, C = (_normal(T, *shape).requires_grad_() for shape in ((H, P), (G, N), (G, N)))
+    dt, D = _normal(T, H).requires_grad_(), torch.ones(H, device="cuda").requires_grad_()
+    A = -torch.linspace(1, 16, H, device="cuda")
+    A.requires_grad_()
+    bias = torch.linspace(-6.9, -2.2, H, device="cuda").requires_grad_()
+    dy = _normal(T, H, P)
+
+    def scan() -> Tensor:
+        return ops.ssd(x, dt, A, B, C, D=D, dt_bias=bias, layout=layout, impl="triton")[0]
+
+    def both() -> None:
+        torch.autograd.grad(scan(), (x, dt, A, B, C, D, bias), dy)
+
+    with torch.no_grad():
+        forward = gpu_time(scan)
+    peer = _peer_module("ssd_combined")
+    theirs = theirs_both = unavailable("not installed")
+    if peer is not None:
+
+        def peer_scan() -> Tensor:
+            return peer.mamba_chunk_scan_combined(
+                *(t[None] for t in (x, dt)),
+                A,
+                *(t[None] for t in (B, C)),
+                chunk_size=128,
+                D=D,
+                dt_bias=bias,
+                dt_softplus=True,
+            )
+
+        def peer_both() -> None:
+            torch.autograd.grad(peer_scan(), (x, dt, A, B, C, D, bias), dy[None])
+
+        with torch.no_grad():
+            theirs = gpu_time(peer_scan)
+        theirs_both = gpu_time(peer_both)
+    yield _row("scan, forward (states kept)", T, forward, 56, **{PEER: theirs})
+    yield _row("scan, forward + backward", T, gpu_time(both), 146, **{PEER: theirs_both})
+
+
+def _core_inputs(lengths: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
+    case = cases.Case("nano", lengths, H, P, G, N)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda", torch.Generator().manual_seed(0))
+    leaves = {k: None if t is None else t.requires_grad_() for k, t in inputs.tensors.items()}
+    return leaves, inputs.options, _normal(sum(lengths), INNER)
+
+
+def _core(lengths: tuple[int, ...]) -> Iterator[Row]:
+    leaves, options, dy = _core_inputs(lengths)
+    given = [t for t in leaves.values() if t is not None]
+    shape = f"{len(lengths)} x {lengths[0]}"
+
+    def both() -> None:
+        y = ops.mamba2(**leaves, **options, impl="triton")[0]
+        torch.autograd.grad(y, given, dy)
+
+    yield _row("core, forward + backward, graph", shape, gpu_time(both))
+    yield _row("core, forward + backward, eager", shape, wall_time(both))
+    peak = peak_memory(both)
+    yield Row("core, peak memory", shape, "MiB", peak, more_is_better=False)
+
+
+def _linear_growth() -> Iterator[Row]:
+    """Nanoseconds a token: the forward to 1 M tokens, with the backward to 256 k."""
+    width = INNER + CHANNELS + H
+    leaves, options, _ = _core_inputs((1,))
+    for T, train in ((2**14, True), (2**18, True), (2**20, False)):
+        leaves["zxbcdt"] = _normal(T, width).requires_grad_()
+        options["layout"] = SequenceLayout.from_lengths([T], "cuda")
+        given = [t for t in leaves.values() if t is not None]
+
+        def forward(options: dict = options) -> Tensor:
+            return ops.mamba2(**leaves, **options, impl="triton")[0]
+
+        with torch.no_grad():
+            value = gpu_time(forward, 5) * 1e3 / T
+        yield Row("core, forward, a token", f"1 x {T}", "ns", value, more_is_better=False)
+        if train:
+            dy = _normal(T, INNER)
+            value = gpu_time(lambda: torch.autograd.grad(forward(), given, dy), 5) * 1e3 / T  # noqa: B023
+            yield Row(
+                "core, forward + backward, a token", f"1 x {T}", "ns", value, more_is_better=False
+            )
+            del dy
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+# --- checks and the peer --------------------------------------------------------------------------
+
+
+def _check() -> None:
+    """Ours against the portable form on what is measured; raises where they differ."""
+    leaves, options, dy = _core_inputs((512,))
+    given = [t for t in leaves.values() if t is not None]
+    found = []
+    for impl in ("triton", "portable"):
+        y = ops.mamba2(**leaves, **options, impl=impl)[0]
+        found.append([y, *torch.autograd.grad(y, given, dy)])
+    for ours, theirs in zip(*found, strict=True):
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        if not error < 2e-2:
+            raise AssertionError(f"a result of shape {tuple(ours.shape)} is off by {error:.1e}")
+
+
+def _peer_module(name: str) -> Any:
+    """`mamba_ssm.ops.triton.NAME`, whose package needs its CUDA part only for what is not used."""
+    spec = find_spec("mamba_ssm")
+    if spec is None:
+        return None
+    if "mamba_ssm" not in sys.modules:
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["mamba_ssm"] = package
+    try:
+        return __import__(f"mamba_ssm.ops.triton.{name}", fromlist=["x"])
+    except ImportError:
+        return None

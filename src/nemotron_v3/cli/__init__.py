@@ -1,0 +1,1 @@
+"""The command `nemotron-v3`: one file a verb."""

@@ -1,0 +1,49 @@
+"""The loss of a run as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron_v3.recipes.pretrain import Step
+
+SMOOTHING = 0.95
+
+
+def plot_loss(steps: Sequence[Step], bits_per_byte: dict[str, float], path: Path) -> None:
+    """Write a PNG: the training loss over tokens in bits per byte, each step and smoothed, and the
+    held-out figures as horizontal lines.
+
+    Args:
+        steps: at least one.
+        bits_per_byte: held-out bits per byte by name, the model's first.
+    """
+    # Figure, not pyplot: no global state, no window system.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    tokens = [step.tokens / 1e6 for step in steps]
+    losses = [step.bits_per_byte for step in steps]
+    axes.plot(tokens, losses, color="#76b900", alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, _smooth(losses), color="#76b900", linewidth=1.8, label="training")
+    styles = ("-", "--", ":")
+    for (name, bits), style in zip(bits_per_byte.items(), styles, strict=False):
+        label = f"held out, {name}: {bits:.3f}"
+        axes.axhline(bits, color="#444444", linestyle=style, linewidth=1, label=label)
+    axes.set(
+        xlabel="tokens (millions)",
+        ylabel="bits per byte",
+        ylim=(0, 1.05 * max([*losses, *bits_per_byte.values()])),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential average, corrected for its start."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smooth.append(mean / weight)
+    return smooth

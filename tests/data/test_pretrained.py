@@ -1,0 +1,42 @@
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from nemotron_v3.data.pretrained import PretrainedTokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tokenizer of single bytes, which puts <s> before every text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    )
+    backend.add_special_tokens(["<s>", "<end>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_text_goes_there_and_back(folder):
+    tokenizer = PretrainedTokenizer.load(folder)
+    ids = tokenizer.encode("né 🙂")
+    assert ids[0] == 256 and len(ids) == 1 + len("né 🙂".encode())
+    assert tokenizer.decode(ids) == "né 🙂"
+    assert tokenizer.decode(ids[:-1]) == "né \ufffd"
+
+
+def test_special_tokens_are_added_or_not_and_read_where_they_are_spelt(folder):
+    assert PretrainedTokenizer.load(folder).encode("<end>") == [256, 257]
+    plain = PretrainedTokenizer.load(folder, add_special_tokens=False)
+    assert plain.encode("<s><end>") == [256, 257]
+    assert plain.decode([256, 257]) == ""
+
+
+def test_a_folder_without_one_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        PretrainedTokenizer.load(tmp_path)
