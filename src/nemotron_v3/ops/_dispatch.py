@@ -72,10 +72,19 @@ def without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()))
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        # Entering the context costs as much as a small op, which a decode step is made of.
+        if not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
 
     return run
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_matmul_dtype(x: Tensor) -> torch.dtype:
