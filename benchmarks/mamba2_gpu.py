@@ -262,10 +262,10 @@ def _check() -> None:
 
 def _peer_module(name: str) -> Any:
     """`mamba_ssm.ops.triton.NAME`, whose package needs its CUDA part only for what is not used."""
-    spec = find_spec("mamba_ssm")
-    if spec is None:
-        return None
     if "mamba_ssm" not in sys.modules:
+        spec = find_spec("mamba_ssm")
+        if spec is None:
+            return None
         package = types.ModuleType("mamba_ssm")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["mamba_ssm"] = package

@@ -1,4 +1,4 @@
-"""The README is run and walked: its Python blocks work, and the files it names are there."""
+"""The README and the pages of docs/: their Python blocks work, and what they name is there."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,11 @@ LONGEST = 150
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [body for name, body in BLOCK.findall(README.read_text("utf-8")) if name == language]
+def blocks(language: str, page: Path = README) -> list[str]:
+    return [body for name, body in BLOCK.findall(page.read_text("utf-8")) if name == language]
+
+
+PAGES = [README, *(p for p in sorted((ROOT / "docs").glob("*.md")) if blocks("python", p))]
 
 
 def tree_paths(tree: str) -> list[str]:
@@ -34,13 +37,31 @@ def tree_paths(tree: str) -> list[str]:
     return paths
 
 
-def test_every_python_block_runs_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
-    python = blocks("python")
+    python = blocks("python", page)
     assert python
     for number, block in enumerate(python):
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), namespace)
+
+
+def test_every_test_that_the_api_page_names_exists():
+    page = (ROOT / "docs" / "api.md").read_text("utf-8")
+    named = re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 10
+    for file, test in named:
+        sources = [p.read_text("utf-8") for p in (ROOT / "tests").rglob(file)]
+        assert any(f"def {test}(" in source for source in sources), f"{file}::{test}"
+    for path in re.findall(r"`(tests/[\w/.]+)`", page):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_link_between_pages_leads_somewhere():
+    for page in [README, *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([\w/.-]+\.md)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_every_path_of_the_file_tree_exists():

@@ -3,12 +3,8 @@
 Each test states what is right; an implementation that has the fault fails it. Expected values come
 from the same model asked in another way, from the step-by-step reference, or from transformers.
 
-Not yet, since they are about caches and generation: 1 (prefill onto a filled cache starts anew), 2
-(its attention sees the future), 3 (only the last of several new tokens is used), 6 (the SSM state
-of a cache is rounded), 7 (decoding forgets the limits of dt), 8 (a cache without `cache_position`),
-9 (a cache without a batch dimension), 10 (a cache holds state for blocks that have none), 24 (no
-attention layer, no length). 16 is about running the multi-token-prediction head and 22 about
-context parallelism, which are not built. Of 4 the part without generation is here.
+Those about caches and generation are in `test_cache_faults.py`. 16 is about running the
+multi-token-prediction head and 22 about context parallelism, which are not built.
 """
 
 import copy
