@@ -114,7 +114,7 @@ def _conv(T: int) -> Iterator[Row]:
         gpu_time(lambda: ops.causal_conv1d(x, weight, bias, **given)),
         67,
     )
-    from nemotron_v3.ops.causal_conv1d.kernels import tables
+    from nemotron_v3.ops.causal_conv1d.kernels.launch import tables
 
     backward = torch.ops.nemotron_v3.causal_conv1d_backward
     place = (*tables(layout), layout.cu_seqlens)

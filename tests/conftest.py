@@ -1,4 +1,4 @@
-"""What every test starts from: a seed, and one thread a worker."""
+"""What every test starts from: a seed, one thread a worker, and where kernels run."""
 
 import os
 
@@ -10,6 +10,9 @@ def pytest_configure() -> None:
     # Each xdist worker has one core; two workers of two threads each would take turns.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    # Without a GPU, kernels run in Triton's interpreter: chosen before anything imports Triton.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

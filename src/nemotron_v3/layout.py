@@ -96,10 +96,9 @@ class SequenceLayout:
         device = cu_seqlens.device
         if offsets == slots:
             return cls._build(shape, lengths, None, device)
-        runs = [
-            torch.arange(slot, slot + n) for slot, n in zip(slots[:-1], lengths, strict=True) if n
-        ]
-        return cls._build(shape, lengths, torch.cat(runs) if runs else None, device)
+        none = torch.empty(0, dtype=torch.int64)  # a pack of empty documents is all padding
+        runs = [torch.arange(s, s + n) for s, n in zip(slots[:-1], lengths, strict=True)]
+        return cls._build(shape, lengths, torch.cat([none, *runs]), device)
 
     @classmethod
     def from_seq_idx(cls, seq_idx: Tensor) -> Self:

@@ -1,6 +1,5 @@
 """The released models: their values, as their own files have them."""
 
-
 import pytest
 
 from nemotron_v3.config import PRESETS, NemotronV3Config

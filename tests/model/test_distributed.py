@@ -5,6 +5,8 @@ the two halves' gradients, exactly, since a sum of two numbers has no order.
 """
 
 import copy
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +45,8 @@ def run(worker: Callable[[int], None]) -> None:
 
 def _process(rank: int, worker: Callable[[int], None], meeting: str) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # the host's name may lead to an address nobody answers at
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",

@@ -56,6 +56,9 @@ class DecodeStep:
         ]
         self._norm = _Norm(self, model.model.norm_f)
         self._head = _Linear(self, model.lm_head.weight)
+        # For one token of a small model, waking other threads takes longer than the work.
+        small = all(math.prod(p.shape[-2:]) <= SCRATCH for p in model.parameters())
+        self._one_thread = cache.batch_size == 1 and small
 
     @staticmethod
     def fits(model: NemotronV3ForCausalLM, cache: NemotronHybridCache) -> bool:
@@ -74,8 +77,18 @@ class DecodeStep:
             and all(map(_is_plain, model.modules()))
         )
 
-    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        if not self._one_thread or threads == 1:
+            return self._step(tokens)
+        torch.set_num_threads(1)
+        try:
+            return self._step(tokens)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor) -> Tensor:
         hidden = self._embeddings.index_select(0, tokens)  # [B, D], the residual stream
         for block in self._blocks:
             block(hidden)

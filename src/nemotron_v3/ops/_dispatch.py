@@ -3,11 +3,13 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops import _triton
 from nemotron_v3.ops._selfcheck import CASES, SelfChecked
 
 IMPLS = ("auto", "reference", "portable", "triton")
@@ -15,18 +17,46 @@ IMPLS = ("auto", "reference", "portable", "triton")
 _log = logging.getLogger("nemotron_v3")
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The Triton form of an op, for one call.
+
+    Attributes:
+        load: imports it.
+        device: where the call's tensors are.
+        refusal: why it cannot take them, or None.
+        reserve: why only `impl="triton"` takes it for them, or None.
+    """
+
+    load: Callable[[], Callable]
+    device: torch.device
+    refusal: str | None
+    reserve: str | None = None
+
+
 def pick(
-    op: str, impl: str, *, reference: Callable, portable: Callable, **special: Callable
+    op: str,
+    impl: str,
+    *,
+    reference: Callable,
+    portable: Callable,
+    triton: Kernels | None = None,
+    **special: Callable,
 ) -> Callable:
     """The function that computes `op` for this `impl`.
 
     Args:
+        triton: the Triton form, which "auto" takes on a GPU; where it refuses, "auto" says so once.
         special: forms that only some ops have, by the `impl` that asks for them.
 
     Raises:
         ValueError: an unknown `impl`.
-        RuntimeError: `impl="triton"` for an op that has no Triton form.
+        RuntimeError: `impl="triton"` for an op that has no Triton form, or where it cannot run.
     """
+    if triton is not None and _takes_kernels(op, impl, triton):
+        # Not checked at first use: kernels are compiled for each shape, so that the check would
+        # compile others than the call's, and double the time of the first call.
+        return triton.load()
     form, _ = choose(op, impl, tuple(special))
     function = {"reference": reference, "portable": portable, **special}[form]
     if torch.compiler.is_compiling():
@@ -49,6 +79,28 @@ def choose(op: str, impl: str, special: tuple[str, ...] = ()) -> tuple[str, str]
     if impl == "triton":
         raise RuntimeError(f"{op} has no Triton form: use impl='auto' or impl='portable'")
     raise ValueError(f"impl must be one of {', '.join((*IMPLS, *special))}, got {impl!r}")
+
+
+def _takes_kernels(op: str, impl: str, triton: Kernels) -> bool:
+    if impl not in ("auto", "triton") or (impl == "auto" and triton.device.type != "cuda"):
+        return False
+    refusal = triton.refusal or (triton.reserve if impl == "auto" else None)
+    if not _triton.can_launch(triton.device):
+        refusal = f"it needs a GPU and the package triton, the tensors are on {triton.device}"
+    if refusal is None:
+        return True
+    if impl == "triton":
+        raise RuntimeError(
+            f"{op}: the Triton form cannot run here: {refusal}; use impl='auto' or impl='portable'"
+        )
+    if not torch.compiler.is_compiling():
+        _warn_once(op, refusal)
+    return False
+
+
+@functools.cache
+def _warn_once(op: str, refusal: str) -> None:
+    _log.warning("%s: the slower portable form runs, not the Triton form: %s", op, refusal)
 
 
 @functools.cache
@@ -80,6 +132,12 @@ def without_autocast(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+def as_promised(results: tuple[Tensor | None, ...], *dtypes: torch.dtype) -> tuple[Any, ...]:
+    """Results in the dtypes that an op states: the reference computes in fp64 and returns that."""
+    pairs = zip(results, dtypes, strict=True)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor, dtype in pairs)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

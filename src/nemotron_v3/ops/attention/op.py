@@ -58,7 +58,8 @@ def attention(
         portable=portable.attention,
         flex=flex.attention,
     )
-    return run(q, k, v, layout=layout, mask=mask, scale=scale, dropout_p=dropout_p)
+    y = run(q, k, v, layout=layout, mask=mask, scale=scale, dropout_p=dropout_p)
+    return y.to(q.dtype)
 
 
 def _check_mask(mask: Tensor, layout: SequenceLayout, heads: int) -> None:

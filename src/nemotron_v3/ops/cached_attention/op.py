@@ -60,7 +60,7 @@ def cached_attention(
         reference=reference.cached_attention,
         portable=portable.cached_attention,
     )
-    return run(
+    y = run(
         q,
         keys.to(q.dtype),
         values.to(q.dtype),
@@ -69,3 +69,4 @@ def cached_attention(
         positions=positions,
         scale=scale,
     )
+    return y.to(q.dtype)

@@ -1,9 +1,12 @@
 """The public causal depthwise convolution."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.causal_conv1d import portable, reference
 
 
@@ -56,9 +59,13 @@ def causal_conv1d(
             f"channels, taps) = {expected}"
         )
     run = pick(
-        "causal_conv1d", impl, reference=reference.causal_conv1d, portable=portable.causal_conv1d
+        "causal_conv1d",
+        impl,
+        reference=reference.causal_conv1d,
+        portable=portable.causal_conv1d,
+        triton=Kernels(_kernels, x.device, _refusal(x, weight, bias, initial_states)),
     )
-    return run(
+    results = run(
         x,
         weight,
         bias,
@@ -67,3 +74,22 @@ def causal_conv1d(
         initial_states=initial_states,
         return_final_states=return_final_states,
     )
+    return as_promised(results, x.dtype, x.dtype)
+
+
+def _refusal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
+) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if not 2 <= weight.shape[1] <= 8:
+        return f"it is made for 2 to 8 taps, and {weight.shape[1]} are given"
+    for tensor in (x, weight, bias, initial_states):
+        if refusal := refuse_dtypes(tensor):
+            return refusal
+    return None
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.causal_conv1d.kernels import causal_conv1d
+
+    return causal_conv1d

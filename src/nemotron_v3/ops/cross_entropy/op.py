@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import pick, wide, without_autocast
 from nemotron_v3.ops.cross_entropy import portable, reference
 
 IGNORE_INDEX = -100
@@ -37,7 +37,7 @@ def cross_entropy(
     run = pick(
         "cross_entropy", impl, reference=reference.cross_entropy, portable=portable.cross_entropy
     )
-    return run(logits, targets, ignore_index=ignore_index)
+    return run(logits, targets, ignore_index=ignore_index).to(wide(logits.dtype))
 
 
 def shift_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

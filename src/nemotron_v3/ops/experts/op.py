@@ -48,6 +48,5 @@ def experts(
         )
     run = pick("experts", impl, reference=reference.experts, portable=portable.experts)
     dtype = autocast_matmul_dtype(x)
-    return without_autocast(run)(
-        x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype)
-    )
+    y = without_autocast(run)(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype))
+    return y.to(dtype)

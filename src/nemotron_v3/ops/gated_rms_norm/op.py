@@ -1,8 +1,11 @@
 """The public gated, grouped RMS normalisation."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.gated_rms_norm import portable, reference
 
 
@@ -48,5 +51,19 @@ def gated_rms_norm(
         impl,
         reference=reference.gated_rms_norm,
         portable=portable.gated_rms_norm,
+        triton=Kernels(_kernels, y.device, _refusal(y, z, weight, group_size)),
     )
-    return run(y, z, weight, group_size, eps)
+    return run(y, z, weight, group_size, eps).to(y.dtype)
+
+
+def _refusal(y: Tensor, z: Tensor | None, weight: Tensor, group_size: int) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if group_size > 65536:
+        return f"a group must fit into one program, and has {group_size} columns"
+    return refuse_dtypes(y) or refuse_dtypes(z) or refuse_dtypes(weight)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.gated_rms_norm.kernels import gated_rms_norm
+
+    return gated_rms_norm

@@ -1,9 +1,12 @@
 """The public fused core of a Mamba-2 mixer: everything between `in_proj` and `out_proj`."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes, refuse_state, reserve_fp32
 from nemotron_v3.ops.mamba2 import portable, reference
 
 
@@ -61,8 +64,20 @@ def mamba2(
             f"zxbcdt has shape {tuple(zxbcdt.shape)}: {heads} heads of width {head_dim} with "
             f"{n_groups} groups of state {state_size} need (tokens, {width})"
         )
-    run = pick("mamba2", impl, reference=reference.mamba2, portable=portable.mamba2)
-    return run(
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states)
+    run = pick(
+        "mamba2",
+        impl,
+        reference=reference.mamba2,
+        portable=portable.mamba2,
+        triton=Kernels(
+            _kernels,
+            zxbcdt.device,
+            _refusal(zxbcdt, parameters, conv_weight.shape[1], head_dim, state_size),
+            reserve_fp32(zxbcdt.dtype),
+        ),
+    )
+    results = run(
         zxbcdt,
         conv_weight,
         conv_bias,
@@ -80,3 +95,24 @@ def mamba2(
         conv_states=conv_states,
         ssm_states=ssm_states,
     )
+    return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))
+
+
+def _refusal(
+    zxbcdt: Tensor, parameters: tuple[Tensor | None, ...], taps: int, head_dim: int, state: int
+) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if refusal := refuse_state(zxbcdt.dtype, head_dim, state):
+        return refusal
+    if not 2 <= taps <= 8:
+        return f"it is made for 2 to 8 taps, and {taps} are given"
+    for tensor in (zxbcdt, *parameters):
+        if refusal := refuse_dtypes(tensor):
+            return refusal
+    return None
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.mamba2.kernels import mamba2
+
+    return mamba2

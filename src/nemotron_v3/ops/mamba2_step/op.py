@@ -55,7 +55,7 @@ def mamba2_step(
             f"fit {rows} rows: {conv_shape} and {ssm_shape} are needed"
         )
     run = pick("mamba2_step", impl, reference=reference.mamba2_step, portable=portable.mamba2_step)
-    return run(
+    y = run(
         zxbcdt,
         conv_weight,
         conv_bias,
@@ -71,3 +71,4 @@ def mamba2_step(
         dt_limit=dt_limit,
         eps=eps,
     )
+    return y.to(zxbcdt.dtype)

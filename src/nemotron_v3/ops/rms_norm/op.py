@@ -1,9 +1,12 @@
 """The public RMS normalisation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.rms_norm import portable, reference
 
 
@@ -36,5 +39,24 @@ def rms_norm(
             f"width {x.shape[-1]} does not match the norm's {weight.shape[0]}: give hidden states "
             f"of shape (..., {weight.shape[0]})"
         )
-    run = pick("rms_norm", impl, reference=reference.rms_norm, portable=portable.rms_norm)
-    return run(x, weight, eps, out_dtype)
+    run = pick(
+        "rms_norm",
+        impl,
+        reference=reference.rms_norm,
+        portable=portable.rms_norm,
+        triton=Kernels(_kernels, x.device, _refusal(x, weight)),
+    )
+    return run(x, weight, eps, out_dtype).to(out_dtype or x.dtype)
+
+
+def _refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if weight.shape[0] > 65536:
+        return f"a row must fit into one program, and has {weight.shape[0]} columns"
+    return refuse_dtypes(x) or refuse_dtypes(weight)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.rms_norm.kernels import rms_norm
+
+    return rms_norm

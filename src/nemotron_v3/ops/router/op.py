@@ -1,8 +1,9 @@
 """The public mixture-of-experts router."""
 
+import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import as_promised, pick, wide, without_autocast
 from nemotron_v3.ops.router import portable, reference
 
 
@@ -55,7 +56,7 @@ def router(
             f"top_k={top_k} experts cannot be chosen among {experts // n_group * topk_group}"
         )
     run = pick("router", impl, reference=reference.router, portable=portable.router)
-    return run(
+    results = run(
         x,
         weight,
         bias,
@@ -65,3 +66,4 @@ def router(
         norm_topk_prob=norm_topk_prob,
         scaling_factor=scaling_factor,
     )
+    return as_promised(results, wide(x.dtype), torch.int64)

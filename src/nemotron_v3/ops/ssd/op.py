@@ -1,9 +1,12 @@
 """The public state-space-duality scan."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes, refuse_state, reserve_fp32
 from nemotron_v3.ops.ssd import portable, reference
 
 
@@ -52,8 +55,19 @@ def ssd(
         1.
     """
     _check(x, dt, A, B, C, layout, chunk_size, initial_states)
-    run = pick("ssd", impl, reference=reference.ssd, portable=portable.ssd)
-    return run(
+    run = pick(
+        "ssd",
+        impl,
+        reference=reference.ssd,
+        portable=portable.ssd,
+        triton=Kernels(
+            _kernels,
+            x.device,
+            _refusal(x, B, C, (dt, A, D, dt_bias, initial_states)),
+            reserve_fp32(x.dtype),
+        ),
+    )
+    results = run(
         x,
         dt,
         A,
@@ -66,6 +80,7 @@ def ssd(
         chunk_size=chunk_size,
         initial_states=initial_states,
     )
+    return as_promised(results, x.dtype, wide(x.dtype))
 
 
 def _check(
@@ -101,3 +116,19 @@ def _check(
             f"initial_states has shape {tuple(initial_states.shape)}, needed is (documents, heads, "
             f"head width, state) = {expected}"
         )
+
+
+def _refusal(x: Tensor, B: Tensor, C: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if refusal := refuse_state(x.dtype, x.shape[2], B.shape[2]):
+        return refusal
+    for tensor in others:
+        if refusal := refuse_dtypes(tensor):
+            return refusal
+    return refuse_dtypes(x, B, C)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.ssd.kernels import ssd
+
+    return ssd

@@ -54,4 +54,5 @@ def ssm_step(
             f"do not fit a state of shape {tuple(state.shape)} (rows, heads, head width, state)"
         )
     run = pick("ssm_step", impl, reference=reference.ssm_step, portable=portable.ssm_step)
-    return run(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_limit=dt_limit)
+    y = run(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_limit=dt_limit)
+    return y.to(x.dtype)

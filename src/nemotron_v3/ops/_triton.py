@@ -1,0 +1,121 @@
+"""What the Triton forms share on the host: where they run, how they are registered, sizes.
+
+Triton itself is imported by the kernels alone; this file can be read without it.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("nemotron_v3", "FRAGMENT")
+
+
+def register(
+    schema: str,
+    run: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """The op `nemotron_v3::NAME` that `torch.compile` sees as one node.
+
+    `Library.define` rather than `custom_op`: the same op for half the host time of a call, and
+    rather than `triton_op`, which does not run under Triton's interpreter.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, on_device_of_first(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nemotron_v3::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"nemotron_v3::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    return getattr(torch.ops.nemotron_v3, name).default
+
+
+def on_device_of_first(run: Callable) -> Callable:
+    """Launch on the device of the first argument: Triton launches on the current one."""
+
+    @functools.wraps(run)
+    def launch(x: Tensor, *args: Any) -> Any:
+        elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+            return run(x, *args)
+
+    return launch
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
+
+
+@functools.cache
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def can_launch(device: torch.device) -> bool:
+    return installed() and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
+
+
+def programs(device: torch.device, per_multiprocessor: int) -> int:
+    """How many programs of a kernel that keeps partial sums there are at most."""
+    if device.type != "cuda":
+        return 4
+    return per_multiprocessor * _multiprocessors(device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def unit_stride(x: Tensor | None) -> Tensor | None:
+    """`x` with neighbouring elements along its last dimension: itself unless it lies otherwise."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def refuse_dtypes(*tensors: Tensor | None) -> str | None:
+    """Why kernels cannot take these tensors together, or None: one dtype of at most 32 bits."""
+    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(kinds) > 1:
+        return f"its tensors have the dtypes {', '.join(sorted(map(str, kinds)))}: one is needed"
+    if not kinds <= set(DTYPES):
+        return f"it computes in fp32, and {kinds.pop()} is asked for"
+    return None
+
+
+def refuse_state(dtype: torch.dtype, head_dim: int, state: int) -> str | None:
+    """Why a state of this size cannot stand in a program's shared memory and registers, or None."""
+    most = 128 * 128 if dtype == torch.float32 else 128 * 256
+    if head_dim <= 128 and state <= 256 and power_of_two(head_dim) * power_of_two(state) <= most:
+        return None
+    return (
+        f"a state of {head_dim} x {state} in {dtype} does not fit into one program (at most "
+        "128 x 256 in 16 bits, 128 x 128 in fp32)"
+    )
+
+
+def reserve_fp32(dtype: torch.dtype) -> str | None:
+    """Why "auto" leaves a scan in fp32 to the portable form."""
+    if dtype != torch.float32:
+        return None
+    return (
+        "in fp32 its gradients of B and C can be 2.6 times as far off as the accuracy rule allows; "
+        "impl='triton' takes it all the same"
+    )

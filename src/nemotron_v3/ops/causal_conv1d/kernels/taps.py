@@ -1,0 +1,289 @@
+"""Causal depthwise convolution in Triton: one pass over memory each way (README.md).
+
+Letters: T packed tokens, D documents, C channels, W taps. Tap k here is counted backwards from the
+current token: it meets `x_{t-k}` and is `weight[:, W-1-k]`. `position` is a token's place in its
+own document, so a tap reaches a token of the document where `position >= k`, and its initial state
+where not.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _when(condition, mask):
+    """`mask` where a scalar condition holds (`&` of a scalar and a block is no bool in Triton)."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    initial,
+    y,
+    final,
+    position,
+    seq_idx,
+    cu_seqlens,
+    T,
+    C,
+    stride_x,
+    tiles,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    SILU: tl.constexpr,
+    BIASED: tl.constexpr,
+    CONTINUED: tl.constexpr,
+):
+    """The first `tiles` rows of programs compute y; the rest copy a document's last inputs."""
+    n_c = tl.cdiv(C, BLOCK_C)
+    i_c = (tl.program_id(0) % n_c) * BLOCK_C
+    i_t = tl.program_id(0) // n_c
+    o_c = i_c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    if i_t < tiles:
+        first = i_t.to(tl.int64) * BLOCK_T
+        o_t = tl.arange(0, BLOCK_T)
+        m_t = first + o_t < T
+        # [BLOCK_T]
+        b_p = tl.load(position + first + o_t, mask=m_t, other=0)
+        b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        if CONTINUED:
+            b_d = tl.load(seq_idx + first + o_t, mask=m_t, other=0).to(tl.int64)
+        for k in tl.static_range(W):
+            m_x = (m_t & (b_p >= k))[:, None] & m_c[None, :]
+            # [BLOCK_T, BLOCK_C]
+            p_x = x + (first - k) * stride_x + o_t[:, None] * stride_x + o_c[None, :]
+            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+            if CONTINUED:
+                m_s = (m_t & (b_p < k))[:, None] & m_c[None, :]
+                p_s = initial + (b_d[:, None] * C + o_c[None, :]) * W + (W + b_p - k)[:, None]
+                b_x += tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+            # [BLOCK_C]
+            b_w = tl.load(weight + o_c * W + (W - 1 - k), mask=m_c, other=0.0).to(tl.float32)
+            b_y += b_x * b_w[None, :]
+        if BIASED:
+            b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            if x.dtype.element_ty == tl.float32:
+                b_y *= _sigmoid(b_y, False)
+            else:  # fewer registers than with a reciprocal root, and memory is what it waits for
+                b_y = b_y / (1.0 + tl.exp(-b_y))
+        p_y = y + first * C + o_t[:, None] * C + o_c[None, :]
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
+    else:
+        d = (i_t - tiles).to(tl.int64)
+        start = tl.load(cu_seqlens + d)
+        length = tl.load(cu_seqlens + d + 1) - start
+        o_w = tl.arange(0, BLOCK_W)
+        m_last = m_c[:, None] & (o_w < W)[None, :]
+        o_p = length - W + o_w  # [BLOCK_W], positions in the document, negative before it
+        # [BLOCK_C, BLOCK_W]
+        p_last = x + start * stride_x + o_p[None, :] * stride_x + o_c[:, None]
+        b_last = tl.load(p_last, mask=m_last & (o_p >= 0)[None, :], other=0.0)
+        if CONTINUED:
+            p_old = initial + (d * C + o_c[:, None]) * W + (W + o_p)[None, :]
+            b_last += tl.load(p_old, mask=m_last & (o_p < 0)[None, :], other=0.0)
+        tl.store(final + (d * C + o_c[:, None]) * W + o_w[None, :], b_last, mask=m_last)
+
+
+@triton.jit
+def _sigmoid(b_x, FAST: tl.constexpr):
+    if FAST:  # a division is eight instructions, a reciprocal root one; a few ulps
+        b_s = tl.rsqrt(1.0 + tl.exp2(b_x * -1.4426950408889634))
+        return b_s * b_s
+    # exp(-x) as 2^n 2^r, since the rounding of x log2(e) alone is an error of x ulps
+    b_x = tl.minimum(tl.maximum(b_x, -100.0), 100.0)
+    n = tl.floor(b_x * -1.4426950408889634 + 0.5)
+    r = (b_x * -1.4423828125 - n) - b_x * 0.000312228388963
+    return tl.div_rn(b_x * 0.0 + 1.0, 1.0 + tl.exp2(r) * tl.exp2(n))
+
+
+@triton.jit
+def _d_preactivation(b_dy, b_pre, SILU: tl.constexpr, FAST: tl.constexpr):
+    if SILU:
+        b_s = _sigmoid(b_pre, FAST)
+        return b_dy * (b_s + b_pre * b_s * (1.0 - b_s))
+    return b_dy
+
+
+@triton.jit
+def backward_kernel(
+    dy,
+    x,
+    weight,
+    bias,
+    initial,
+    dfinal,
+    dx,
+    partial,
+    position,
+    seq_idx,
+    cu_seqlens,
+    T,
+    C,
+    stride_dy,
+    stride_x,
+    stride_dx,
+    W: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    BIASED: tl.constexpr,
+    CONTINUED: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """A program walks SEGMENT tokens of its channels, and W - 1 more for the taps that reach back.
+
+    `before` holds x of the last W - 1 tokens; `due` the sums of their dx that later taps still add
+    to. UNROLL rows are loaded before the first of them is stored: a load cannot pass a store.
+    """
+    n_c = tl.cdiv(C, BLOCK_C)
+    o_c = (tl.program_id(0) % n_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    i_s = tl.program_id(0) // n_c
+    FAST: tl.constexpr = x.dtype.element_ty != tl.float32
+    first = i_s.to(tl.int64) * SEGMENT
+    own = first + SEGMENT
+    reach = own + (W - 1)
+
+    b_zero = tl.zeros([BLOCK_C], tl.float32)
+    b_bias = b_zero
+    if BIASED:
+        b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    taps = ()
+    before = ()
+    for k in tl.static_range(W):
+        b_w = tl.load(weight + o_c * W + (W - 1 - k), mask=m_c, other=0.0)
+        taps = taps + (b_w.to(tl.float32),)
+        if k > 0:
+            b_b = tl.load(x + (first - k) * stride_x + o_c, mask=_when(first >= k, m_c), other=0.0)
+            before = before + (b_b.to(tl.float32),)
+    due = (b_zero,) * (W - 1)
+    b_dw = (b_zero,) * W
+    b_db = b_zero
+
+    for i_u in range(0, SEGMENT + W - 1, UNROLL):
+        rows_x = ()
+        rows_dy = ()
+        places = ()
+        for u in tl.static_range(UNROLL):
+            t = first + i_u + u
+            inside = (t < T) & (t < reach)
+            # [BLOCK_C]
+            b_x = tl.load(x + t * stride_x + o_c, mask=_when(inside, m_c), other=0.0)
+            b_dy = tl.load(dy + t * stride_dy + o_c, mask=_when(inside, m_c), other=0.0)
+            rows_x = rows_x + (b_x,)
+            rows_dy = rows_dy + (b_dy,)
+            places = places + (tl.load(position + t, mask=inside, other=0),)
+        for u in tl.static_range(UNROLL):
+            t = first + i_u + u
+            p = places[u]
+            inputs = (rows_x[u].to(tl.float32),)
+            if CONTINUED:
+                d = tl.load(seq_idx + t, mask=t < T, other=0).to(tl.int64)
+            for k in tl.static_range(1, W):
+                b_in = tl.where(p >= k, before[k - 1], 0.0)
+                if CONTINUED:
+                    p_s = initial + (d * C + o_c) * W + (W + p - k)
+                    b_s = tl.load(p_s, mask=_when((p < k) & (t < T), m_c), other=0.0)
+                    b_in += b_s.to(tl.float32)
+                inputs = inputs + (b_in,)
+            b_pre = b_bias
+            for k in tl.static_range(W):
+                b_pre += taps[k] * inputs[k]
+            b_dpre = _d_preactivation(rows_dy[u].to(tl.float32), b_pre, SILU, FAST)
+            # The taps that reach back belong to this segment, the sums over tokens to the next.
+            b_own = tl.where(t < own, b_dpre, 0.0)
+            b_db += b_own
+            sums = ()
+            later = (taps[0] * b_dpre,)
+            for k in tl.static_range(W):
+                sums = sums + (b_dw[k] + b_own * inputs[k],)
+                if k > 0:
+                    later = later + (due[k - 1] + tl.where(p >= k, taps[k] * b_dpre, 0.0),)
+            b_dw = sums
+            due = later[: W - 1]
+            before = (rows_x[u].to(tl.float32),) + before[: W - 2]
+
+            b_dx = later[W - 1]
+            done = t - (W - 1)
+            m_done = (done >= first) & (done < own) & (done < T)
+            if CONTINUES:
+                d_done = tl.load(seq_idx + done, mask=m_done, other=0).to(tl.int64)
+                left = tl.load(cu_seqlens + d_done + 1) - done
+                p_f = dfinal + (d_done * C + o_c) * W + (W - left)
+                b_dx += tl.load(p_f, mask=_when(m_done & (left <= W), m_c), other=0.0).to(
+                    tl.float32
+                )
+            p_dx = dx + done * stride_dx + o_c
+            tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=_when(m_done, m_c))
+
+    p_sum = partial + i_s.to(tl.int64) * (W + 1) * C + o_c
+    for k in tl.static_range(W):
+        tl.store(p_sum + (W - 1 - k) * C, b_dw[k], mask=m_c)
+    tl.store(p_sum + W * C, b_db, mask=m_c)
+
+
+@triton.jit
+def initial_backward_kernel(
+    dy,
+    x,
+    weight,
+    bias,
+    initial,
+    dfinal,
+    dinitial,
+    cu_seqlens,
+    C,
+    stride_dy,
+    stride_x,
+    W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    BIASED: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """d(initial state): only the first W - 1 tokens of a document reach back to it."""
+    n_c = tl.cdiv(C, BLOCK_C)
+    o_c = (tl.program_id(0) % n_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    d = (tl.program_id(0) // n_c).to(tl.int64)
+    FAST: tl.constexpr = x.dtype.element_ty != tl.float32
+    start = tl.load(cu_seqlens + d)
+    length = tl.load(cu_seqlens + d + 1) - start
+    b_bias = tl.zeros([BLOCK_C], tl.float32)
+    if BIASED:
+        b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    taps = ()
+    inputs = ()  # those of the state, then the document's own
+    for k in tl.static_range(W):
+        b_w = tl.load(weight + o_c * W + (W - 1 - k), mask=m_c, other=0.0)
+        taps = taps + (b_w.to(tl.float32),)
+        b_x = tl.load(initial + (d * C + o_c) * W + k, mask=m_c, other=0.0)
+        inputs = inputs + (b_x.to(tl.float32),)
+    dpres = ()
+    for p in tl.static_range(W - 1):
+        m_p = _when(p < length, m_c)
+        b_x = tl.load(x + (start + p) * stride_x + o_c, mask=m_p, other=0.0)
+        inputs = inputs + (b_x.to(tl.float32),)
+        b_pre = b_bias
+        for k in tl.static_range(W):
+            b_pre += taps[k] * inputs[W + p - k]
+        b_dy = tl.load(dy + (start + p) * stride_dy + o_c, mask=m_p, other=0.0)
+        b_dpre = _d_preactivation(b_dy.to(tl.float32), b_pre, SILU, FAST)
+        dpres = dpres + (b_dpre,)
+    for i in tl.static_range(W):
+        b_sum = tl.zeros([BLOCK_C], tl.float32)
+        for p in tl.static_range(i):  # entry i is W - i tokens before the document
+            b_sum += taps[W + p - i] * dpres[p]
+        if CONTINUES:  # what a short document leaves of its initial state is in its final one
+            p_f = dfinal + (d * C + o_c) * W + (i - length)
+            b_sum += tl.load(p_f, mask=_when(i >= length, m_c), other=0.0).to(tl.float32)
+        p_d = dinitial + (d * C + o_c) * W + i
+        tl.store(p_d, b_sum.to(dinitial.dtype.element_ty), mask=m_c)

@@ -1,0 +1,5 @@
+"""The scan in Triton: steps, state sweep, outputs, and their gradients (docs/mamba2.md)."""
+
+from nemotron_v3.ops.ssd.kernels.registration import ssd
+
+__all__ = ["ssd"]

@@ -1,0 +1,188 @@
+"""Step sizes and running sums of the log-decay, and their backward.
+
+Letters: T packed tokens, H heads, Q tokens of a chunk. `steps` `[H, T, 2]` holds `a` and `dt` of a
+token; `a` is the sum of `dt A log2(e)` from the chunk's first token on, so that a decay is one
+`exp2`. An error of `a` is a relative error of a decay: it is fp64 where results are fp32, else
+fp32.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp_of_negative(u):
+    """exp(-u) for u >= 0 to an ulp or two: `tl.exp` alone loses u ulps."""
+    u = tl.minimum(u, 100.0)
+    n = tl.floor(u * -1.4426950408889634 + 0.5)
+    r = (u * -1.4423828125 - n) - u * 0.000312228388963  # log2(e) in two parts
+    return tl.exp2(r) * tl.exp2(n)
+
+
+@triton.jit
+def softplus(u):
+    """max(u, 0) + log1p(exp(-|u|)), the logarithm as 2 atanh(e / (2 + e)): no digits are lost."""
+    e = _exp_of_negative(tl.abs(u))
+    s = e / (2.0 + e)
+    q = s * s
+    r = 1.0 / 15 + q * (1.0 / 17)
+    r = 1.0 / 11 + q * (1.0 / 13 + q * r)
+    r = 1.0 / 7 + q * (1.0 / 9 + q * r)
+    r = 1.0 / 3 + q * (1.0 / 5 + q * r)
+    return tl.maximum(u, 0.0) + 2.0 * s * (1.0 + q * r)
+
+
+@triton.jit
+def forward_kernel(
+    raw,
+    bias,
+    A,
+    steps,
+    chunk_start,
+    chunk_end,
+    T,
+    H,
+    stride_raw,
+    low,
+    high,
+    Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BIASED: tl.constexpr,
+    LOG_A: tl.constexpr,
+):
+    """LOG_A: `A` holds log(-A)."""
+    n_h = tl.cdiv(H, BLOCK_H)
+    i_c = tl.program_id(0) // n_h
+    o_h = (tl.program_id(0) % n_h) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < H
+    start = tl.load(chunk_start + i_c)
+    end = tl.load(chunk_end + i_c)
+    o_t = tl.arange(0, Q)
+    m_th = (start + o_t < end)[:, None] & m_h[None, :]
+    # [Q, BLOCK_H]
+    p_raw = raw + start * stride_raw + o_t[:, None] * stride_raw + o_h[None, :]
+    b_u = tl.load(p_raw, mask=m_th, other=0.0).to(tl.float32)
+    if BIASED:
+        b_u += tl.load(bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(steps.dtype.element_ty)
+    if LOG_A:
+        b_A = -tl.exp(b_A)
+    b_u = b_u.to(steps.dtype.element_ty)
+    b_dt = tl.minimum(tl.maximum(softplus(b_u), low), high)
+    b_dt = tl.where(m_th, b_dt, 0.0)
+    # Differences of these sums are what counts: rounded once, at the end.
+    b_a = tl.cumsum((b_dt * b_A[None, :]).to(tl.float64) * LOG2E, 0)
+    p_steps = steps + (start + o_h.to(tl.int64)[None, :] * T + o_t[:, None]) * 2
+    tl.store(p_steps, b_a.to(steps.dtype.element_ty), mask=m_th)
+    tl.store(p_steps + 1, b_dt.to(steps.dtype.element_ty), mask=m_th)
+
+
+@triton.jit
+def backward_kernel(
+    raw,
+    bias,
+    A,
+    steps,
+    direct,
+    diagonal,
+    across,
+    from_state,
+    to_state,
+    through,
+    dskip,
+    draw,
+    sums,
+    chunk_start,
+    chunk_end,
+    T,
+    H,
+    stride_raw,
+    stride_draw,
+    low,
+    high,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BIASED: tl.constexpr,
+    LOG_A: tl.constexpr,
+):
+    """From what the scan's backward left for each token to the gradients of the steps.
+
+    The gradient of the log-decay at t is the weight of all pairs (j, i) with j < t <= i, put
+    together from sums over i or over j that are all of one sign of t: no sum is taken whole and
+    then subtracted again, except inside a tile (`diagonal`).
+    """
+    n_h = tl.cdiv(H, BLOCK_H)
+    i_c = (tl.program_id(0) // n_h).to(tl.int64)
+    o_h = (tl.program_id(0) % n_h) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < H
+    start = tl.load(chunk_start + i_c)
+    end = tl.load(chunk_end + i_c)
+    o_t = tl.arange(0, TILE)
+    o_h64 = o_h.to(tl.int64)
+
+    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(steps.dtype.element_ty)
+    if LOG_A:
+        b_A = -tl.exp(b_A)
+    b_A = b_A.to(tl.float32)
+    b_bias = tl.zeros([BLOCK_H], tl.float32)
+    if BIASED:
+        b_bias = tl.load(bias + o_h, mask=m_h, other=0.0).to(tl.float32)
+    # [BLOCK_H]: the state before the chunk that reaches beyond it
+    o_r = tl.arange(0, ROWS)
+    p_through = through + (i_c * H + o_h64)[:, None] * ROWS + o_r[None, :]
+    b_through = tl.sum(tl.load(p_through, mask=m_h[:, None], other=0.0), 1)
+    o_first = start + o_h64[:, None] * T + o_t[None, :]
+    o_second = o_first + TILE
+    m_first = m_h[:, None] & (start + o_t < end)[None, :]
+    m_second = m_h[:, None] & (start + TILE + o_t < end)[None, :]
+    m_shifted = m_h[:, None] & ((o_t > 0) & (start + o_t < end))[None, :]
+    b_later = tl.sum(tl.load(from_state + o_second, mask=m_second, other=0.0), 1)
+    b_earlier = tl.sum(tl.load(to_state + o_first, mask=m_first, other=0.0), 1)
+
+    b_dA = tl.zeros([BLOCK_H], tl.float32)
+    b_dbias = tl.zeros([BLOCK_H], tl.float32)
+    for i_m in tl.static_range(2):
+        if i_m == 0:
+            o = o_first
+            m = m_first
+            # [BLOCK_H, TILE], pairs that end before the tile does or after it
+            b_q = tl.cumsum(tl.load(across + o - 1, mask=m_shifted, other=0.0), 1)
+            b_q += tl.cumsum(tl.load(to_state + o - 1, mask=m_shifted, other=0.0), 1)
+            b_q += b_later[:, None]
+        else:
+            o = o_second
+            m = m_second
+            b_q = tl.cumsum(tl.load(across + o, mask=m, other=0.0), 1, reverse=True)
+            m_before = m & (o_t > 0)[None, :]
+            b_q += tl.cumsum(tl.load(to_state + o - 1, mask=m_before, other=0.0), 1)
+            b_q += b_earlier[:, None]
+        b_q += tl.cumsum(tl.load(diagonal + o, mask=m, other=0.0), 1, reverse=True)
+        b_q += tl.cumsum(tl.load(from_state + o, mask=m, other=0.0), 1, reverse=True)
+        b_q += b_through[:, None]
+        b_dt = tl.load(steps + o * 2 + 1, mask=m, other=0.0).to(tl.float32)
+        b_q = b_q.to(tl.float32)
+        b_ddt = b_A[:, None] * b_q + tl.load(direct + o, mask=m, other=0.0).to(tl.float32)
+
+        row = start + i_m * TILE
+        p_raw = raw + row * stride_raw + o_t[None, :] * stride_raw + o_h[:, None]
+        b_u = tl.load(p_raw, mask=m, other=0.0).to(tl.float32) + b_bias[:, None]
+        b_u = b_u.to(steps.dtype.element_ty)
+        b_step = softplus(b_u)
+        b_slope = (1.0 / (1.0 + tl.exp(-b_u))).to(tl.float32)
+        b_du = tl.where((b_step >= low) & (b_step <= high), b_ddt * b_slope, 0.0)
+        b_du = tl.where(m, b_du, 0.0)
+        p_draw = draw + row * stride_draw + o_t[None, :] * stride_draw + o_h[:, None]
+        tl.store(p_draw, b_du.to(draw.dtype.element_ty), mask=m)
+        b_dA += tl.sum(b_dt * b_q, 1)
+        b_dbias += tl.sum(b_du, 1)
+    if LOG_A:
+        b_dA *= b_A
+    b_dD = tl.load(dskip + (i_c * 2) * H + o_h, mask=m_h, other=0.0)
+    b_dD += tl.load(dskip + (i_c * 2 + 1) * H + o_h, mask=m_h, other=0.0)
+    p_sums = sums + i_c * 3 * H + o_h
+    tl.store(p_sums, b_dA, mask=m_h)
+    tl.store(p_sums + H, b_dbias, mask=m_h)
+    tl.store(p_sums + 2 * H, b_dD, mask=m_h)

@@ -1,0 +1,88 @@
+"""Loads that all kernels of the scan share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(p, stride, o_row, m_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """`[rows, BLOCK]` from rows `stride` apart of SIZE neighbouring elements; 0 outside."""
+    o = tl.arange(0, BLOCK)
+    m = m_row[:, None]
+    if SIZE != BLOCK:
+        m = m & (o < SIZE)[None, :]
+    return tl.load(p + o_row[:, None] * stride + o[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def load_matrix(
+    p, stride, ROWS: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`[R, BLOCK]` of a matrix of ROWS rows, `stride` apart, and SIZE columns; 0 outside."""
+    o_r = tl.arange(0, R)
+    o = tl.arange(0, BLOCK)
+    if ROWS == R and SIZE == BLOCK:
+        return tl.load(p + o_r[:, None] * stride + o[None, :])
+    m = (o_r < ROWS)[:, None] & (o < SIZE)[None, :]
+    return tl.load(p + o_r[:, None] * stride + o[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def store_tile(p, stride, o_row, m_row, b, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    m = m_row[:, None]
+    if SIZE != BLOCK:
+        m = m & (o < SIZE)[None, :]
+    tl.store(p + o_row[:, None] * stride + o[None, :], b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def decay(a):
+    """`exp2(a)` as fp32, computed in the dtype of the running sums."""
+    return tl.exp2(a).to(tl.float32)
+
+
+@triton.jit
+def decay_before(b_a, TILE: tl.constexpr, zero):
+    """`[i, j]`: `exp2(a_i - a_j)` for j <= i, else 0; never the exponential of what is masked.
+
+    `zero` is 0, but the compiler does not know: it would keep the mask of a loop, one register an
+    element.
+    """
+    o = tl.arange(0, TILE)
+    m = o[:, None] >= o[None, :] + zero
+    return decay(tl.where(m, b_a[:, None] - b_a[None, :], float("-inf")))
+
+
+@triton.jit
+def decay_after(b_a, TILE: tl.constexpr, zero):
+    """`[j, i]`, the transpose."""
+    o = tl.arange(0, TILE)
+    m = o[:, None] + zero <= o[None, :]
+    return decay(tl.where(m, b_a[None, :] - b_a[:, None], float("-inf")))
+
+
+@triton.jit
+def load_steps(steps, row, t, t_other, last, TILE: tl.constexpr):
+    """`a` and `dt` of two tiles of a head: four vectors `[TILE]`.
+
+    Behind the chunk's last token `a` goes on as it is there, so that it never rises, and dt is 0.
+    One load of all of them, because it is then large enough for the compiler to send it through
+    shared memory: it reads smaller vectors anew in each layout that uses them, element by element.
+    """
+    o_t = tl.arange(0, TILE)[:, None, None]
+    o_k = tl.arange(0, 2)[None, :, None]
+    o_e = tl.arange(0, 2)[None, None, :]
+    place = tl.where(o_k == 0, t, t_other) + o_t
+    b_steps = tl.load(steps + (row + tl.minimum(place, last)) * 2 + o_e)
+    b_steps = tl.where((place > last) & (o_e == 1), 0.0, b_steps)
+    b_a, b_dt = tl.split(b_steps)
+    b_a, b_a_other = tl.split(b_a)
+    b_dt, b_dt_other = tl.split(b_dt)
+    return b_a, b_dt.to(tl.float32), b_a_other, b_dt_other.to(tl.float32)
+
+
+@triton.jit
+def load_sum(steps, row, t):
+    """`a` of one token."""
+    return tl.load(steps + (row + t) * 2)

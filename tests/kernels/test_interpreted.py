@@ -1,0 +1,85 @@
+"""Each Triton form by the accuracy rule in Triton's interpreter, on a short list of shapes.
+
+In bf16 the interpreter computes products wrongly, so fp32 and fp16; the long list, bf16 and speed
+are for a GPU (tests/gpu).
+"""
+
+import pytest
+import torch
+
+from nemotron_v3 import ops
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.causal_conv1d import cases as conv_cases
+from nemotron_v3.ops.gated_rms_norm import cases as gated_cases
+from nemotron_v3.ops.mamba2 import cases as mamba2_cases
+from nemotron_v3.ops.rms_norm import cases as norm_cases
+from nemotron_v3.ops.ssd import cases as ssd_cases
+from tests.kernels.holding import hold, results
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
+
+F32, F16 = torch.float32, torch.float16
+PACK = ssd_cases.Case("tiles", (1, 0, 70), 64, 8, 64, 8, initial_states=True)
+MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "dtype"),
+    [
+        ("rms_norm", norm_cases.Case("odd-width", 3, 67), F32),
+        ("rms_norm", norm_cases.Case("odd-width", 3, 67), F16),
+        ("gated_rms_norm", gated_cases.Case("strided", 9, 3, 80, strided=True), F32),
+        ("gated_rms_norm", gated_cases.Case("no-gate", 9, 3, 80, gate=False), F16),
+        (
+            "causal_conv1d",
+            conv_cases.Case("pack", (1, 0, 4, 5), 70, 4, initial_states=True, strided=True),
+            F32,
+        ),
+        ("causal_conv1d", conv_cases.Case("wide", (9, 2), 70, 8, activation=None), F16),
+        ("ssd", PACK, F32),
+        ("mamba2", MIXER, F16),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "name", str(value)[6:]),
+)
+def test_accuracy(op, case, dtype):
+    hold(op, case, dtype, "cpu")
+
+
+def test_compiled_graph_equals_eager():
+    """`torch.compile(fullgraph=True)` sees the op as a node, forward and backward."""
+    case = mamba2_cases.Case("plain", (5, 3), 2, 16, 1, 16)
+    inputs = mamba2_cases.make_inputs(case, F32, "cpu", torch.Generator().manual_seed(0))
+    leaves = {k: None if t is None else t.requires_grad_() for k, t in inputs.tensors.items()}
+    given = [t for t in leaves.values() if t is not None]
+
+    def core(**tensors):
+        return ops.mamba2(**tensors, **inputs.options, impl="triton")[0]
+
+    y, compiled = core(**leaves), torch.compile(core, backend="aot_eager", fullgraph=True)
+    y_compiled = compiled(**leaves)
+    assert torch.equal(y, y_compiled)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, given, dy)
+    for a, b in zip(expected, torch.autograd.grad(y_compiled, given, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_document_does_not_feel_its_neighbours():
+    """Bit by bit: packed beside another document, or alone."""
+    case = mamba2_cases.Case("pack", (3, 5), 2, 16, 1, 16)
+    inputs = mamba2_cases.make_inputs(case, F32, "cpu", torch.Generator().manual_seed(0))
+    both = results("mamba2", inputs)
+    inputs.tensors["zxbcdt"] = inputs.tensors["zxbcdt"][3:]
+    inputs.options["layout"] = SequenceLayout.from_lengths([5])
+    alone = results("mamba2", inputs)
+    assert torch.equal(both[0][3:], alone[0])
+
+
+def test_what_kernels_cannot_do_is_refused():
+    x, weight = torch.ones(2, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="computes in fp32, and torch.float64"):
+        ops.rms_norm(x, weight, impl="triton")
+    layout = SequenceLayout.from_lengths([2])
+    with pytest.raises(RuntimeError, match="2 to 8 taps, and 9"):
+        ops.causal_conv1d(torch.ones(2, 4), torch.ones(4, 9), None, layout=layout, impl="triton")

@@ -1,0 +1,52 @@
+"""What the kernels need of a Hopper multiprocessor, held: registers, shared memory, wide loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_OF_MULTIPROCESSOR = 227 * 1024
+REGISTERS_OF_MULTIPROCESSOR = 65536
+
+# warps, programs on a multiprocessor at least, bytes spilled at most, loads of 16 bytes, products
+# on tensor cores. The spills of dC and dx are known and bound their speed (docs/mamba2.md).
+HELD = {
+    "conv forward": (4, 4, 0, True, False),
+    "conv backward": (1, 20, 0, False, False),
+    "norm forward": (2, 16, 0, True, False),
+    "norm backward": (2, 6, 0, True, False),
+    "sweep": (8, 1, 0, True, True),
+    "sweep back": (4, 2, 0, True, True),
+    "scan": (4, 2, 160, True, True),
+    "dC": (4, 2, 480, True, True),
+    "dB": (4, 2, 160, True, True),
+    "dx": (4, 2, 640, True, True),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compiled.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kernel", HELD)
+def test_resources(found, kernel):
+    warps, programs, spilled, wide_loads, tensor_cores = HELD[kernel]
+    needs = found[kernel]
+    by_registers = REGISTERS_OF_MULTIPROCESSOR // (needs["registers"] * warps * 32)
+    by_shared = SHARED_OF_MULTIPROCESSOR // max(needs["shared"] + 1024, 1)
+    assert min(by_registers, by_shared) >= programs, needs
+    assert needs["spilled"] <= spilled, needs
+    assert not wide_loads or needs["wide_loads"] > 0, needs
+    assert not tensor_cores or needs["tensor_cores"] > 0, needs
