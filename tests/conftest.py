@@ -1,6 +1,7 @@
 """What every test starts from: a seed, one thread a worker, and where kernels run."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ def pytest_configure() -> None:
     # Each xdist worker has one core; two workers of two threads each would take turns.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    # A shell starts what runs in the background with interrupts ignored, and its children inherit it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without a GPU, kernels run in Triton's interpreter: chosen before anything imports Triton.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -92,6 +92,23 @@ def test_a_mask_over_the_whole_sequence_is_read_at_its_end():
     assert_near(last, whole[:, 11:])
 
 
+def test_a_block_alone_takes_the_mask_of_the_whole_sequence_too():
+    config = tiny_config("ME", dtype=torch.float64)
+    x = torch.randn(2, 9, 48, dtype=torch.float64)
+    mask = torch.ones(2, 9)
+    mask[1, :4] = 0
+    for layer, block in enumerate(tiny_model("ME", dtype=torch.float64).model.layers):
+        cache = NemotronHybridCache(config, 2)
+        with torch.no_grad():
+            cache_of_both = {"past_key_values": cache}
+            if layer == 1:  # an expert block keeps nothing: something else has filled the cache
+                tiny_model("ME", dtype=torch.float64)(tokens(2, 8), mask[:, :8], **cache_of_both)
+            else:
+                block(x[:, :8], attention_mask=mask[:, :8], **cache_of_both)
+            last = block(x[:, 8:], attention_mask=mask, **cache_of_both)
+            assert_near(last, block(x, attention_mask=mask)[:, 8:])
+
+
 def test_a_pack_of_prompts_fills_one_row_each():
     model, lengths = tiny_model(), [5, 1, 16]
     docs = list(tokens(22).split(lengths))

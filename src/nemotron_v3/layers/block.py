@@ -12,7 +12,7 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import as_cache, check_names
+from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
 from nemotron_v3.layers.init import on_meta, place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
@@ -105,8 +105,9 @@ class NemotronV3Block(nn.Module):
         Raises:
             ValueError, TypeError: what the mixer raises.
         """
-        as_cache(past_key_values)
+        cache = as_cache(past_key_values)
         check_names(attn_kwargs)
+        attention_mask = of_new_tokens(attention_mask, tuple(hidden_states.shape[:-1]), cache)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
                 torch.promote_types(hidden_states.dtype, torch.float32)
