@@ -11,7 +11,7 @@ def pytest_configure() -> None:
     # Each xdist worker has one core; two workers of two threads each would take turns.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    # A shell starts what runs in the background with interrupts ignored, and its children inherit it.
+    # What a shell starts in the background has interrupts ignored, and its children inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without a GPU, kernels run in Triton's interpreter: chosen before anything imports Triton.
