@@ -29,7 +29,7 @@ def experts(
 ) -> Tensor:
     K, E = indices.shape[1], up_proj.shape[0]
     dtype = wide(x.dtype)
-    few = indices.numel() <= ROWS_ALONE * E and x.device.type == "cpu"
+    few = 0 < indices.numel() <= ROWS_ALONE * E and x.device.type == "cpu"
     if few and not needs_grad(x, weights, up_proj, down_proj):
         y = _row_by_row(x, indices.flatten().tolist(), up_proj, down_proj).unflatten(0, (-1, K))
         return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
@@ -51,7 +51,7 @@ def experts(
 
 def _row_by_row(x: Tensor, chosen: list[int], up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """`[T, X]` and the experts of the T*K choices -> `[R, X]`."""
-    K = len(chosen) // x.shape[0] if len(x) else 1
+    K = len(chosen) // x.shape[0]
     up, down = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     h = x.new_empty(len(chosen), up_proj.shape[1])
     y = x.new_empty(len(chosen), x.shape[1])
