@@ -120,7 +120,12 @@ class SequenceLayout:
                 "seq_idx must be integers of shape (batch, seq_len) or (tokens,), got "
                 f"{seq_idx.dtype} of shape {tuple(seq_idx.shape)}"
             )
-        rows = seq_idx.detach().cpu().to(torch.int64).reshape(-1, seq_idx.shape[-1])
+        rows = (
+            seq_idx.detach()
+            .cpu()
+            .to(torch.int64)
+            .reshape(seq_idx.shape[:-1].numel(), seq_idx.shape[-1])
+        )
         real = rows >= 0
         row_number = torch.arange(rows.shape[0])[:, None].expand_as(rows)[real]
         numbers = rows[real]
@@ -210,14 +215,14 @@ class SequenceLayout:
         if seq_idx is not None:
             seq_idx = _fit_grid("seq_idx", seq_idx, shape)
             if attention_mask is not None:
-                cls.from_padding_mask(attention_mask.reshape(-1, shape[-1]))
+                cls.from_padding_mask(attention_mask.reshape(_rows(shape), shape[-1]))
                 seq_idx = seq_idx.masked_fill(attention_mask.to(seq_idx.device) == 0, PADDING)
             candidates.append(("seq_idx", cls.from_seq_idx(seq_idx)))
         if not candidates:
             if attention_mask is None:
                 rows = shape if len(shape) == 2 else (1, *shape)
                 return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
-            mask = cls.from_padding_mask(attention_mask.reshape(-1, shape[-1]))
+            mask = cls.from_padding_mask(attention_mask.reshape(_rows(shape), shape[-1]))
             candidates.append(("attention_mask", mask._with_shape(shape)))
         name, chosen = candidates[0]
         if chosen.shape != tuple(shape):
@@ -340,7 +345,8 @@ class SequenceLayout:
     def derived(self, key: Hashable, build: Callable[["SequenceLayout"], Any]) -> Any:
         """`build(self)`, computed once for this layout: index tables that an op works out."""
         if key not in self._derived:
-            self._derived[key] = build(self)
+            with torch.inference_mode(False):  # the layout may serve training afterwards
+                self._derived[key] = build(self)
         return self._derived[key]
 
     @cached_property
@@ -366,6 +372,10 @@ class SequenceLayout:
             f"SequenceLayout(shape={self.shape}, documents={self.num_documents}, "
             f"lengths={_short(self.lengths)}, padding={padding}, device={self.device})"
         )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 2 else 1
 
 
 def _size(shape: tuple[int, ...]) -> int:

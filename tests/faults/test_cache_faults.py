@@ -104,3 +104,51 @@ def test_24_without_attention_the_length_is_0_and_decoding_starts_over():
     logits, cache = through_a_cache(model, ids, [8, 1, 1, 1, 1])
     assert cache.get_seq_length() == 12
     assert_near(logits, model(ids).logits)
+
+
+def test_nan_behind_a_rows_length_comes_back_after_it_was_cleared():
+    model = tiny_model("*-M")
+    embeds = model.model.embeddings(tokens(2, 7)).detach()
+    embeds[1] = float("nan")
+    cache = NemotronHybridCache(model.config, 2)
+    with torch.no_grad():
+        model(inputs_embeds=embeds, past_key_values=cache)
+        cache.clear(1)
+        token = tokens(2, 1, seed=1)
+        logits = model(token, past_key_values=cache).logits
+        assert_near(logits[1], model(token[1:]).logits[0])
+
+
+def test_a_step_of_one_token_drops_the_gradients_of_the_mixers_own_parameters():
+    ids, gradients = tokens(1, 7), []
+    for pieces in ([7], [1] * 7):
+        model = tiny_model("M").double().requires_grad_(False)
+        mixer = model.model.layers[0].mixer
+        chosen = [p.requires_grad_() for p in (mixer.A_log, mixer.D, mixer.dt_bias)]
+        cache = NemotronHybridCache(model.config, 1, torch.float64)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(pieces, dim=1)]
+        torch.cat(parts, 1).square().sum().backward()
+        gradients.append(torch.cat([p.grad for p in chosen]))
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-10 * gradients[0].abs().max()
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_batch_that_is_all_padding_breaks_without_gradients(window):
+    model = tiny_model()
+    cache = NemotronHybridCache(model.config, 2, rollback_window=window)
+    with torch.no_grad():
+        model(tokens(2, 5), past_key_values=cache)
+        logits = model(tokens(2, 3), torch.zeros(2, 3), past_key_values=cache).logits
+    assert torch.count_nonzero(logits) == 0 and cache.lengths == (5, 5)
+
+
+def test_a_snapshot_that_does_not_fit_corrupts_the_cache():
+    model = tiny_model("M*")
+    caches = [NemotronHybridCache(model.config, 1, rollback_window=w) for w in (2, 3)]
+    with torch.no_grad():
+        for cache, length in zip(caches, (5, 4), strict=True):
+            model(tokens(1, length), past_key_values=cache)
+    before = caches[1].conv_states[0].clone()
+    with pytest.raises(ValueError, match="another config, dtype or window"):
+        caches[1].restore(caches[0].snapshot())
+    assert torch.equal(caches[1].conv_states[0], before)

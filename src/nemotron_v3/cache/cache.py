@@ -1,7 +1,6 @@
 """The hybrid cache: states of every layer that has one, and a position on each row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
@@ -9,19 +8,10 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemotron_v3.cache.file import read_states, write_states
-from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState, join
+from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState, MambaState, join
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
-
-
-@dataclass(frozen=True)
-class CacheSnapshot:
-    """What a cache held at one moment; give it to `restore`, as often as wanted."""
-
-    lengths: tuple[int, ...]
-    floors: tuple[int, ...]
-    states: dict[int, LayerState]
 
 
 class NemotronHybridCache:
@@ -241,6 +231,9 @@ class NemotronHybridCache:
                 f"the snapshot has {len(snapshot.lengths)} rows and layers "
                 f"{list(snapshot.states)}, the cache {self.batch_size} and {list(self.states)}"
             )
+        self._check_room("the snapshot", max(snapshot.lengths))
+        for layer, state in self.states.items():
+            state.check_like(snapshot.states[layer], layer)
         self._step = None
         self._updated.clear()
         for layer, state in self.states.items():
@@ -312,6 +305,8 @@ class NemotronHybridCache:
         """
         self._settle()
         numbers = torch.as_tensor(rows).flatten().tolist()
+        if any(isinstance(number, bool) for number in numbers):
+            raise ValueError(f"rows {numbers} are a mask: give row numbers, mask.nonzero()")
         if not numbers or not all(0 <= row < self.batch_size for row in numbers):
             raise ValueError(f"rows {numbers} are not all among the cache's {self.batch_size}")
         index = self._index(numbers)
@@ -406,11 +401,7 @@ class NemotronHybridCache:
             "rollback_window": self.rollback_window,
         }
         header, states = read_states(path, self.states, expected, self.batch_size)
-        if self.max_length is not None and max(header["lengths"]) > self.max_length:
-            raise ValueError(
-                f"{path} holds {max(header['lengths'])} tokens a row: more than the cache's "
-                f"max_length {self.max_length}"
-            )
+        self._check_room(path, max(header["lengths"]))
         self.restore(CacheSnapshot(tuple(header["lengths"]), tuple(header["floors"]), states))
 
     # --- inside ---------------------------------------------------------------------------------
@@ -424,6 +415,13 @@ class NemotronHybridCache:
                 "finish() if layers were called one by one"
             )
         self.finish()
+
+    def _check_room(self, source: Any, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"{source} holds {length} tokens a row: more than the cache's max_length "
+                f"{self.max_length}"
+            )
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)

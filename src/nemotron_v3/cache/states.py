@@ -35,6 +35,16 @@ class LayerState:
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a row."""
 
+    def check_like(self, other: Self, layer: int) -> None:
+        """Raises ValueError unless another state could stand in this one's place at some length."""
+        for name, tensor in self.held(0).tensors().items():
+            its = getattr(other.held(0), name)
+            if (its.shape, its.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"{name} of layer {layer} is {tuple(its.shape)} in {its.dtype} there, "
+                    f"{tuple(tensor.shape)} in {tensor.dtype} here: another config, dtype or window"
+                )
+
     def load(self, other: Self, length: int) -> None:
         """Take over the values of another state of `length` tokens, into the present buffers."""
         self.reserve(length)
@@ -152,3 +162,12 @@ def join(states: Sequence[LayerState]) -> LayerState:
         ]
     parts = [state.tensors() for state in states]
     return type(states[0])(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """What a cache held at one moment; give it to `restore`, as often as wanted."""
+
+    lengths: tuple[int, ...]
+    floors: tuple[int, ...]
+    states: dict[int, LayerState]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
 PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
@@ -55,7 +55,8 @@ class DecodeStep:
             for layer, block in enumerate(model.model.layers)
         ]
         self._norm = _Norm(self, model.model.norm_f)
-        self._head = _Linear(self, model.lm_head.weight)
+        head_bias = None if isinstance(model.lm_head, TiedHead) else model.lm_head.bias
+        self._head = _Linear(self, model.lm_head.weight, head_bias)
         # For one token of a small model, waking other threads takes longer than the work.
         small = all(math.prod(p.shape[-2:]) <= SCRATCH for p in model.parameters())
         self._one_thread = cache.batch_size == 1 and small

@@ -13,7 +13,7 @@ from nemotron_v3.config import (
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
 from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
-from nemotron_v3.layers.init import on_meta, place_on
+from nemotron_v3.layers.init import place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3MoE
@@ -151,13 +151,12 @@ def _make_mixer(
             f"moe_config.dim is {moe_config.dim}, the model's hidden_size {config.hidden_size}: "
             "they must be the same"
         )
-    moe = NemotronV3MoE(
+    return NemotronV3MoE(
         moe_config,
         mlp_bias=config.mlp_bias,
         initializer_range=config.initializer_range,
         dtype=config.dtype,
         backend=backend,
+        num_hidden_layers=config.num_hidden_layers,
+        rescale_prenorm_residual=config.rescale_prenorm_residual,
     )
-    if not on_meta(moe):
-        moe.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
-    return moe

@@ -51,9 +51,9 @@ def of_new_tokens(
     With a cache a caller may go on giving the mask of the whole sequence: what the cache holds is
     settled, only the last columns say anything.
     """
-    if mask is None or cache is None or not cache.has_previous_state or mask.dim() != 2:
+    if mask is None or cache is None or not cache.has_previous_state or mask.dim() > 2:
         return mask
-    return mask[:, -shape[-1] :] if mask.shape[1] > shape[-1] else mask
+    return mask[..., -shape[-1] :] if mask.shape[-1] > shape[-1] else mask
 
 
 def check_names(layout_kwargs: dict[str, Any]) -> None:

@@ -73,12 +73,12 @@ def init_module(
         std, num_hidden_layers, rescale_prenorm_residual, time_step: see `init_`.
 
     Raises:
-        ValueError: fewer than one layer.
+        ValueError: a negative number of layers.
     """
-    if num_hidden_layers < 1:
-        raise ValueError(f"num_hidden_layers must be at least 1, got {num_hidden_layers}")
+    if num_hidden_layers < 0:
+        raise ValueError(f"num_hidden_layers must not be negative, got {num_hidden_layers}")
     place_on(module, buffer_device)
-    shrink = math.sqrt(num_hidden_layers) if rescale_prenorm_residual else 1.0
+    shrink = math.sqrt(max(num_hidden_layers, 1)) if rescale_prenorm_residual else 1.0
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         init_(name, tensor, std=std, shrink=shrink, time_step=time_step)
 

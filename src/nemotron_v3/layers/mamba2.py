@@ -131,8 +131,9 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def _follow(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
         """The core on tokens that follow a state, which moves on: y `[T, H*P]`."""
-        differentiable = torch.is_grad_enabled() and (
-            zxbcdt.requires_grad or state.ssm.requires_grad or state.conv.requires_grad
+        seen = (zxbcdt, state.ssm, state.conv, *self._weights())
+        differentiable = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in seen
         )
         if step.is_decode and not differentiable:
             if step.window:
@@ -144,7 +145,7 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
                 ssm_state=state.ssm,
                 **self._sizes(),
             )
-        if not step.window:
+        if not step.window or not step.layout.num_tokens:
             return self._scan_on(zxbcdt, state, step.layout)
         parts = []
         for piece in step.pieces:

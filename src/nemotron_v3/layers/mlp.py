@@ -21,6 +21,8 @@ class NemotronV3MLP(nn.Module):
         initializer_range: standard deviation of a fresh draw.
         dtype: of the parameters; None is torch's default.
         backend: its `linear` field chooses the projections.
+        num_hidden_layers, rescale_prenorm_residual: of the model, for the first draw.
+        draw: False leaves the first draw to a layer that holds this one.
     """
 
     def __init__(
@@ -32,6 +34,9 @@ class NemotronV3MLP(nn.Module):
         initializer_range: float = 0.02,
         dtype: torch.dtype | None = None,
         backend: BackendConfig | None = None,
+        num_hidden_layers: int = 1,
+        rescale_prenorm_residual: bool = True,
+        draw: bool = True,
     ):
         super().__init__()
         self.hidden_size = hidden_size
@@ -40,22 +45,23 @@ class NemotronV3MLP(nn.Module):
         kind = {"bias": bias, "backend": BackendConfig.from_any(backend), "dtype": dtype}
         self.up_proj = make_linear(hidden_size, intermediate_size, **kind)
         self.down_proj = make_linear(intermediate_size, hidden_size, **kind)
+        if draw and not on_meta(self):
+            self.init_weights(num_hidden_layers, rescale_prenorm_residual)
 
     @classmethod
     def from_config(cls, config: Any, backend: BackendConfig | None = None) -> "NemotronV3MLP":
         """The MLP of an `-` block."""
         config = NemotronV3Config.from_any(config)
-        mlp = cls(
+        return cls(
             config.hidden_size,
             config.intermediate_size,
             bias=config.mlp_bias,
             initializer_range=config.initializer_range,
             dtype=config.dtype,
             backend=backend,
+            num_hidden_layers=config.num_hidden_layers,
+            rescale_prenorm_residual=config.rescale_prenorm_residual,
         )
-        if not on_meta(mlp):
-            mlp.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
-        return mlp
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.border import enter
-from nemotron_v3.layers.init import init_module
+from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
@@ -85,6 +85,7 @@ class NemotronV3MoE(nn.Module):
         initializer_range: standard deviation of a fresh draw.
         dtype: of the parameters; None is `config.dtype`, else torch's default.
         backend: a `BackendConfig`, a foreign one, or None for the default.
+        num_hidden_layers, rescale_prenorm_residual: of the model, for the first draw.
 
     Raises:
         ValueError: a config that asks for what the model does not have (a gated expert, say).
@@ -98,6 +99,8 @@ class NemotronV3MoE(nn.Module):
         initializer_range: float = 0.02,
         dtype: torch.dtype | None = None,
         backend: BackendConfig | None = None,
+        num_hidden_layers: int = 1,
+        rescale_prenorm_residual: bool = True,
     ):
         super().__init__()
         config = MoEConfig.from_any(config)
@@ -109,12 +112,18 @@ class NemotronV3MoE(nn.Module):
         self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
         kind = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
         self.shared_experts = NemotronV3MLP(
-            config.dim, config.shared_expert_inter_dim, initializer_range=initializer_range, **kind
+            config.dim,
+            config.shared_expert_inter_dim,
+            initializer_range=initializer_range,
+            draw=False,
+            **kind,
         )
         self.fc1_latent_proj = self.fc2_latent_proj = None
         if config.moe_latent_size is not None:
             self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **kind)
             self.fc2_latent_proj = make_linear(config.moe_latent_size, config.dim, **kind)
+        if not on_meta(self):
+            self.init_weights(num_hidden_layers, rescale_prenorm_residual)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **layout_kwargs: Any

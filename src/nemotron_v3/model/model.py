@@ -75,9 +75,8 @@ class NemotronV3Model(nn.Module):
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, a token outside the
-                vocabulary, masks or layouts that do not fit, a cache of another config, batch or
-                dtype.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, masks or layouts that do
+                not fit, a cache of another config, batch or dtype.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)

@@ -76,31 +76,38 @@ def report(model: nn.Module) -> Report:
     return Report(rows)
 
 
+def _form(op: str, impl: str, module: nn.Module) -> tuple[str, str]:
+    try:
+        return choose(op, impl, like=next(module.parameters()))
+    except RuntimeError as error:  # asked for by name, and not there: a call would raise this
+        return "none", str(error)
+
+
 def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
     match module:
         case NemotronV3RMSNorm(te_norm=None):
             plain = module.backend.rms_norm == "torch"
             impl = "portable" if plain else module.backend.impl
-            form, why = choose("rms_norm", impl)
+            form, why = _form("rms_norm", impl, module)
             yield "rms_norm", form, "rms_norm='torch'" if plain else why
         case NemotronV3RMSNorm():
             yield "rms_norm", _TE, "rms_norm='te'"
         case NemotronV3Mamba2Mixer():
-            yield "mamba2", *choose("mamba2", module.backend.impl)
-            yield "mamba2_step", *choose("mamba2_step", module.backend.impl)
+            yield "mamba2", *_form("mamba2", module.backend.impl, module)
+            yield "mamba2_step", *_form("mamba2_step", module.backend.impl, module)
         case NemotronV3Attention():
             if module.backend.attn == "sdpa":
-                yield "attention", *choose("attention", module.backend.impl)
+                yield "attention", *_form("attention", module.backend.impl, module)
             else:
                 uses = {"te": _TE, "flex": "flex"}[module.backend.attn]
                 yield "attention", uses, f"attn={module.backend.attn!r}"
-            yield "cached_attention", *choose("cached_attention", module.backend.impl)
+            yield "cached_attention", *_form("cached_attention", module.backend.impl, module)
         case NemotronV3Router():
-            yield "router", *choose("router", module.impl)
+            yield "router", *_form("router", module.impl, module)
         case NemotronV3Experts():
-            yield "experts", *choose("experts", module.impl)
+            yield "experts", *_form("experts", module.impl, module)
         case NemotronV3ForCausalLM():
-            yield "cross_entropy", *choose("cross_entropy", "auto")
+            yield "cross_entropy", *_form("cross_entropy", "auto", module)
     projections = _projections(module)
     if projections:
         classes = {f"{type(p).__module__.split('.')[0]} {type(p).__name__}" for p in projections}

@@ -66,14 +66,26 @@ def pick(
     return function if form == "reference" else _checked(op, form, function, reference)
 
 
-def choose(op: str, impl: str, special: tuple[str, ...] = ()) -> tuple[str, str]:
-    """The form of `op` that `impl` means, and why.
+# The ops that have a Triton form; of the scans, "auto" takes it in 16 bits only.
+SCANS = ("ssd", "mamba2")
+TRITON_FORMS = ("rms_norm", "gated_rms_norm", "causal_conv1d", *SCANS)
+
+
+def choose(
+    op: str, impl: str, special: tuple[str, ...] = (), like: Tensor | None = None
+) -> tuple[str, str]:
+    """The form of `op` that `impl` means, and why; for tensors such as `like` where it is given.
 
     Raises:
         ValueError, RuntimeError: see `pick`.
     """
     if impl in ("reference", "portable", *special):
         return impl, f"impl={impl!r}"
+    if like is not None and op in TRITON_FORMS and impl in ("auto", "triton"):
+        reserve = _triton.reserve_fp32(like.dtype) if op in SCANS and impl == "auto" else None
+        if impl == "triton" or (like.is_cuda and _triton.can_launch(like.device) and not reserve):
+            return "triton", f"impl={impl!r}, on a GPU"
+        return "portable", f"impl='auto': {reserve if like.is_cuda and reserve else 'not on a GPU'}"
     if impl == "auto":
         return "portable", "impl='auto', and there is no other form"
     if impl == "triton":
@@ -126,7 +138,7 @@ def without_autocast(function: Callable) -> Callable:
         first = args[0] if args else next(iter(kwargs.values()))
         kind = first.device.type
         # Entering the context costs as much as a small op, which a decode step is made of.
-        if not torch.is_autocast_enabled(kind):
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
@@ -148,7 +160,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def autocast_matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matmul over `x` runs in: autocast's where it is on, else `x`'s own."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
