@@ -152,3 +152,13 @@ def test_a_snapshot_that_does_not_fit_corrupts_the_cache():
     with pytest.raises(ValueError, match="another config, dtype or window"):
         caches[1].restore(caches[0].snapshot())
     assert torch.equal(caches[1].conv_states[0], before)
+
+
+def test_a_model_without_any_state_does_not_count_its_tokens():
+    model = tiny_model("-E")
+    out = model.generate(tokens(2, 5), max_new_tokens=4, eos_token_id=[])
+    assert out.cache.lengths == (8, 8)
+    with torch.no_grad():
+        cache = model(tokens(2, 5), torch.ones(2, 5), use_cache=True).past_key_values
+        model(tokens(2, 1), torch.ones(2, 6), past_key_values=cache)
+    assert cache.lengths == (6, 6)

@@ -172,8 +172,10 @@ class NemotronHybridCache:
         self._updated.add(layer_idx)
         return self.states[layer_idx], self._step
 
-    def finish(self) -> None:
-        """End the forward pass: the rows' positions move on."""
+    def finish(self, layout: SequenceLayout | None = None) -> None:
+        """End the forward pass, of `layout` where no layer has a state: the positions move on."""
+        if self._step is None and not self.states and layout is not None:
+            self._step = Step(layout.packed, tuple(self._lengths), self.positions)
         if self._step is None:
             return
         if (uniform := self._step.layout.uniform_length) is not None:

@@ -93,7 +93,7 @@ class DecodeStep:
         hidden = self._embeddings.index_select(0, tokens)  # [B, D], the residual stream
         for block in self._blocks:
             block(hidden)
-        self.cache.finish()
+        self.cache.finish(self.layout)
         return self._head(self._norm(hidden))
 
     def empty(self, *shape: int) -> Tensor:

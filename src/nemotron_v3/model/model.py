@@ -100,7 +100,7 @@ class NemotronV3Model(nn.Module):
             if output_hidden_states:
                 kept.append(hidden)
         if cache is not None:
-            cache.finish()
+            cache.finish(layout)
         hidden = restore(self.norm_f(hidden))
         if not output_hidden_states:
             return ModelOutput(hidden, past_key_values=cache)
