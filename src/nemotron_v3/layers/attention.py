@@ -74,7 +74,8 @@ class NemotronV3Attention(nn.Module):
             attention_mask: `[B, S]`, 1 = real and 0 = padding; or `[B, 1, S, S]`, bool (True =
                 attend) or additive floats, which then decides alone.
             past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
-                updated in place. A padding mask may then also cover what came before.
+                updated in place; dropout does not act then. A padding mask may also cover what came
+                before.
             layer_idx: the layer's number in the cache, needed with one.
             **attn_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
                 `SequenceLayout.resolve`; `position_ids` changes nothing.
