@@ -106,14 +106,23 @@ def test_24_without_attention_the_length_is_0_and_decoding_starts_over():
     assert_near(logits, model(ids).logits)
 
 
-def test_nan_behind_a_rows_length_comes_back_after_it_was_cleared():
-    model = tiny_model("*-M")
+@pytest.mark.parametrize("way", ["clear", "rollback", "restore"])
+def test_nan_behind_a_rows_length_comes_back_after_it_was_dropped(way):
+    model = tiny_model("*-*")
     embeds = model.model.embeddings(tokens(2, 7)).detach()
-    embeds[1] = float("nan")
+    embeds[1, 2:] = float("nan")
     cache = NemotronHybridCache(model.config, 2)
+    snapshot = cache.snapshot()
     with torch.no_grad():
         model(inputs_embeds=embeds, past_key_values=cache)
-        cache.clear(1)
+        if way == "clear":
+            cache.clear(1)
+        elif way == "rollback":
+            cache.rollback([0, 7])
+        else:
+            cache.restore(snapshot)
+            model(tokens(7), cu_seqlens=torch.tensor([0, 7, 7]), past_key_values=cache)
+        assert cache.lengths == (7, 0)
         token = tokens(2, 1, seed=1)
         logits = model(token, past_key_values=cache).logits
         assert_near(logits[1], model(token[1:]).logits[0])

@@ -63,7 +63,7 @@ class KeyValueState(LayerState):
     """Keys and values `[rows, J, capacity, P]`, each row's tokens from place 0 on, no padding.
 
     A buffer keeps its address until it must grow, which doubles it. What lies behind a row's own
-    length is never read.
+    length is 0: attention gives it weight 0, and 0 times an old NaN would be NaN.
     """
 
     keys: Tensor
@@ -81,10 +81,24 @@ class KeyValueState(LayerState):
         if more > 0:
             self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
 
+    def load(self, other: Self, length: int) -> None:
+        super().load(other, length)
+        for tensor in self.tensors().values():
+            tensor[:, :, length:] = 0
+
+    def clear(self, rows: Tensor) -> None:
+        self.take_back(rows, torch.zeros_like(rows))
+
+    def take_back(self, rows: Tensor, positions: Tensor) -> None:
+        places = torch.arange(self.capacity, device=rows.device)
+        gone = (places >= positions[:, None])[:, None, :, None]  # [n, 1, capacity, 1]
+        for tensor in self.tensors().values():
+            tensor[rows] = tensor[rows].masked_fill(gone, 0)
+
     def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
 
-        L is the longest row's length; what a shorter row has behind its own means nothing.
+        L is the longest row's length; a shorter row has 0 behind its own.
         """
         needed = max(step.ends)
         if needed > self.capacity:

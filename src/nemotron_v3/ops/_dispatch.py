@@ -56,6 +56,8 @@ def pick(
     if triton is not None and _takes_kernels(op, impl, triton):
         # Not checked at first use: kernels are compiled for each shape, so that the check would
         # compile others than the call's, and double the time of the first call.
+        if impl == "auto" and not torch.compiler.is_compiling():
+            _say_once(op, "triton")
         return triton.load()
     form, _ = choose(op, impl, tuple(special))
     function = {"reference": reference, "portable": portable, **special}[form]

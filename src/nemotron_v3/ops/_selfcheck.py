@@ -3,6 +3,8 @@
 A kernel can be miscompiled, a library built for another processor, a driver broken: the numbers are
 then wrong without a word. So each (op, form, device, dtype) runs once a process on a small input,
 forward and backward, and is compared with the op's step-by-step reference in fp64 on the CPU.
+Triton forms are not among them yet: they are compiled for each shape, so that a check would compile
+kernels other than the call's and double the time of the first call.
 """
 
 from collections.abc import Callable

@@ -21,8 +21,8 @@ def cached_attention(
 ) -> Tensor:
     """Grouped-query attention where each row's new tokens follow what the row already holds.
 
-    New token i of a row sees the row's places 0 to `start + i`. What the keys hold beyond a row's
-    own tokens is never read.
+    New token i of a row sees the row's places 0 to `start + i`. What keys and values hold beyond
+    a row's own tokens gets weight 0; it must be finite.
 
     Letters: T packed new tokens, H query heads, J key/value heads, P head width, L places.
 

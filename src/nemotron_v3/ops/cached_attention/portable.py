@@ -73,9 +73,6 @@ def _decode(
     if len(set(starts)) > 1:
         place = torch.arange(keys.shape[2], device=q.device)
         mask = (place <= positions[:, None])[:, None, None]
-        # What a row once held behind its length may be NaN, and 0 times NaN is NaN.
-        values = values.masked_fill(~mask.transpose(2, 3), 0)
-        keys = keys.masked_fill(~mask.transpose(2, 3), 0)
     out = F.scaled_dot_product_attention(
         q[:, :, None],
         keys,
