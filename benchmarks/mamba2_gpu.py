@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Row, unavailable
-from nemotron_v3 import ops
+from nemotron_v3 import NemotronV3Config, ops
+from nemotron_v3.layers import NemotronV3Mamba2Mixer
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.mamba2 import cases
 
@@ -37,6 +38,7 @@ def rows() -> Iterator[Row]:
     yield from _scan(T)
     for lengths in ((8192,), (128,) * 64, (4096,) * 4):
         yield from _core(lengths)
+    yield from _mixer(T)
     yield from _linear_growth()
 
 
@@ -46,6 +48,7 @@ def rows() -> Iterator[Row]:
 def gpu_time(run: Callable[[], Any], repeats: int = 20) -> float:
     """Microseconds of one replay of `run`, captured, with a cold cache: the median."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             run()
@@ -215,6 +218,24 @@ def _core(lengths: tuple[int, ...]) -> Iterator[Row]:
     yield _row("core, forward + backward, eager", shape, wall_time(both))
     peak = peak_memory(both)
     yield Row("core, peak memory", shape, "MiB", peak, more_is_better=False)
+
+
+def _mixer(T: int) -> Iterator[Row]:
+    """The whole layer with its projections, eager and through `torch.compile`."""
+    config = NemotronV3Config.preset("nemotron-3-nano-30b")
+    with torch.device("cuda"):
+        mixer = NemotronV3Mamba2Mixer(config, 0)
+    x = _normal(1, T, config.hidden_size).requires_grad_()
+    dy = _normal(1, T, config.hidden_size)
+    given = [x, *mixer.parameters()]
+    compiled = torch.compile(mixer, fullgraph=True)
+
+    def both(layer: Any = mixer) -> None:
+        torch.autograd.grad(layer(x), given, dy)
+
+    yield _row("mixer, forward + backward, graph", T, gpu_time(both), 2900)
+    yield _row("mixer, forward + backward, eager", T, wall_time(both))
+    yield _row("mixer, forward + backward, compiled", T, wall_time(lambda: both(compiled)))
 
 
 def _linear_growth() -> Iterator[Row]:

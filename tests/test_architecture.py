@@ -57,17 +57,19 @@ WITHOUT_DISTRIBUTED = frozenset({"config", "layout", "cache", "ops", "layers", "
 # Third-party packages: where each may be imported (patterns of paths below the package).
 ANYWHERE = ("*",)
 HF_ROOM = ("hf/*",)
+# A file of kernels may import triton at its top, because it is itself only imported in functions.
+KERNELS = ("ops/*/kernels.py", "ops/*/kernels/*.py", "ops/_launch.py", "ops/_sums.py")
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
     "safetensors": ("checkpoint/*", "cache/file.py"),
     "tokenizers": ("data/*",),
-    "rich": ("recipes/*", "train/*", "verify/*", "cli/*"),
+    "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),
     "jinja2": ("generation/chat.py",),
     "matplotlib": ("recipes/*", "train/*"),
     "datasets": ("data/*", "train/*"),
     "tensorboard": ("train/*",),
-    "triton": ("ops/*/op.py", "ops/*/kernels.py", "ops/*/kernels/*.py"),
+    "triton": ("ops/*/op.py", *KERNELS),
     "transformer_engine": ("ops/*/op.py", "layers/linear.py"),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,
@@ -76,8 +78,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "nemo_automodel": HF_ROOM,
 }
 OPTIONAL = frozenset({"triton", "transformer_engine"})
-# A file of kernels may import triton at its top, because it is itself only imported in functions.
-KERNELS = ("ops/*/kernels.py", "ops/*/kernels/*.py")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemotron_v3.ops.ssd.kernels import scan, scan_backward, states
+from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states
 from nemotron_v3.ops.ssd.kernels.tables import Blocks
 
 taps = import_module("nemotron_v3.ops.causal_conv1d.kernels.taps")
@@ -26,7 +26,7 @@ INT64 = {"chunk_start", "chunk_end", "cu_seqlens", "document_chunks"}
 INT32 = {"position", "seq_idx"}
 FP32 = {
     *("D", "steps", "first", "last", "through", "partial", "dweight", "dskip"),
-    *("direct", "diagonal", "across", "from_state", "to_state"),
+    *("rows", "columns", "across", "from_state", "to_state", "skip", "own"),
 }
 NUMBERS = {"T", "H", "tiles"}
 
@@ -49,6 +49,10 @@ def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
         attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, attributes)
+    return needs(source, warps)
+
+
+def needs(source: ASTSource, warps: int) -> dict[str, int]:
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -70,25 +74,35 @@ def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
 
 def main() -> None:
     b = Blocks.of(torch.bfloat16, 64, 128, 8)
+    wide, inner, packed = 6144, 4096, 10304  # columns of x B C, of y, and of the projection
     tile = {"P": 64, "N": 128, "HEADS_OF_GROUP": 8, "TILE": b.tile, "BLOCK_P": b.p, "BLOCK_N": b.n}
-    tile |= {"STAGES": b.stages, "PRECISION": b.precision, "HEADS": b.heads, "SKIP": True}
+    tile |= {"PRECISION": b.precision, "HEADS": b.heads, "SKIP": True}
+    tile |= dict.fromkeys(("stride_x", "stride_B", "stride_C", "stride_u", "stride_v"), wide)
+    tile |= {"stride_y": inner, "stride_dy": packed}
+    tile |= dict.fromkeys(("stride_dx", "stride_dB", "stride_dC"), wide)
     sweep = tile | {"Q": b.chunk, "SLICE": b.slice, "SLICES": 128 // b.slice, "STARTED": False}
-    sweep["STAGES"] = b.sweep_stages
+    sweep |= {"ENDS": False, "STAGES": b.sweep.stages}
     conv = {"W": 4, "SILU": True, "BIASED": True, "CONTINUED": False, "CONTINUES": False}
+    conv |= {"stride_x": packed, "stride_dy": wide, "stride_dx": packed}
     forward = conv | {"BLOCK_T": 32, "BLOCK_C": 128, "BLOCK_W": 4}
     backward = conv | {"SEGMENT": 128, "UNROLL": 4, "BLOCK_C": 64}
     group = {"GROUPS": 8, "SIZE": 512, "BLOCK_T": 2, "BLOCK_D": 512, "GATED": True}
+    group |= {"stride_y": inner, "stride_z": packed, "stride_dout": inner, "STAGES": 3}
+    group |= {"stride_dy": packed, "stride_dz": packed}
     work = {
         "conv forward": (taps.forward_kernel, forward, 4),
         "conv backward": (taps.backward_kernel, backward, 1),
         "norm forward": (norm.forward_kernel, group, 2),
         "norm backward": (norm.backward_kernel, group, 2),
-        "sweep": (states.sweep_kernel, sweep | {"REVERSE": False}, b.sweep_warps),
-        "sweep back": (states.sweep_kernel, sweep | {"REVERSE": True}, 4),
-        "scan": (scan.forward_kernel, tile | {"STAGES": b.scan_stages}, b.warps),
-        "dC": (scan_backward.dC_kernel, tile, b.warps),
-        "dB": (scan_backward.dB_kernel, tile, b.warps),
-        "dx": (scan_backward.dx_kernel, tile, b.warps),
+        "sweep": (states.sweep_kernel, sweep | {"REVERSE": False}, b.sweep.warps),
+        "sweep back": (states.sweep_kernel, sweep | {"REVERSE": True}, b.sweep.warps),
+        "scan": (scan.forward_kernel, tile | {"STAGES": b.scan.stages}, b.scan.warps),
+        "pairs": (pairs.pairs_kernel, tile | {"STAGES": b.pairs.stages}, b.pairs.warps),
+        "gradients": (
+            scan_backward.gradients_kernel,
+            tile | {"STAGES_dx": b.dx.stages, "STAGES_dB": b.dB.stages, "STAGES_dC": b.dC.stages},
+            b.dx.warps,
+        ),
     }
     found = {}
     for name, (kernel, constants, warps) in work.items():

@@ -6,8 +6,11 @@ are for a GPU (tests/gpu).
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemotron_v3 import ops
+from nemotron_v3 import BackendConfig, NemotronV3Config, ops
+from nemotron_v3.layers import NemotronV3Mamba2Mixer
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d import cases as conv_cases
 from nemotron_v3.ops.gated_rms_norm import cases as gated_cases
@@ -44,6 +47,28 @@ MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
 )
 def test_accuracy(op, case, dtype):
     hold(op, case, dtype, "cpu")
+
+
+def test_a_compiled_mixer_takes_every_length():
+    """One graph for the first length, one for all others (of more than one chunk)."""
+    torch._dynamo.reset()
+    config = NemotronV3Config(
+        layers_block_type="M",
+        hidden_size=32,
+        mamba_num_heads=2,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+    )
+    mixer = NemotronV3Mamba2Mixer(config, 0)
+    mixer.backend = BackendConfig(impl="triton")
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixer, backend=counted, fullgraph=True)
+    for length in (70, 80, 90):
+        x = torch.randn(1, length, 32)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), mixer(x))
+    assert counted.frame_count == 2
 
 
 def test_compiled_graph_equals_eager():
@@ -83,3 +108,26 @@ def test_what_kernels_cannot_do_is_refused():
     layout = SequenceLayout.from_lengths([2])
     with pytest.raises(RuntimeError, match="2 to 8 taps, and 9"):
         ops.causal_conv1d(torch.ones(2, 4), torch.ones(4, 9), None, layout=layout, impl="triton")
+
+
+def test_a_dispatch_mode_sees_the_op_that_plain_calls_skip():
+    """Selective checkpointing and fake tensors go by the op's name; results are the same."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    y, z, weight = torch.randn(3, 32), torch.randn(3, 32), torch.randn(32, requires_grad=True)
+
+    def run():
+        out = ops.gated_rms_norm(y, z, weight, 16, impl="triton")
+        return out, torch.autograd.grad(out.sum(), weight)[0]
+
+    plain = run()
+    with Watch():
+        watched = run()
+    assert "nemotron_v3.gated_rms_norm.default" in seen
+    assert "nemotron_v3.gated_rms_norm_backward.default" in seen
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

@@ -14,18 +14,17 @@ SHARED_OF_MULTIPROCESSOR = 227 * 1024
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 # warps, programs on a multiprocessor at least, bytes spilled at most, loads of 16 bytes, products
-# on tensor cores. The spills of dC and dx are known and bound their speed (docs/mamba2.md).
+# on tensor cores.
 HELD = {
     "conv forward": (4, 4, 0, True, False),
     "conv backward": (1, 20, 0, False, False),
     "norm forward": (2, 16, 0, True, False),
     "norm backward": (2, 6, 0, True, False),
     "sweep": (8, 1, 0, True, True),
-    "sweep back": (4, 2, 0, True, True),
-    "scan": (4, 2, 160, True, True),
-    "dC": (4, 2, 480, True, True),
-    "dB": (4, 2, 160, True, True),
-    "dx": (4, 2, 640, True, True),
+    "sweep back": (8, 1, 0, True, True),
+    "scan": (4, 2, 0, True, True),
+    "pairs": (4, 2, 0, True, True),
+    "gradients": (4, 2, 64, True, True),
 }
 
 

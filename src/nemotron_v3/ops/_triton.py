@@ -15,6 +15,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _library = torch.library.Library("nemotron_v3", "FRAGMENT")
 
 
@@ -26,20 +28,66 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """The op `nemotron_v3::NAME` that `torch.compile` sees as one node.
+    """The op `nemotron_v3::NAME` that `torch.compile` sees as one node, as a function.
 
     `Library.define` rather than `custom_op`: the same op for half the host time of a call, and
     rather than `triton_op`, which does not run under Triton's interpreter.
     """
     name = schema.partition("(")[0]
+    launch = on_device_of_first(run)
     _library.define(schema)
-    _library.impl(name, on_device_of_first(run), "CompositeExplicitAutograd")
+    _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nemotron_v3::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
             f"nemotron_v3::{name}", backward, setup_context=setup_context, lib=_library
         )
-    return getattr(torch.ops.nemotron_v3, name).default
+    op = getattr(torch.ops.nemotron_v3, name).default
+    function = _function(launch, setup_context, backward)
+
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        if not _nobody_looks(args):
+            return op(*args)
+        if function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+            return function.apply(*args)
+        return launch(*args)
+
+    return call
+
+
+def _function(
+    launch: Callable, setup_context: Callable | None, backward: Callable | None
+) -> type[torch.autograd.Function] | None:
+    """The op's autograd formula without the dispatcher: half the host time of a call."""
+    if backward is None:
+        return None
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = launch(*args)
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type("Eager", (torch.autograd.Function,), methods)
+
+
+def _nobody_looks(args: tuple[Any, ...]) -> bool:
+    """Whether these are plain tensors in plain eager mode, so that no one misses the op's name.
+
+    A compiler, a dispatch mode (fake tensors, selective checkpointing), a function transform or a
+    tensor subclass must see the op.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+    )
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def on_device_of_first(run: Callable) -> Callable:
@@ -54,15 +102,18 @@ def on_device_of_first(run: Callable) -> Callable:
     return launch
 
 
-@functools.cache
+# Found once, at import: `torch.compile` cannot look for packages, and warns of caches.
+_INSTALLED = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
+    return _INTERPRETED
 
 
-@functools.cache
 def installed() -> bool:
-    return find_spec("triton") is not None
+    return _INSTALLED
 
 
 def can_launch(device: torch.device) -> bool:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._launch import Launcher
+from nemotron_v3.ops._sums import sum_partials
 from nemotron_v3.ops._triton import interpreted, power_of_two, programs, register, unit_stride
 
 
@@ -19,9 +21,9 @@ def forward_kernel(
     weight,
     out,
     T,
-    stride_y,
-    stride_z,
     eps,
+    stride_y: tl.constexpr,
+    stride_z: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -63,17 +65,18 @@ def backward_kernel(
     dz,
     dweight,
     T,
-    stride_dout,
-    stride_y,
-    stride_z,
-    stride_dy,
-    stride_dz,
     eps,
+    stride_dout: tl.constexpr,
+    stride_y: tl.constexpr,
+    stride_z: tl.constexpr,
+    stride_dy: tl.constexpr,
+    stride_dz: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GATED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program i of n takes every n-th block of tokens and leaves its sum of dweight in row i."""
     i_g = tl.program_id(0) % GROUPS
@@ -87,7 +90,7 @@ def backward_kernel(
     b_w = tl.load(weight + column + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_dw = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
 
-    for i_b in range(i_n, tl.cdiv(T, BLOCK_T), n):
+    for i_b in tl.range(i_n, tl.cdiv(T, BLOCK_T), n, num_stages=STAGES):
         i_t = i_b * BLOCK_T
         m_td = (i_t + o_t < T)[:, None] & m_d[None, :]
         # [BLOCK_T, BLOCK_D]
@@ -123,12 +126,24 @@ def backward_kernel(
 
 # --- launchers: tensors [T, D] with neighbouring columns ------------------------------------------
 
+_launch_forward = Launcher(forward_kernel)
+_launch_backward = Launcher(backward_kernel)
 
-def _blocks(size: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_D, warps): 16 bytes a thread and load where a row is long enough."""
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _blocks(size: int) -> tuple[int, int, int, int]:
+    """(BLOCK_T, BLOCK_D, warps, stages of the backward).
+
+    16 bytes a thread and load where a row is long enough, and a pipeline where rows are short
+    enough for several of them to stand in shared memory.
+    """
     block_d = power_of_two(size)
     block_t = 128 if interpreted() else max(1, 1024 // block_d)
-    return block_t, block_d, min(8, max(1, block_t * block_d // 512))
+    stages = 3 if block_d <= 1024 else 1
+    return block_t, block_d, min(8, max(1, block_t * block_d // 512)), stages
 
 
 def launch_forward(
@@ -136,22 +151,13 @@ def launch_forward(
 ) -> None:
     T, D = y.shape
     groups = D // group_size
-    block_t, block_d, warps = _blocks(group_size)
-    forward_kernel[(groups * triton.cdiv(T, block_t),)](
-        y,
-        z,
-        weight,
-        out,
-        T,
-        y.stride(0),
-        0 if z is None else z.stride(0),
-        eps,
-        groups,
-        group_size,
-        block_t,
-        block_d,
-        z is not None,
-        num_warps=warps,
+    block_t, block_d, warps, _ = _blocks(group_size)
+    _launch_forward(
+        groups * -(-T // block_t),
+        (y, z, weight, out),
+        (T, eps),
+        (y.stride(0), _stride(z), groups, group_size, block_t, block_d, z is not None),
+        warps,
     )
 
 
@@ -168,33 +174,21 @@ def launch_backward(
     """Writes dy and dz; returns dweight in the weight's dtype."""
     T, D = y.shape
     groups = D // group_size
-    block_t, block_d, warps = _blocks(group_size)
+    block_t, block_d, warps, stages = _blocks(group_size)
     most = max(1, programs(y.device, max(1, 24 // warps)) // groups)
-    n = min(most, max(1, triton.cdiv(T, block_t)))
+    n = min(most, max(1, -(-T // block_t)))
     partial = torch.empty(n, D, dtype=torch.float32, device=y.device)
-    backward_kernel[(groups * n,)](
-        dout,
-        y,
-        z,
-        weight,
-        dy,
-        dz,
-        partial,
-        T,
-        dout.stride(0),
-        y.stride(0),
-        0 if z is None else z.stride(0),
-        dy.stride(0),
-        0 if dz is None else dz.stride(0),
-        eps,
-        groups,
-        group_size,
-        block_t,
-        block_d,
-        z is not None,
-        num_warps=warps,
+    _launch_backward(
+        groups * n,
+        (dout, y, z, weight, dy, dz, partial),
+        (T, eps),
+        (
+            *(dout.stride(0), y.stride(0), _stride(z), dy.stride(0), _stride(dz)),
+            *(groups, group_size, block_t, block_d, z is not None, stages),
+        ),
+        warps,
     )
-    return partial.sum(0).to(weight.dtype)
+    return sum_partials(partial[:, None], ((D,), weight.dtype))[0]
 
 
 # --- registration ---------------------------------------------------------------------------------

@@ -191,6 +191,7 @@ def _scan_backward(
     xBC,
     states,
     running,
+    started,
     *tables,
 ):
     """Turns dy in dzxbcdt's x columns into the gradients of x, B, C and dt."""
@@ -216,6 +217,7 @@ def _scan_backward(
         dB,
         dC,
         wanted.dt,
+        started,
     )
     dweight, dbias, dconv_states = conv.launch_backward(
         dxBC,
@@ -232,12 +234,9 @@ def _scan_backward(
     return (
         dweight,
         absent if dbias is None else dbias,
-        *(
-            gradient.to(p.dtype, copy=True)
-            for gradient, p in zip(sums, (A_log, dt_bias, D), strict=True)
-        ),
-        dxBC.new_empty(0) if dconv_states is None else dconv_states,
-        dssm_states,
+        *sums,
+        absent if dconv_states is None else dconv_states,
+        absent if dssm_states is None else dssm_states,
     )
 
 
@@ -260,6 +259,7 @@ def _scan_backward_fake(
     xBC,
     states,
     running,
+    started,
     *tables,
 ):
     def like(t):
@@ -267,8 +267,10 @@ def _scan_backward_fake(
             return xBC.new_empty(0)
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
-    documents = tables[-1].shape[0] - 1
-    dssm = torch.empty((documents, *states.shape[1:]), dtype=torch.float32, device=states.device)
+    dssm = xBC.new_empty(0)
+    if started:
+        shape = (tables[-1].shape[0] - 1, *states.shape[1:])
+        dssm = torch.empty(shape, dtype=torch.float32, device=states.device)
     given = (conv_weight, conv_bias, A_log, dt_bias, D, conv_states)
     return *map(like, given), dssm
 
@@ -313,7 +315,9 @@ def _autograd(ctx, dout, dconv_final, dssm_final, *_):
         N,
         *ctx.limits,
         conv_states,
-        *rest,
+        *rest[:3],
+        ctx.ssm_dtype is not None,
+        *rest[3:],
     )
     return (
         dzxbcdt,
@@ -342,7 +346,8 @@ _norm_backward_op = register(
 _scan_backward_op = register(
     "mamba2_scan_backward(Tensor(a!) dzxbcdt, Tensor? dconv_final, Tensor? dssm_final, "
     f"Tensor zxbcdt, {_PARAMETERS}, {_SIZES}, Tensor? conv_states, Tensor xBC, Tensor states, "
-    f"Tensor running, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor running, bool started, {_TABLES}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _scan_backward,
     _scan_backward_fake,
 )

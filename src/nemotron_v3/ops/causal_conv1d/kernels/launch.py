@@ -5,12 +5,17 @@ neighbouring channels: slices of a wider projection as well as tensors of their 
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._launch import Launcher
+from nemotron_v3.ops._sums import sum_partials
 from nemotron_v3.ops._triton import interpreted, power_of_two
 from nemotron_v3.ops.causal_conv1d.kernels import taps
+
+_forward = Launcher(taps.forward_kernel)
+_backward = Launcher(taps.backward_kernel)
+_initial_backward = Launcher(taps.initial_backward_kernel)
 
 
 def tables(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
@@ -53,29 +58,16 @@ def launch_forward(
     y = torch.empty(T, C, dtype=x.dtype, device=x.device)
     final = torch.empty(documents, C, W, dtype=x.dtype, device=x.device)
     block_t, block_c, warps = _forward_blocks(x.element_size())
-    tiles = triton.cdiv(T, block_t)
-    taps.forward_kernel[((tiles + documents) * triton.cdiv(C, block_c),)](
-        x,
-        weight,
-        bias,
-        initial,
-        y,
-        final,
-        position,
-        seq_idx,
-        cu_seqlens,
-        T,
-        C,
-        x.stride(0),
-        tiles,
-        W,
-        block_t,
-        block_c,
-        power_of_two(W),
-        silu,
-        bias is not None,
-        initial is not None,
-        num_warps=warps,
+    tiles = -(-T // block_t)
+    _forward(
+        (tiles + documents) * -(-C // block_c),
+        (x, weight, bias, initial, y, final, position, seq_idx, cu_seqlens),
+        (T, C, tiles),
+        (
+            *(x.stride(0), W, block_t, block_c, power_of_two(W)),
+            *(silu, bias is not None, initial is not None),
+        ),
+        warps,
     )
     return y, final
 
@@ -97,59 +89,32 @@ def launch_backward(
     T, C = x.shape
     W = weight.shape[1]
     block_c, segment, unroll, warps = _backward_blocks(x.element_size())
-    segments = triton.cdiv(T, segment)
+    segments = -(-T // segment)
     partial = torch.empty(segments, W + 1, C, dtype=torch.float32, device=x.device)
-    taps.backward_kernel[(segments * triton.cdiv(C, block_c),)](
-        dy,
-        x,
-        weight,
-        bias,
-        initial,
-        dfinal,
-        dx,
-        partial,
-        position,
-        seq_idx,
-        cu_seqlens,
-        T,
-        C,
-        dy.stride(0),
-        x.stride(0),
-        dx.stride(0),
-        W,
-        segment,
-        unroll,
-        block_c,
-        silu,
-        bias is not None,
-        initial is not None,
-        dfinal is not None,
-        num_warps=warps,
+    _backward(
+        segments * -(-C // block_c),
+        (dy, x, weight, bias, initial, dfinal, dx, partial, position, seq_idx, cu_seqlens),
+        (T, C),
+        (
+            *(dy.stride(0), x.stride(0), dx.stride(0), W, segment, unroll, block_c),
+            *(silu, bias is not None, initial is not None, dfinal is not None),
+        ),
+        warps,
     )
-    sums = partial.sum(0)
-    dweight = sums[:W].t().to(weight.dtype, memory_format=torch.contiguous_format)
-    dbias = None if bias is None else sums[W].to(bias.dtype)
+    wanted = [((C, W), weight.dtype)] + ([] if bias is None else [((C,), bias.dtype)])
+    dweight, dbias = (*sum_partials(partial, *wanted), None)[:2]
     if initial is None:
         return dweight, dbias, None
     dinitial = torch.empty_like(initial)
     documents = cu_seqlens.shape[0] - 1
-    taps.initial_backward_kernel[(documents * triton.cdiv(C, block_c),)](
-        dy,
-        x,
-        weight,
-        bias,
-        initial,
-        dfinal,
-        dinitial,
-        cu_seqlens,
-        C,
-        dy.stride(0),
-        x.stride(0),
-        W,
-        block_c,
-        silu,
-        bias is not None,
-        dfinal is not None,
-        num_warps=1,
+    _initial_backward(
+        documents * -(-C // block_c),
+        (dy, x, weight, bias, initial, dfinal, dinitial, cu_seqlens),
+        (C,),
+        (
+            *(dy.stride(0), x.stride(0), W, block_c),
+            *(silu, bias is not None, dfinal is not None),
+        ),
+        1,
     )
     return dweight, dbias, dinitial

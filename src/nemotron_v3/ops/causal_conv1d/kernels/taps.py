@@ -29,8 +29,8 @@ def forward_kernel(
     cu_seqlens,
     T,
     C,
-    stride_x,
     tiles,
+    stride_x: tl.constexpr,
     W: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -112,6 +112,26 @@ def _d_preactivation(b_dy, b_pre, SILU: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def _row(b_x, b_dy, taps, b_bias, before, due, b_dw, b_db, W: tl.constexpr, SILU, FAST):
+    """A token of the backward whose taps all lie in its document, and in the segment's own rows.
+
+    Returns dx of the token W - 1 before it, and `before`, `due`, `b_dw`, `b_db` after it.
+    """
+    inputs = (b_x,) + before
+    b_pre = b_bias
+    for k in tl.static_range(W):
+        b_pre += taps[k] * inputs[k]
+    b_dpre = _d_preactivation(b_dy, b_pre, SILU, FAST)
+    sums = ()
+    later = (taps[0] * b_dpre,)
+    for k in tl.static_range(W):
+        sums = sums + (b_dw[k] + b_dpre * inputs[k],)
+        if k > 0:
+            later = later + (due[k - 1] + taps[k] * b_dpre,)
+    return later[W - 1], inputs[: W - 1], later[: W - 1], sums, b_db + b_dpre
+
+
+@triton.jit
 def backward_kernel(
     dy,
     x,
@@ -126,9 +146,9 @@ def backward_kernel(
     cu_seqlens,
     T,
     C,
-    stride_dy,
-    stride_x,
-    stride_dx,
+    stride_dy: tl.constexpr,
+    stride_x: tl.constexpr,
+    stride_dx: tl.constexpr,
     W: tl.constexpr,
     SEGMENT: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -141,7 +161,9 @@ def backward_kernel(
     """A program walks SEGMENT tokens of its channels, and W - 1 more for the taps that reach back.
 
     `before` holds x of the last W - 1 tokens; `due` the sums of their dx that later taps still add
-    to. UNROLL rows are loaded before the first of them is stored: a load cannot pass a store.
+    to. UNROLL rows are loaded before the first of them is stored: a load cannot pass a store. Most
+    rows lie in the middle of a document and of the segment: those need no masks, which are half of
+    the other rows' instructions.
     """
     n_c = tl.cdiv(C, BLOCK_C)
     o_c = (tl.program_id(0) % n_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -169,60 +191,88 @@ def backward_kernel(
     b_db = b_zero
 
     for i_u in range(0, SEGMENT + W - 1, UNROLL):
-        rows_x = ()
-        rows_dy = ()
-        places = ()
-        for u in tl.static_range(UNROLL):
-            t = first + i_u + u
-            inside = (t < T) & (t < reach)
-            # [BLOCK_C]
-            b_x = tl.load(x + t * stride_x + o_c, mask=_when(inside, m_c), other=0.0)
-            b_dy = tl.load(dy + t * stride_dy + o_c, mask=_when(inside, m_c), other=0.0)
-            rows_x = rows_x + (b_x,)
-            rows_dy = rows_dy + (b_dy,)
-            places = places + (tl.load(position + t, mask=inside, other=0),)
-        for u in tl.static_range(UNROLL):
-            t = first + i_u + u
-            p = places[u]
-            inputs = (rows_x[u].to(tl.float32),)
-            if CONTINUED:
-                d = tl.load(seq_idx + t, mask=t < T, other=0).to(tl.int64)
-            for k in tl.static_range(1, W):
-                b_in = tl.where(p >= k, before[k - 1], 0.0)
-                if CONTINUED:
-                    p_s = initial + (d * C + o_c) * W + (W + p - k)
-                    b_s = tl.load(p_s, mask=_when((p < k) & (t < T), m_c), other=0.0)
-                    b_in += b_s.to(tl.float32)
-                inputs = inputs + (b_in,)
-            b_pre = b_bias
-            for k in tl.static_range(W):
-                b_pre += taps[k] * inputs[k]
-            b_dpre = _d_preactivation(rows_dy[u].to(tl.float32), b_pre, SILU, FAST)
-            # The taps that reach back belong to this segment, the sums over tokens to the next.
-            b_own = tl.where(t < own, b_dpre, 0.0)
-            b_db += b_own
-            sums = ()
-            later = (taps[0] * b_dpre,)
-            for k in tl.static_range(W):
-                sums = sums + (b_dw[k] + b_own * inputs[k],)
-                if k > 0:
-                    later = later + (due[k - 1] + tl.where(p >= k, taps[k] * b_dpre, 0.0),)
-            b_dw = sums
-            due = later[: W - 1]
-            before = (rows_x[u].to(tl.float32),) + before[: W - 2]
-
-            b_dx = later[W - 1]
-            done = t - (W - 1)
-            m_done = (done >= first) & (done < own) & (done < T)
-            if CONTINUES:
-                d_done = tl.load(seq_idx + done, mask=m_done, other=0).to(tl.int64)
-                left = tl.load(cu_seqlens + d_done + 1) - done
-                p_f = dfinal + (d_done * C + o_c) * W + (W - left)
-                b_dx += tl.load(p_f, mask=_when(m_done & (left <= W), m_c), other=0.0).to(
-                    tl.float32
+        last = first + i_u + (UNROLL - 1)
+        plain = (i_u > 0) & (last < own) & (last < T) & (not CONTINUES)
+        p_last = tl.load(position + last, mask=plain, other=0)
+        if plain & (p_last >= UNROLL + W - 2):
+            rows_x = ()
+            rows_dy = ()
+            for u in tl.static_range(UNROLL):
+                t = first + i_u + u
+                # [BLOCK_C]
+                rows_x = rows_x + (tl.load(x + t * stride_x + o_c, mask=m_c, other=0.0),)
+                rows_dy = rows_dy + (tl.load(dy + t * stride_dy + o_c, mask=m_c, other=0.0),)
+            for u in tl.static_range(UNROLL):
+                b_dx, before, due, b_dw, b_db = _row(
+                    rows_x[u].to(tl.float32),
+                    rows_dy[u].to(tl.float32),
+                    taps,
+                    b_bias,
+                    before,
+                    due,
+                    b_dw,
+                    b_db,
+                    W,
+                    SILU,
+                    FAST,
                 )
-            p_dx = dx + done * stride_dx + o_c
-            tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=_when(m_done, m_c))
+                p_dx = dx + (first + i_u + u - (W - 1)) * stride_dx + o_c
+                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_c)
+        else:
+            rows_x = ()
+            rows_dy = ()
+            places = ()
+            for u in tl.static_range(UNROLL):
+                t = first + i_u + u
+                inside = (t < T) & (t < reach)
+                # [BLOCK_C]
+                b_x = tl.load(x + t * stride_x + o_c, mask=_when(inside, m_c), other=0.0)
+                b_dy = tl.load(dy + t * stride_dy + o_c, mask=_when(inside, m_c), other=0.0)
+                rows_x = rows_x + (b_x,)
+                rows_dy = rows_dy + (b_dy,)
+                places = places + (tl.load(position + t, mask=inside, other=0),)
+            for u in tl.static_range(UNROLL):
+                t = first + i_u + u
+                p = places[u]
+                inputs = (rows_x[u].to(tl.float32),)
+                if CONTINUED:
+                    d = tl.load(seq_idx + t, mask=t < T, other=0).to(tl.int64)
+                for k in tl.static_range(1, W):
+                    b_in = tl.where(p >= k, before[k - 1], 0.0)
+                    if CONTINUED:
+                        p_s = initial + (d * C + o_c) * W + (W + p - k)
+                        b_s = tl.load(p_s, mask=_when((p < k) & (t < T), m_c), other=0.0)
+                        b_in += b_s.to(tl.float32)
+                    inputs = inputs + (b_in,)
+                b_pre = b_bias
+                for k in tl.static_range(W):
+                    b_pre += taps[k] * inputs[k]
+                b_dpre = _d_preactivation(rows_dy[u].to(tl.float32), b_pre, SILU, FAST)
+                # The taps that reach back belong to this segment, the sums over tokens to the next.
+                b_own = tl.where(t < own, b_dpre, 0.0)
+                b_db += b_own
+                sums = ()
+                later = (taps[0] * b_dpre,)
+                for k in tl.static_range(W):
+                    sums = sums + (b_dw[k] + b_own * inputs[k],)
+                    if k > 0:
+                        later = later + (due[k - 1] + tl.where(p >= k, taps[k] * b_dpre, 0.0),)
+                b_dw = sums
+                due = later[: W - 1]
+                before = (rows_x[u].to(tl.float32),) + before[: W - 2]
+
+                b_dx = later[W - 1]
+                done = t - (W - 1)
+                m_done = (done >= first) & (done < own) & (done < T)
+                if CONTINUES:
+                    d_done = tl.load(seq_idx + done, mask=m_done, other=0).to(tl.int64)
+                    left = tl.load(cu_seqlens + d_done + 1) - done
+                    p_f = dfinal + (d_done * C + o_c) * W + (W - left)
+                    b_dx += tl.load(p_f, mask=_when(m_done & (left <= W), m_c), other=0.0).to(
+                        tl.float32
+                    )
+                p_dx = dx + done * stride_dx + o_c
+                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=_when(m_done, m_c))
 
     p_sum = partial + i_s.to(tl.int64) * (W + 1) * C + o_c
     for k in tl.static_range(W):
@@ -241,8 +291,8 @@ def initial_backward_kernel(
     dinitial,
     cu_seqlens,
     C,
-    stride_dy,
-    stride_x,
+    stride_dy: tl.constexpr,
+    stride_x: tl.constexpr,
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SILU: tl.constexpr,

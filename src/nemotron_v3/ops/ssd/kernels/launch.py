@@ -8,13 +8,15 @@ wider projection as well as tensors of their own.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from nemotron_v3.ops.ssd.kernels import scan, scan_backward, states, steps
+from nemotron_v3.ops._launch import Beside, Launcher
+from nemotron_v3.ops._sums import sum_partials
+from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states, steps
 from nemotron_v3.ops.ssd.kernels.tables import Blocks
 
 BLOCK_H = 16
+SHORT = 4  # chunks of a usual document: with fewer, a sweep's pipeline does not pay
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
+_steps = Launcher(steps.forward_kernel)
+_steps_backward = Launcher(steps.backward_kernel)
+_sweeps = Launcher(states.sweep_kernel)
+_scan = Launcher(scan.forward_kernel)
+_pairs = Launcher(pairs.pairs_kernel)
+_gradients = Launcher(scan_backward.gradients_kernel)
+
+
 def forward(
     plan: Plan,
     given: Steps,
@@ -75,55 +85,25 @@ def forward(
     T, H = given.raw.shape
     P, N, b = plan.head_dim, plan.state, plan.blocks
     running = torch.empty(H, T, 2, dtype=sums_dtype(x.dtype), device=x.device)
-    steps.forward_kernel[(plan.chunks * triton.cdiv(H, BLOCK_H),)](
-        given.raw,
-        given.bias,
-        given.A,
-        running,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        given.raw.stride(0),
-        given.low,
-        given.high,
-        b.chunk,
-        BLOCK_H,
-        given.bias is not None,
-        given.log,
-        num_warps=4,
+    _steps(
+        plan.chunks * -(-H // BLOCK_H),
+        (given.raw, given.bias, given.A, running, plan.start, plan.end),
+        (T, H, given.low, given.high),
+        (given.raw.stride(0), b.chunk, BLOCK_H, given.bias is not None, given.log),
     )
     before = torch.empty(plan.chunks, H, P, N, dtype=x.dtype, device=x.device)
     final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
     _sweep(plan, x, B, running, initial, before, final)
-    scan.forward_kernel[(plan.chunks * 2 * (H // b.heads),)](
-        x,
-        B,
-        C,
-        D,
-        running,
-        before,
-        y,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        x.stride(0),
-        B.stride(0),
-        C.stride(0),
-        y.stride(0),
-        P,
-        N,
-        plan.heads_of_group,
-        b.heads,
-        b.tile,
-        b.p,
-        b.n,
-        D is not None,
-        b.scan_stages,
-        b.precision,
-        num_warps=b.warps,
-        maxnreg=b.registers,
+    _scan(
+        plan.chunks * 2 * (H // b.heads),
+        (x, B, C, D, running, before, y, plan.start, plan.end),
+        (T, H),
+        (
+            *(x.stride(0), B.stride(0), C.stride(0), y.stride(0)),
+            *(P, N, plan.heads_of_group, b.heads, b.tile, b.p, b.n),
+            *(D is not None, b.scan.stages, b.precision),
+        ),
+        b.scan.warps,
     )
     return final, before, running
 
@@ -143,144 +123,65 @@ def backward(
     dB: Tensor,
     dC: Tensor,
     draw: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes dx, dB, dC, draw; returns the sums `[3, H]` of dA, dbias, dD, and dinitial."""
+    started: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Writes dx, dB, dC, draw; returns `[dA, dbias, dD]`, each `[H]`, and dinitial if `started`."""
     T, H = given.raw.shape
     P, N, b = plan.head_dim, plan.state, plan.blocks
     after = torch.empty_like(before)
-    dinitial = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    rows = triton.cdiv(N, b.slice) * b.p
-    through = torch.empty(plan.chunks, H, rows, dtype=torch.float32, device=x.device)
-    _sweep(plan, dy, C, running, dfinal, after, dinitial, before, through)
-
-    per_token = torch.empty(5, H, T, dtype=running.dtype, device=x.device)
-    direct, diagonal, across, from_state, to_state = per_token
-    dskip = torch.empty(plan.chunks, 2, H, dtype=torch.float32, device=x.device)
-    if D is None:
-        dskip.zero_()
-    grid = (plan.chunks * 2 * plan.groups,)
-    scan_backward.dC_kernel[grid](
-        x,
-        B,
-        C,
-        running,
-        before,
-        dy,
-        dC,
-        from_state,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        x.stride(0),
-        B.stride(0),
-        C.stride(0),
-        dy.stride(0),
-        dC.stride(0),
-        P,
-        N,
-        plan.heads_of_group,
-        b.tile,
-        b.p,
-        b.n,
-        b.stages,
-        b.precision,
-        num_warps=b.warps,
-        maxnreg=b.registers,
+    dinitial = None
+    if started:
+        dinitial = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
+    # The sweep is one long chain of steps with few programs; the pairs need nothing of it.
+    beside = Beside(x.device)
+    with beside:
+        _sweep(plan, dy, C, running, dfinal, after, dinitial, reverse=True)
+    per_token = torch.empty(6, H, T, dtype=running.dtype, device=x.device)
+    rows, columns, across, from_state, to_state, skip = per_token.unbind()
+    own = torch.empty(plan.groups, T, dtype=running.dtype, device=x.device)
+    dM = torch.empty(plan.chunks, 3, plan.groups, b.tile, b.tile, dtype=x.dtype, device=x.device)
+    _pairs(
+        plan.chunks * 3 * plan.groups,
+        (x, B, C, running, dy, dM, rows, columns, across, own, plan.start, plan.end),
+        (T, H),
+        (
+            *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
+            *(P, N, plan.heads_of_group, b.tile, b.p, b.n, b.pairs.stages, b.precision),
+        ),
+        b.pairs.warps,
     )
-    scan_backward.dB_kernel[grid](
-        x,
-        C,
-        running,
-        after,
-        dy,
-        dB,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        x.stride(0),
-        C.stride(0),
-        dy.stride(0),
-        dB.stride(0),
-        P,
-        N,
-        plan.heads_of_group,
-        b.tile,
-        b.p,
-        b.n,
-        b.stages,
-        b.precision,
-        num_warps=b.warps,
-        maxnreg=b.registers,
-    )
-    scan_backward.dx_kernel[(plan.chunks * 2 * (H // b.heads),)](
-        x,
-        B,
-        C,
-        D,
-        running,
-        after,
-        dy,
-        dx,
-        direct,
-        diagonal,
-        across,
-        to_state,
-        dskip,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        x.stride(0),
-        B.stride(0),
-        C.stride(0),
-        dy.stride(0),
-        dx.stride(0),
-        P,
-        N,
-        plan.heads_of_group,
-        b.heads,
-        b.tile,
-        b.p,
-        b.n,
-        D is not None,
-        b.stages,
-        b.precision,
-        num_warps=b.warps,
-        maxnreg=b.registers,
+    beside.join()
+    through = torch.empty(plan.chunks, H, b.p, dtype=torch.float32, device=x.device)
+    _gradients(
+        plan.chunks * 2 * (H // b.heads + 2 * plan.groups),
+        (
+            *(x, B, C, D, running, before, after, dy, dM, dx, dB, dC),
+            *(from_state, to_state, skip, through, plan.start, plan.end),
+        ),
+        (T, H),
+        (
+            *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
+            *(dx.stride(0), dB.stride(0), dC.stride(0)),
+            *(P, N, plan.heads_of_group, b.heads, b.tile, b.p, b.n),
+            *(D is not None, b.dx.stages, b.dB.stages, b.dC.stages, b.precision),
+        ),
+        b.dx.warps,
     )
     sums = torch.empty(plan.chunks, 3, H, dtype=torch.float32, device=x.device)
-    steps.backward_kernel[(plan.chunks * triton.cdiv(H, BLOCK_H),)](
-        given.raw,
-        given.bias,
-        given.A,
-        running,
-        direct,
-        diagonal,
-        across,
-        from_state,
-        to_state,
-        through,
-        dskip,
-        draw,
-        sums,
-        plan.start,
-        plan.end,
-        T,
-        H,
-        given.raw.stride(0),
-        draw.stride(0),
-        given.low,
-        given.high,
-        b.tile,
-        rows,
-        BLOCK_H,
-        given.bias is not None,
-        given.log,
-        num_warps=4,
+    _steps_backward(
+        plan.chunks * -(-H // BLOCK_H),
+        (
+            *(given.raw, given.bias, given.A, running, rows, columns, across, own),
+            *(from_state, to_state, skip, through, draw, sums, plan.start, plan.end),
+        ),
+        (T, H, given.low, given.high),
+        (
+            *(plan.heads_of_group, given.raw.stride(0), draw.stride(0), b.tile, b.p, BLOCK_H),
+            *(given.bias is not None, given.log),
+        ),
     )
-    return sums.sum(0), dinitial
+    kinds = (given.A, given.A if given.bias is None else given.bias, given.A if D is None else D)
+    return sum_partials(sums, *(((H,), t.dtype) for t in kinds)), dinitial
 
 
 def _sweep(
@@ -290,39 +191,21 @@ def _sweep(
     running: Tensor,
     first: Tensor | None,
     states_out: Tensor,
-    last: Tensor,
-    before: Tensor | None = None,
-    through: Tensor | None = None,
+    last: Tensor | None,
+    reverse: bool = False,
 ) -> None:
-    """Backwards where the states `before` the chunks are given."""
     H, T, _ = running.shape
     b = plan.blocks
-    slices = triton.cdiv(plan.state, b.slice)
-    states.sweep_kernel[(plan.documents * H * slices,)](
-        u,
-        v,
-        running,
-        first,
-        states_out,
-        last,
-        before,
-        through,
-        plan.cu_seqlens,
-        plan.first,
-        T,
-        H,
-        u.stride(0),
-        v.stride(0),
-        plan.head_dim,
-        plan.state,
-        plan.heads_of_group,
-        b.chunk,
-        b.p,
-        b.slice,
-        slices,
-        first is not None,
-        before is not None,
-        b.sweep_stages,
-        b.precision,
-        num_warps=b.sweep_warps if before is None else 4,
+    slices = -(-plan.state // b.slice)
+    tuning = b.sweep if plan.chunks >= SHORT * plan.documents else b.short_sweep
+    _sweeps(
+        plan.documents * H * slices,
+        (u, v, running, first, states_out, last, plan.cu_seqlens, plan.first),
+        (T, H),
+        (
+            *(u.stride(0), v.stride(0), plan.head_dim, plan.state, plan.heads_of_group),
+            *(b.chunk, b.p, b.slice, slices, first is not None, last is not None, reverse),
+            *(tuning.stages, b.precision),
+        ),
+        tuning.warps,
     )

@@ -73,6 +73,7 @@ def _backward(
     end,
     first,
     cu_seqlens,
+    started,
 ):
     plan = _plan(x, B, [start, end, first, cu_seqlens])
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
@@ -91,11 +92,10 @@ def _backward(
         dB.flatten(1),
         dC.flatten(1),
         ddt,
+        started,
     )
     dA, dbias, dD = sums
-    dbias = dbias.to(A.dtype if dt_bias is None else dt_bias.dtype, copy=True)
-    dD = dD.to(A.dtype if D is None else D.dtype, copy=True)
-    return dx, ddt, dA.to(A.dtype, copy=True), dB, dC, dD, dbias, dinitial
+    return dx, ddt, dA, dB, dC, dD, dbias, x.new_empty(0) if dinitial is None else dinitial
 
 
 def _backward_fake(
@@ -116,12 +116,14 @@ def _backward_fake(
     end,
     first,
     cu_seqlens,
+    started,
 ):
     def like(t):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
     H, P, N = states.shape[1:]
-    dinitial = torch.empty((cu_seqlens.shape[0] - 1, H, P, N), dtype=torch.float32, device=x.device)
+    shape = (cu_seqlens.shape[0] - 1, H, P, N) if started else (0,)
+    dinitial = torch.empty(shape, dtype=torch.float32 if started else x.dtype, device=x.device)
     dD, dbias = like(A if D is None else D), like(A if dt_bias is None else dt_bias)
     return like(x), like(dt), like(A), like(B), like(C), dD, dbias, dinitial
 
@@ -140,7 +142,11 @@ def _autograd(ctx, dy, dfinal, *_):
     if dy is None:
         dy = torch.zeros_like(x)
     dx, ddt, dA, dB, dC, dD, dbias, dinitial = _backward_op(
-        dy, dfinal, x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high, *rest
+        dy,
+        dfinal,
+        *(x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high),
+        *rest,
+        ctx.initial_dtype is not None,
     )
     dD = None if D is None else dD
     dbias = None if dt_bias is None else dbias
@@ -155,7 +161,8 @@ _INPUTS = (
 _TABLES = "Tensor start, Tensor end, Tensor first, Tensor cu_seqlens"
 _backward_op = register(
     f"ssd_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor running, Tensor states, "
-    f"{_TABLES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_TABLES}, bool started) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -15,12 +15,14 @@ import triton.language as tl
 
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay,
-    decay_before,
+    decay_from,
     load_matrix,
     load_steps,
     load_sum,
     load_tile,
+    narrow,
     store_tile,
+    widen,
 )
 
 
@@ -37,10 +39,10 @@ def forward_kernel(
     chunk_end,
     T,
     H,
-    stride_x,
-    stride_B,
-    stride_C,
-    stride_y,
+    stride_x: tl.constexpr,
+    stride_B: tl.constexpr,
+    stride_C: tl.constexpr,
+    stride_y: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     HEADS_OF_GROUP: tl.constexpr,
@@ -53,9 +55,10 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     n_h = H // HEADS
+    n_c = tl.num_programs(0) // n_h // 2
     i_h = (tl.program_id(0) % n_h).to(tl.int64) * HEADS
     i_m = (tl.program_id(0) // n_h) % 2
-    i_c = (tl.program_id(0) // n_h // 2).to(tl.int64)
+    i_c = (n_c - 1 - tl.program_id(0) // n_h // 2).to(tl.int64)
     i_g = i_h // HEADS_OF_GROUP
     dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
@@ -71,9 +74,10 @@ def forward_kernel(
         b_C = load_tile(C + t * stride_C + i_g * N, stride_C, o_t, m_i, N, BLOCK_N)
         b_B = load_tile(B + t * stride_B + i_g * N, stride_B, o_t, m_i, N, BLOCK_N)
         # [TILE, TILE]
-        b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION).to(dtype)
+        b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
+        b_CB = narrow(tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0), dtype)
         b_B = load_tile(B + start * stride_B + i_g * N, stride_B, o_t, m_j, N, BLOCK_N)
-        b_CB_before = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION).to(dtype)
+        b_CB_before = narrow(tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION), dtype)
 
         for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
             row = h * T
@@ -87,14 +91,14 @@ def forward_kernel(
 
             b_y = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION) * decay(a_m)
             b_c = tl.where(m_j, decay(a_m - b_ab) * b_dtb, 0.0)
-            b_W = (b_CB_before.to(tl.float32) * b_c[None, :]).to(dtype)
+            b_W = (widen(b_CB_before, zero) * b_c[None, :]).to(dtype)
             b_xb = load_tile(x + start * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
             b_y = tl.dot(b_W, b_xb, acc=b_y, input_precision=PRECISION)
             b_y *= decay(b_a - a_m)[:, None]
-            b_W = b_CB.to(tl.float32) * decay_before(b_a, TILE, zero) * b_dt[None, :]
+            b_W = widen(b_CB, zero) * decay_from(b_a, b_a) * b_dt[None, :]
+            if SKIP:
+                m_D = o_t[:, None] == o_t[None, :] + zero
+                b_W += tl.where(m_D, tl.load(D + h).to(tl.float32), 0.0)
             b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
             b_y = tl.dot(b_W.to(dtype), b_x, acc=b_y, input_precision=PRECISION)
-            if SKIP:  # read anew: kept from above, it would cost the registers of another sum
-                b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
-                b_y += b_x.to(tl.float32) * tl.load(D + h).to(tl.float32)
             store_tile(y + t * stride_y + h * P, stride_y, o_t, m_i, b_y, P, BLOCK_P)

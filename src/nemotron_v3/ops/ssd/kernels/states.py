@@ -19,14 +19,12 @@ def sweep_kernel(
     first,
     states,
     last,
-    before,
-    through,
     cu_seqlens,
     document_chunks,
     T,
     H,
-    stride_u,
-    stride_v,
+    stride_u: tl.constexpr,
+    stride_v: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     HEADS_OF_GROUP: tl.constexpr,
@@ -35,6 +33,7 @@ def sweep_kernel(
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
     STARTED: tl.constexpr,
+    ENDS: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,8 +41,7 @@ def sweep_kernel(
     """Forward: u = x, v = B, `S <- e^a_last S + sum_j e^(a_last - a_j) dt_j x_j B_j^T`.
 
     REVERSE: u = dy, v = C, chunks from the last, `dS <- e^a_last dS + sum_i e^a_i dy_i C_i^T`.
-    Each state is stored before its chunk changes it. REVERSE also leaves, row by row of the state,
-    the weight of what goes through the chunk from `before` it to behind it (`through`).
+    Each state is stored before its chunk changes it.
     """
     i_s = tl.program_id(0) % SLICES
     i_n = i_s * SLICE
@@ -82,15 +80,12 @@ def sweep_kernel(
         b_a, b_dt = tl.split(b_steps)
         a_last = load_sum(steps, row, tl.minimum(t + Q, end) - 1)
         if REVERSE:
-            b_w = decay(b_a)
-            p_before = before + ((i_c + c) * H + i_h) * (P * N)
-            b_before = tl.load(p_before + o_state, mask=m_state, other=0.0).to(tl.float32)
-            b_through = tl.sum(b_S * b_before, 1) * decay(a_last)
-            p_through = through + (((i_c + c) * H + i_h) * SLICES + i_s) * BLOCK_P
-            tl.store(p_through + o_p, b_through)
+            # Masked too, or the compiler leaves u out of its pipeline.
+            b_w = tl.where(m_t, decay(b_a), 0.0)
         else:
             b_w = tl.where(m_t, decay(a_last - b_a) * b_dt.to(tl.float32), 0.0)
         b_uw = (tl.trans(b_u).to(tl.float32) * b_w[None, :]).to(u.dtype.element_ty)
         b_S = b_S * decay(a_last)
         b_S = tl.dot(b_uw, b_v, acc=b_S, input_precision=PRECISION)
-    tl.store(last + o_edge + o_state, b_S.to(last.dtype.element_ty), mask=m_state)
+    if ENDS:
+        tl.store(last + o_edge + o_state, b_S.to(last.dtype.element_ty), mask=m_state)

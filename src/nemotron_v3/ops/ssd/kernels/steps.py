@@ -44,9 +44,9 @@ def forward_kernel(
     chunk_end,
     T,
     H,
-    stride_raw,
     low,
     high,
+    stride_raw: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BIASED: tl.constexpr,
@@ -85,23 +85,25 @@ def backward_kernel(
     bias,
     A,
     steps,
-    direct,
-    diagonal,
+    rows,
+    columns,
     across,
+    own,
     from_state,
     to_state,
+    skip,
     through,
-    dskip,
     draw,
     sums,
     chunk_start,
     chunk_end,
     T,
     H,
-    stride_raw,
-    stride_draw,
     low,
     high,
+    HEADS_OF_GROUP: tl.constexpr,
+    stride_raw: tl.constexpr,
+    stride_draw: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -112,7 +114,7 @@ def backward_kernel(
 
     The gradient of the log-decay at t is the weight of all pairs (j, i) with j < t <= i, put
     together from sums over i or over j that are all of one sign of t: no sum is taken whole and
-    then subtracted again, except inside a tile (`diagonal`).
+    then subtracted again, except inside a tile (`rows` and `columns`).
     """
     n_h = tl.cdiv(H, BLOCK_H)
     i_c = (tl.program_id(0) // n_h).to(tl.int64)
@@ -138,33 +140,45 @@ def backward_kernel(
     o_second = o_first + TILE
     m_first = m_h[:, None] & (start + o_t < end)[None, :]
     m_second = m_h[:, None] & (start + TILE + o_t < end)[None, :]
-    m_shifted = m_h[:, None] & ((o_t > 0) & (start + o_t < end))[None, :]
     b_later = tl.sum(tl.load(from_state + o_second, mask=m_second, other=0.0), 1)
-    b_earlier = tl.sum(tl.load(to_state + o_first, mask=m_first, other=0.0), 1)
+    b_dt = tl.load(steps + o_first * 2 + 1, mask=m_first, other=0.0)
+    b_earlier = tl.sum(tl.load(to_state + o_first, mask=m_first, other=0.0) * b_dt, 1)
 
     b_dA = tl.zeros([BLOCK_H], tl.float32)
     b_dbias = tl.zeros([BLOCK_H], tl.float32)
+    b_dD = tl.zeros([BLOCK_H], tl.float32)
     for i_m in tl.static_range(2):
+        o = o_first if i_m == 0 else o_second
+        m = m_first if i_m == 0 else m_second
+        # Of the token before, in the same tile.
+        m_before = m & (o_t > 0)[None, :]
+        b_dt_before = tl.load(steps + (o - 1) * 2 + 1, mask=m_before, other=0.0)
+        b_to_before = tl.load(to_state + o - 1, mask=m_before, other=0.0)
+        # [BLOCK_H, TILE]: over dt
+        b_skip = tl.load(skip + o, mask=m, other=0.0)
+        o_own = start + i_m * TILE + (o_h64 // HEADS_OF_GROUP)[:, None] * T + o_t[None, :]
+        b_direct = b_skip * tl.load(own + o_own, mask=m, other=0.0)
+        b_direct += tl.load(columns + o, mask=m, other=0.0)
+        b_direct += tl.load(to_state + o, mask=m, other=0.0)
+        b_dt = tl.load(steps + o * 2 + 1, mask=m, other=0.0)
+        b_q = b_through[:, None] + tl.cumsum(b_to_before * b_dt_before, 1)
+        # pairs that end before the tile does or after it
         if i_m == 0:
-            o = o_first
-            m = m_first
-            # [BLOCK_H, TILE], pairs that end before the tile does or after it
-            b_q = tl.cumsum(tl.load(across + o - 1, mask=m_shifted, other=0.0), 1)
-            b_q += tl.cumsum(tl.load(to_state + o - 1, mask=m_shifted, other=0.0), 1)
-            b_q += b_later[:, None]
+            b_direct += tl.load(across + o, mask=m, other=0.0)
+            b_across = tl.load(across + o - 1, mask=m_before, other=0.0)
+            b_q += tl.cumsum(b_across * b_dt_before, 1) + b_later[:, None]
         else:
-            o = o_second
-            m = m_second
-            b_q = tl.cumsum(tl.load(across + o, mask=m, other=0.0), 1, reverse=True)
-            m_before = m & (o_t > 0)[None, :]
-            b_q += tl.cumsum(tl.load(to_state + o - 1, mask=m_before, other=0.0), 1)
-            b_q += b_earlier[:, None]
-        b_q += tl.cumsum(tl.load(diagonal + o, mask=m, other=0.0), 1, reverse=True)
+            b_across = tl.load(across + o, mask=m, other=0.0)
+            b_q += tl.cumsum(b_across, 1, reverse=True) + b_earlier[:, None]
+        # pairs in the tile
+        b_pairs = tl.load(rows + o, mask=m, other=0.0)
+        b_pairs -= tl.load(columns + o, mask=m, other=0.0) * b_dt
+        b_q += tl.cumsum(b_pairs, 1, reverse=True)
         b_q += tl.cumsum(tl.load(from_state + o, mask=m, other=0.0), 1, reverse=True)
-        b_q += b_through[:, None]
-        b_dt = tl.load(steps + o * 2 + 1, mask=m, other=0.0).to(tl.float32)
+        b_dt = b_dt.to(tl.float32)
         b_q = b_q.to(tl.float32)
-        b_ddt = b_A[:, None] * b_q + tl.load(direct + o, mask=m, other=0.0).to(tl.float32)
+        b_ddt = b_A[:, None] * b_q + b_direct.to(tl.float32)
+        b_dD += tl.sum(b_skip.to(tl.float32), 1)
 
         row = start + i_m * TILE
         p_raw = raw + row * stride_raw + o_t[None, :] * stride_raw + o_h[:, None]
@@ -180,8 +194,6 @@ def backward_kernel(
         b_dbias += tl.sum(b_du, 1)
     if LOG_A:
         b_dA *= b_A
-    b_dD = tl.load(dskip + (i_c * 2) * H + o_h, mask=m_h, other=0.0)
-    b_dD += tl.load(dskip + (i_c * 2 + 1) * H + o_h, mask=m_h, other=0.0)
     p_sums = sums + i_c * 3 * H + o_h
     tl.store(p_sums, b_dA, mask=m_h)
     tl.store(p_sums + H, b_dbias, mask=m_h)

@@ -7,12 +7,26 @@ results round to does not depend on what is packed beside it. Q is the kernels' 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._triton import power_of_two
+
+
+class Tuning(NamedTuple):
+    """How a kernel that loops over heads is compiled.
+
+    Attributes:
+        stages: depth of its software pipeline. A deeper one needs more shared memory, and fewer
+            programs then share a multiprocessor.
+        warps: of a program.
+    """
+
+    stages: int = 1
+    warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -23,27 +37,27 @@ class Blocks:
         tile: tokens of a tile; Q is twice as many.
         p, n: head width and state, as the powers of two that hold them.
         slice: columns of the state that one program of the state sweep carries.
-        warps, sweep_warps: warps of a program, of the forward sweep's; the reverse sweep has 4.
-        heads: heads that a program of the forward scan takes, a divisor of a group's.
-        stages, scan_stages, sweep_stages: depth of the software pipeline over heads in the backward
-            and the forward, over chunks in the sweeps. A deeper one needs more shared memory, and
-            fewer programs then share a multiprocessor.
+        heads: heads that a program of the scan or of dx takes, a divisor of a group's.
         precision: of `tl.dot` on fp32 operands.
-        registers: most of a thread, so that more programs fit on a multiprocessor; None: no limit.
+        sweep, short_sweep: of the sweeps over long and short documents, whose pipeline is over
+            chunks.
+        scan, pairs, dx, dB, dC: of these kernels, whose pipelines are over heads; the last three
+            are one launch, with the warps of dx.
     """
 
     tile: int
     p: int
     n: int
     slice: int
-    warps: int
-    sweep_warps: int
     heads: int
-    stages: int
-    scan_stages: int
-    sweep_stages: int
     precision: str
-    registers: int | None = None
+    sweep: Tuning = Tuning()
+    short_sweep: Tuning = Tuning()
+    scan: Tuning = Tuning()
+    pairs: Tuning = Tuning()
+    dx: Tuning = Tuning()
+    dB: Tuning = Tuning()
+    dC: Tuning = Tuning()
 
     @property
     def chunk(self) -> int:
@@ -56,10 +70,23 @@ class Blocks:
         p, n = max(least, power_of_two(head_dim)), max(least, power_of_two(state))
         heads = max(h for h in range(1, 9) if heads_of_group % h == 0)
         if dtype == torch.float32:
-            return cls(32, p, n, min(n, 32), 4, 4, heads, 1, 1, 1, "ieee")
-        if p * n <= 64 * 128:
-            return cls(64, p, n, min(n, 64), 4, 8, heads, 1, 2, 3, "tf32")
-        return cls(64, p, n, min(n, 64), 8, 8, heads, 1, 1, 2, "tf32")
+            return cls(32, p, n, min(n, 32), heads, "ieee")
+        if p * n > 64 * 128:
+            return cls(
+                *(64, p, n, min(n, 64), heads, "tf32"),
+                sweep=Tuning(2, 8),
+                **dict.fromkeys(("scan", "pairs", "dx", "dB", "dC"), Tuning(1, 8)),
+            )
+        return cls(
+            *(64, p, n, min(n, 64), heads, "tf32"),
+            sweep=Tuning(5, 8),
+            short_sweep=Tuning(2),
+            scan=Tuning(2),
+            pairs=Tuning(3),
+            dx=Tuning(2),
+            dB=Tuning(2),
+            dC=Tuning(3),
+        )
 
 
 def chunk_tables(layout: SequenceLayout, Q: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,29 +37,40 @@ def store_tile(p, stride, o_row, m_row, b, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def narrow(b, dtype: tl.constexpr):
+    """What `widen` takes: a block that is kept over a loop, in the dtype of products' operands."""
+    return b.to(dtype)
+
+
+@triton.jit
+def widen(b, zero):
+    """`b` as fp32.
+
+    `zero` is 0, but the compiler does not know: of a block that a loop does not change it would
+    keep the wide one, and twice the registers.
+    """
+    if b.dtype == tl.float32:
+        wide = b
+    else:
+        bits = b.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)
+        wide = bits.to(b.dtype, bitcast=True).to(tl.float32)
+    return wide
+
+
+@triton.jit
 def decay(a):
     """`exp2(a)` as fp32, computed in the dtype of the running sums."""
     return tl.exp2(a).to(tl.float32)
 
 
 @triton.jit
-def decay_before(b_a, TILE: tl.constexpr, zero):
-    """`[i, j]`: `exp2(a_i - a_j)` for j <= i, else 0; never the exponential of what is masked.
+def decay_from(b_from, b_to):
+    """`[i, j]` of `exp2(b_from_i - b_to_j)`, but 1 where that would be more.
 
-    `zero` is 0, but the compiler does not know: it would keep the mask of a loop, one register an
-    element.
+    For pairs j <= i the difference is at most 0. The others are masked in what it multiplies: one
+    instruction an element here, where a mask would cost two and its registers.
     """
-    o = tl.arange(0, TILE)
-    m = o[:, None] >= o[None, :] + zero
-    return decay(tl.where(m, b_a[:, None] - b_a[None, :], float("-inf")))
-
-
-@triton.jit
-def decay_after(b_a, TILE: tl.constexpr, zero):
-    """`[j, i]`, the transpose."""
-    o = tl.arange(0, TILE)
-    m = o[:, None] + zero <= o[None, :]
-    return decay(tl.where(m, b_a[None, :] - b_a[:, None], float("-inf")))
+    return decay(tl.minimum(b_from[:, None] - b_to[None, :], 0.0))
 
 
 @triton.jit

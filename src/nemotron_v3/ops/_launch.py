@@ -1,0 +1,105 @@
+"""Launches of Triton kernels that cost little of the host's time.
+
+Triton looks a launch up by the type, the alignment and the divisibility of every argument, in some
+twenty microseconds. Here most of that is known from the order of the parameters, and the compiled
+kernel is found by what is left.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from nemotron_v3.ops._triton import interpreted
+
+Number = int | float
+# Versions of Triton whose compiled kernels are run with these arguments.
+KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+class Launcher:
+    """Launches `kernel`, whose parameters are tensors, then numbers, then constants."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self.compiled: dict[tuple, Any] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[Number, ...],
+        constants: tuple[Any, ...],
+        warps: int = 4,
+    ) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            programs: size of the grid.
+            tensors: on the current device; None where there is none.
+            numbers: what may change from call to call: ints and floats.
+            constants: what the kernel is compiled for.
+            warps: of a program.
+        """
+        if interpreted():
+            self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
+            return
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        key = (
+            tensors[0].device.index,
+            warps,
+            constants,
+            # What Triton compiles differently: multiples of 16, 1, and more than 32 bits.
+            *[None if t is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)],  # noqa: B905
+            *[(type(n), n % 16 == 0, n == 1, n > 2147483647) for n in numbers],
+        )
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
+            self.compiled[key] = compiled
+        elif _hooked():
+            compiled[(programs, 1, 1)](*pointers, *numbers, *constants)
+        else:  # what the line above does when nobody listens
+            stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+            known = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(programs, 1, 1, stream, *known, *pointers, *numbers, *constants)
+
+
+def _hooked() -> bool:
+    """Whether a profiler listens to launches, or this Triton is not one whose `run` is known."""
+    hooks = knobs.runtime
+    return not KNOWN or hooks.launch_enter_hook is not None or hooks.launch_exit_hook is not None
+
+
+class Beside:
+    """Launches inside `with` run beside those that follow it, until `join`.
+
+    On a second stream, which begins behind what the current one was given before and which the
+    current one waits for at `join`: what is allocated on the current stream before and freed on it
+    afterwards is safe, and a graph capture takes both.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = None if device.type != "cuda" else _second_stream(device)
+
+    def __enter__(self) -> None:
+        if self.stream is not None:
+            self.first = torch.cuda.current_stream(self.stream.device)
+            self.stream.wait_stream(self.first)
+            torch.cuda.set_stream(self.stream)
+
+    def __exit__(self, *error: object) -> None:
+        if self.stream is not None:
+            torch.cuda.set_stream(self.first)
+
+    def join(self) -> None:
+        if self.stream is not None:
+            self.first.wait_stream(self.stream)
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
