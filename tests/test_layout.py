@@ -174,3 +174,18 @@ def test_contradictions_are_refused(arguments, message):
 def test_an_unknown_argument_is_a_type_error_with_its_name():
     with pytest.raises(TypeError, match="sequence_ids"):
         resolve((3,), sequence_ids=1)
+
+
+def test_layouts_of_host_values_under_another_default_device():
+    numbers = torch.tensor([[0, 0, 1, -1], [2, 3, 3, 3]])
+    slots = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 8])
+    expected = (
+        SequenceLayout.from_seq_idx(numbers),
+        SequenceLayout.from_cu_seqlens(slots[0], (8,), slots[1]),
+    )
+    with torch.device("meta"):
+        found = (
+            SequenceLayout.from_seq_idx(numbers),
+            SequenceLayout.from_cu_seqlens(slots[0], (8,), slots[1]),
+        )
+    assert all(a.same_as(b) for a, b in zip(found, expected, strict=True))

@@ -260,3 +260,14 @@ def test_a_model_in_bf16_keeps_its_dtypes():
     with torch.no_grad():
         scores = model.score(out.sequences)[:, 9:]
     assert (out.logprobs - scores).abs().max() < 0.2  # bf16 rounds the logits to 8 bits
+
+
+def test_host_tensors_stay_on_the_host_whatever_the_default_device(model):
+    """The default device is often "cuda": "meta" stands for it here, where nothing may land."""
+    ids, mask = padded(prompts(), "left")
+    options = {"max_new_tokens": 6, "do_sample": True, "seed": 3, "repetition_penalty": 1.1}
+    expected = generate(model, ids, mask, return_logprobs=True, **options)
+    with torch.device("meta"):
+        found = generate(model, ids, mask, return_logprobs=True, **options)
+    assert found.new_tokens == expected.new_tokens
+    assert torch.equal(found.logprobs, expected.logprobs)

@@ -86,3 +86,22 @@ def test_autocast_costs_what_bf16_costs_and_leaves_fp32_arithmetic_alone():
     assert relative_error(out.logits, truth) <= 2 * plain + 2**-9
     out.loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_assigned_state_dict_in_16_bits_leaves_them_wide():
+    model = tiny_model()
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert dtypes(model) == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_a_parametrized_tensor_stays_wide():
+    class Doubled(torch.nn.Module):
+        def forward(self, A_log):
+            return 2 * A_log
+
+    mixer = NemotronV3Mamba2Mixer(tiny_config(), 0)
+    torch.nn.utils.parametrize.register_parametrization(mixer, "A_log", Doubled())
+    mixer.to(torch.bfloat16)
+    assert mixer.parametrizations.A_log.original.dtype == mixer.A_log.dtype == torch.float32
+    assert mixer.dt_bias.dtype == torch.float32 and mixer.in_proj.weight.dtype == torch.bfloat16

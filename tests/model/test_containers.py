@@ -177,3 +177,10 @@ def test_deterministic_algorithms_are_all_that_is_needed_and_change_nothing():
         assert_same(results(model), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_tied_head_follows_replaced_embeddings():
+    model = tiny_model(tie_word_embeddings=True)
+    old = model.model.embeddings
+    model.model.embeddings = torch.nn.Embedding(*old.weight.shape)
+    assert model.lm_head.weight is model.model.embeddings.weight

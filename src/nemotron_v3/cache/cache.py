@@ -430,7 +430,7 @@ class NemotronHybridCache:
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
-        self.positions.copy_(torch.tensor(self._lengths))
+        self.positions.copy_(torch.tensor(self._lengths, device="cpu"))
 
     def _with(
         self,

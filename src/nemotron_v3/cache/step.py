@@ -95,13 +95,15 @@ def _piece(step: Step, firsts: list[int], counts: list[int]) -> Piece:
     taking_part = [row for row, count in enumerate(counts) if count]
     offsets = step.layout.offsets
     tokens = [
-        torch.arange(offsets[row] + firsts[row], offsets[row] + firsts[row] + counts[row])
+        torch.arange(
+            offsets[row] + firsts[row], offsets[row] + firsts[row] + counts[row], device=device
+        )
         for row in taking_part
     ]
     positions = [step.starts[row] + firsts[row] for row in taking_part]
     return Piece(
         SequenceLayout.from_lengths(counts, device),
-        torch.cat(tokens).to(device),
+        torch.cat(tokens),
         torch.tensor(taking_part, device=device),
         torch.tensor(positions, device=device),
     )

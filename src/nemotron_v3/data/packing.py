@@ -64,7 +64,7 @@ def training_packs(
         raise ValueError(
             f"none of the {len(documents)} documents has two tokens: there is nothing to predict"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     pack: list[Sequence[int]] = []
     room = tokens
     while True:
@@ -90,5 +90,7 @@ def cut(document: Sequence[int], max_length: int) -> Iterator[Sequence[int]]:
 
 
 def _pack(pieces: Sequence[Sequence[int]]) -> Pack:
-    ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+    ids = torch.tensor(
+        [token for piece in pieces for token in piece], dtype=torch.int64, device="cpu"
+    )
     return Pack(ids, SequenceLayout.from_lengths([len(piece) for piece in pieces]))

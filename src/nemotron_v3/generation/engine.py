@@ -252,7 +252,8 @@ class _Run:
     ) -> Tensor:
         """Feed any number of tokens to each row; the logits after the last one of some rows."""
         layout = SequenceLayout.from_lengths([len(piece) for piece in pieces], self.device)
-        last = torch.tensor([layout.offsets[row + 1] - 1 for row in rows], dtype=torch.int64)
+        last = [layout.offsets[row + 1] - 1 for row in rows]
+        last = torch.tensor(last, dtype=torch.int64, device=self.device)
         return self.model(
             torch.cat(list(pieces)).to(self.device),
             layout=layout,
@@ -352,17 +353,18 @@ class _Run:
     def output(self) -> GenerationOutput:
         """What came out, once `tokens` is exhausted."""
         whole = [
-            torch.cat([prompt, torch.tensor(row.tokens, dtype=torch.int64)])
+            torch.cat([prompt, torch.tensor(row.tokens, dtype=torch.int64, device="cpu")])
             for prompt, row in zip(self.row_prompts, self.rows, strict=True)
         ]
         pad = self.options.pad(self.model.config)
         sequences = pad_sequence(whole, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row) for row in whole])
-        mask = torch.arange(sequences.shape[1]) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in whole], device="cpu")
+        mask = torch.arange(sequences.shape[1], device="cpu") < lengths[:, None]
         logprobs = None
         if self.options.return_logprobs:
             # The host's floats are fp64 and hold what the device computed exactly.
-            rows = [torch.tensor(row.logprobs, dtype=torch.float64) for row in self.rows]
+            kind = {"dtype": torch.float64, "device": "cpu"}
+            rows = [torch.tensor(row.logprobs, **kind) for row in self.rows]
             logprobs = pad_sequence(rows, batch_first=True).to(self.device, self.sampler.dtype)
         with_text = self.options.tokenizer is not None
         return GenerationOutput(
@@ -400,4 +402,4 @@ class _Segment:
         """What was fed to one place until its `count`-th token of the segment was drawn."""
         first = [] if self.pending is None else [self.pending[place].item()]
         drawn = [tokens[place] for tokens in self.values[: count - 1]]
-        return torch.tensor(first + drawn, dtype=torch.int64)
+        return torch.tensor(first + drawn, dtype=torch.int64, device="cpu")

@@ -74,16 +74,16 @@ class Uniform:
     """A stream of uniform numbers in [0, 1) for each row, from the row's own seed."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._device = device
-        self._block = torch.empty(0, len(seeds))
+        self._block = torch.empty(0, len(seeds), device=device)
         self._next = 0
 
     def __call__(self) -> Tensor:
         """fp64 `[R]`."""
         if self._next == len(self._block):
             numbers = [
-                torch.rand(BLOCK, generator=generator, dtype=torch.float64)
+                torch.rand(BLOCK, generator=generator, dtype=torch.float64, device="cpu")
                 for generator in self._generators
             ]
             self._block = torch.stack(numbers, dim=1).to(self._device)
@@ -118,10 +118,10 @@ class Sampler:
         if options.do_sample:
             seeds = options.seeds(len(prompts))
             if seeds is None:
-                seeds = torch.randint(2**62, (len(prompts),)).tolist()
+                seeds = torch.randint(2**62, (len(prompts),), device="cpu").tolist()
             self._uniform = Uniform(seeds, device)
         if options.repetition_penalty != 1:
-            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device="cpu")
             for row, prompt in enumerate(prompts):
                 seen[row, prompt] = True
             self._seen = seen.to(device)

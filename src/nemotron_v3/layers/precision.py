@@ -5,7 +5,7 @@ rounding to 16 bits is an error that nothing downstream can undo.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,15 @@ class KeepsFp32(nn.Module):
     def _kept(self) -> Iterable[Tensor]:
         own = {**self._parameters, **self._buffers}
         for name in self.fp32_tensors:
-            tensor = own[name]
-            yield tensor
-            if tensor.grad is not None:
-                yield tensor.grad
+            # A parametrized tensor is made of others: those are kept in its place.
+            of_name = [own[name]] if name in own else self._parametrization(name).parameters()
+            for tensor in of_name:
+                yield tensor
+                if tensor.grad is not None:
+                    yield tensor.grad
+
+    def _parametrization(self, name: str) -> nn.Module:
+        return self._modules["parametrizations"][name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {id(tensor) for tensor in self._kept()}
@@ -37,12 +42,20 @@ class KeepsFp32(nn.Module):
                 return applied
             return tensor.to(device=applied.device, dtype=torch.float32)
 
-        # Children hold none of these tensors, so they see `fn` itself.
+        # No child but a parametrization holds such a tensor: the others see `fn` itself.
         super()._apply(keep, recurse=False)
         if recurse:
-            for child in self.children():
-                child._apply(fn)
+            for name, child in self.named_children():
+                child._apply(keep if name == "parametrizations" else fn)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """`assign=True` would take a narrower tensor as it is."""
+        for name in self.fp32_tensors:
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and _narrower(given.dtype, torch.float32):
+                state_dict[prefix + name] = given.to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:

@@ -10,7 +10,6 @@ plain batch are one case.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
@@ -18,7 +17,39 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nemotron_v3.layout.checks import (
+    check_max_seqlen,
+    check_qkv_format,
+    check_row_borders,
+    check_slots,
+    fit_grid,
+    fit_mask,
+    grid_rows,
+    grid_size,
+    read_offsets,
+    shortened,
+)
+
 PADDING = -1
+
+
+def _once(function: Callable) -> property:
+    """A property computed once. functools' own takes a lock that `torch.compile` cannot trace."""
+    name = f"_{function.__name__}"
+
+    def get(self: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = function(self)
+        return self.__dict__[name]
+
+    return property(get, doc=function.__doc__)
+
+
+def _equal(lengths: tuple[int, ...]) -> bool:
+    """Not by their hashes: to a compiler a hash is a fixed number."""
+    return all(length == lengths[0] for length in lengths[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,26 +109,28 @@ class SequenceLayout:
             ValueError: offsets that do not run from 0 to the token count, that decrease, or that
                 put a document across a row border.
         """
-        offsets = _read_offsets("cu_seqlens", cu_seqlens)
+        offsets = read_offsets("cu_seqlens", cu_seqlens)
         slots = offsets
         if cu_seqlens_padded is not None:
-            slots = _read_offsets("cu_seqlens_padded", cu_seqlens_padded)
-            _check_slots(offsets, slots)
+            slots = read_offsets("cu_seqlens_padded", cu_seqlens_padded)
+            check_slots(offsets, slots)
         shape = (slots[-1],) if shape is None else tuple(shape)
-        total = _size(shape)
+        total = grid_size(shape)
         if slots[-1] != total:
             name = "cu_seqlens" if cu_seqlens_padded is None else "cu_seqlens_padded"
             raise ValueError(
                 f"{name} ends at {slots[-1]} but the input holds {total} tokens {shape}: its last "
                 "entry must be the token count"
             )
-        _check_row_borders(shape, slots)
+        check_row_borders(shape, slots)
         lengths = tuple(end - start for start, end in pairwise(offsets))
         device = cu_seqlens.device
         if offsets == slots:
             return cls._build(shape, lengths, None, device)
-        none = torch.empty(0, dtype=torch.int64)  # a pack of empty documents is all padding
-        runs = [torch.arange(s, s + n) for s, n in zip(slots[:-1], lengths, strict=True)]
+        # On the host, whatever the default device is; a pack of empty documents is all padding.
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        places = zip(slots[:-1], lengths, strict=True)
+        runs = [torch.arange(s, s + n, device="cpu") for s, n in places]
         return cls._build(shape, lengths, torch.cat([none, *runs]), device)
 
     @classmethod
@@ -127,7 +160,7 @@ class SequenceLayout:
             .reshape(seq_idx.shape[:-1].numel(), seq_idx.shape[-1])
         )
         real = rows >= 0
-        row_number = torch.arange(rows.shape[0])[:, None].expand_as(rows)[real]
+        row_number = torch.arange(rows.shape[0], device="cpu")[:, None].expand_as(rows)[real]
         numbers = rows[real]
         starts = torch.ones_like(numbers, dtype=torch.bool)
         starts[1:] = (numbers[1:] != numbers[:-1]) | (row_number[1:] != row_number[:-1])
@@ -203,7 +236,7 @@ class SequenceLayout:
             )
         if cu_seqlens_padded is not None and cu_seqlens is None:
             raise ValueError("cu_seqlens_padded needs cu_seqlens beside it: give both")
-        _check_qkv_format(qkv_format, shape)
+        check_qkv_format(qkv_format, shape)
         candidates: list[tuple[str, SequenceLayout]] = []
         if layout is not None:
             candidates.append(("layout", layout))
@@ -211,18 +244,18 @@ class SequenceLayout:
             built = cls.from_cu_seqlens(cu_seqlens, shape, cu_seqlens_padded)
             candidates.append(("cu_seqlens", built))
         if attention_mask is not None:
-            attention_mask = _fit_mask(attention_mask, shape)
+            attention_mask = fit_mask(attention_mask, shape)
         if seq_idx is not None:
-            seq_idx = _fit_grid("seq_idx", seq_idx, shape)
+            seq_idx = fit_grid("seq_idx", seq_idx, shape)
             if attention_mask is not None:
-                cls.from_padding_mask(attention_mask.reshape(_rows(shape), shape[-1]))
+                cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
                 seq_idx = seq_idx.masked_fill(attention_mask.to(seq_idx.device) == 0, PADDING)
             candidates.append(("seq_idx", cls.from_seq_idx(seq_idx)))
         if not candidates:
             if attention_mask is None:
                 rows = shape if len(shape) == 2 else (1, *shape)
                 return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
-            mask = cls.from_padding_mask(attention_mask.reshape(_rows(shape), shape[-1]))
+            mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
             candidates.append(("attention_mask", mask._with_shape(shape)))
         name, chosen = candidates[0]
         if chosen.shape != tuple(shape):
@@ -233,11 +266,11 @@ class SequenceLayout:
             if not chosen.same_as(other):
                 raise ValueError(
                     f"{name} and {other_name} contradict each other: documents of lengths "
-                    f"{_short(chosen.lengths)} and {_short(other.lengths)}; give one of them"
+                    f"{shortened(chosen.lengths)} and {shortened(other.lengths)}; give one of them"
                 )
         if attention_mask is not None and name in ("layout", "cu_seqlens"):
             chosen._check_mask(name, attention_mask)
-        _check_max_seqlen(max_seqlen, chosen.lengths)
+        check_max_seqlen(max_seqlen, chosen.lengths)
         return chosen.to(device)
 
     @classmethod
@@ -252,7 +285,10 @@ class SequenceLayout:
             raise ValueError(
                 f"tokens of shape {tuple(shape)} hold no document: give at least one row"
             )
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device)
+        if _equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
+            cu_seqlens = torch.arange(len(lengths) + 1, device=device) * lengths[0]
+        else:
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device)
         if token_index is not None:
             token_index = token_index.to(cu_seqlens.device)
         return cls(tuple(shape), lengths, cu_seqlens, token_index)
@@ -267,34 +303,34 @@ class SequenceLayout:
     def num_documents(self) -> int:
         return len(self.lengths)
 
-    @cached_property
+    @_once
     def num_tokens(self) -> int:
         """Real tokens, T."""
         return sum(self.lengths)
 
-    @cached_property
+    @_once
     def offsets(self) -> tuple[int, ...]:
         """`cu_seqlens` on the host."""
         return (0, *accumulate(self.lengths))
 
-    @cached_property
+    @_once
     def uniform_length(self) -> int | None:
         """The documents' common length, or None where they differ."""
-        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+        return self.lengths[0] if _equal(self.lengths) else None
 
-    @cached_property
+    @_once
     def packed(self) -> "SequenceLayout":
         """The layout of the packed tokens themselves: grid `(T,)`, no padding."""
         return SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
 
-    @cached_property
+    @_once
     def seq_idx(self) -> Tensor:
         """int32 `[T]`: the document of each packed token, counted from 0."""
         lengths = self.cu_seqlens.diff()
         documents = torch.arange(self.num_documents, dtype=torch.int32, device=self.device)
         return documents.repeat_interleave(lengths, output_size=self.num_tokens)
 
-    @cached_property
+    @_once
     def last_tokens(self) -> Tensor:
         """int64: the packed position of the last token of each document that has one."""
         last = [end - 1 for start, end in pairwise(self.offsets) if end > start]
@@ -323,13 +359,13 @@ class SequenceLayout:
                 f"the layout describes tokens of shape {self.shape}, got a tensor of shape "
                 f"{tuple(x.shape)}"
             )
-        flat = x.reshape(_size(self.shape), *x.shape[rank:])
+        flat = x.reshape(grid_size(self.shape), *x.shape[rank:])
         return flat if self.token_index is None else flat.index_select(0, self.token_index)
 
     def unpack(self, y: Tensor) -> Tensor:
         """`[T, ...]` -> `[*shape, ...]`: every token at its place, 0 where there is padding."""
         if self.token_index is not None:
-            grid = y.new_zeros(_size(self.shape), *y.shape[1:])
+            grid = y.new_zeros(grid_size(self.shape), *y.shape[1:])
             y = grid.index_copy(0, self.token_index, y)
         elif len(self.shape) == 1:
             return y
@@ -344,20 +380,22 @@ class SequenceLayout:
 
     def derived(self, key: Hashable, build: Callable[["SequenceLayout"], Any]) -> Any:
         """`build(self)`, computed once for this layout: index tables that an op works out."""
-        if key not in self._derived:
+        if torch.compiler.is_compiling():  # which finds equal parts of a graph by itself
+            return build(self)
+        if key not in self._tables:
             with torch.inference_mode(False):  # the layout may serve training afterwards
-                self._derived[key] = build(self)
-        return self._derived[key]
+                self._tables[key] = build(self)
+        return self._tables[key]
 
-    @cached_property
-    def _derived(self) -> dict[Hashable, Any]:
+    @_once
+    def _tables(self) -> dict[Hashable, Any]:
         return {}
 
     def _with_shape(self, shape: tuple[int, ...]) -> "SequenceLayout":
         return SequenceLayout(tuple(shape), self.lengths, self.cu_seqlens, self.token_index)
 
     def _check_mask(self, name: str, mask: Tensor) -> None:
-        real = torch.zeros(_size(self.shape), dtype=torch.bool)
+        real = torch.zeros(grid_size(self.shape), dtype=torch.bool, device="cpu")
         real[slice(None) if self.token_index is None else self.token_index.cpu()] = True
         marked = (mask.detach().cpu() != 0).flatten()
         if not torch.equal(real, marked):
@@ -367,108 +405,11 @@ class SequenceLayout:
             )
 
     def __repr__(self) -> str:
-        padding = _size(self.shape) - self.num_tokens
+        padding = grid_size(self.shape) - self.num_tokens
         return (
             f"SequenceLayout(shape={self.shape}, documents={self.num_documents}, "
-            f"lengths={_short(self.lengths)}, padding={padding}, device={self.device})"
+            f"lengths={shortened(self.lengths)}, padding={padding}, device={self.device})"
         )
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 2 else 1
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1] if len(shape) == 2 else shape[0]
-
-
-def _short(values: tuple[int, ...], most: int = 8) -> str:
-    shown = ", ".join(map(str, values[:most]))
-    return f"[{shown}, ... {len(values)} in all]" if len(values) > most else f"[{shown}]"
-
-
-def _read_offsets(name: str, offsets: Tensor) -> list[int]:
-    if offsets.dim() == 2 and offsets.shape[0] == 1:
-        offsets = offsets[0]
-    if offsets.dim() != 1 or offsets.numel() < 2 or offsets.is_floating_point():
-        raise ValueError(
-            f"{name} must be integers of shape (documents + 1,), got {offsets.dtype} of shape "
-            f"{tuple(offsets.shape)}"
-        )
-    values = offsets.tolist()
-    if values[0] != 0 or any(b < a for a, b in pairwise(values)):
-        raise ValueError(f"{name} must start at 0 and never decrease, got {_short(tuple(values))}")
-    return values
-
-
-def _check_slots(offsets: list[int], slots: list[int]) -> None:
-    if len(offsets) != len(slots):
-        raise ValueError(
-            f"cu_seqlens has {len(offsets) - 1} documents, cu_seqlens_padded {len(slots) - 1}"
-        )
-    for document, ((a, b), (start, end)) in enumerate(
-        zip(pairwise(offsets), pairwise(slots), strict=True)
-    ):
-        if b - a > end - start:
-            raise ValueError(
-                f"document {document} has {b - a} tokens (cu_seqlens) but a place of "
-                f"{end - start} (cu_seqlens_padded)"
-            )
-
-
-def _check_row_borders(shape: tuple[int, ...], slots: list[int]) -> None:
-    if len(shape) == 1:
-        return
-    borders = set(slots)
-    for row in range(1, shape[0]):
-        if row * shape[1] not in borders:
-            raise ValueError(
-                f"a document crosses from row {row - 1} into row {row} of the {shape} batch: "
-                f"cu_seqlens must hold the row border {row * shape[1]}"
-            )
-
-
-def _check_qkv_format(qkv_format: str | None, shape: tuple[int, ...]) -> None:
-    if qkv_format not in (None, "thd", "bshd"):
-        raise ValueError(f"qkv_format must be 'thd' or 'bshd', got {qkv_format!r}")
-    if qkv_format == "thd" and len(shape) == 2 and shape[0] != 1:
-        raise ValueError(
-            f"qkv_format='thd' means packed tokens, got a batch of shape {tuple(shape)}: give "
-            "(tokens, hidden_size), or leave qkv_format out"
-        )
-    if qkv_format == "bshd" and len(shape) == 1:
-        raise ValueError(
-            f"qkv_format='bshd' means (batch, seq_len, hidden_size), got {shape[0]} tokens without "
-            "a batch dimension: leave qkv_format out"
-        )
-
-
-def _check_max_seqlen(max_seqlen: int | Tensor | None, lengths: tuple[int, ...]) -> None:
-    if max_seqlen is not None and int(max_seqlen) < max(lengths, default=0):
-        raise ValueError(
-            f"max_seqlen is {int(max_seqlen)} but the longest document has {max(lengths)} tokens"
-        )
-
-
-def _fit_grid(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(x.shape) == tuple(shape):
-        return x
-    if x.numel() == _size(shape) and tuple(x.shape) == (1, *shape):
-        return x[0]
-    if tuple(shape) == (1, *x.shape):
-        return x[None]
-    raise ValueError(
-        f"{name} has shape {tuple(x.shape)}, the tokens {tuple(shape)}: they must match"
-    )
-
-
-def _fit_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if mask.dim() > 2:
-        raise ValueError(
-            f"a padding mask has shape (batch, seq_len), got {tuple(mask.shape)}: only an "
-            "attention layer takes a 4-D mask"
-        )
-    return _fit_grid("attention_mask", mask, shape)
 
 
 def _flatten(layout: SequenceLayout) -> tuple[list[Any], tuple[Any, ...]]:

@@ -46,14 +46,14 @@ def block_mask(layout: SequenceLayout) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     T, document = layout.num_tokens, layout.seq_idx
-    first = torch.arange(0, T, BLOCK)  # [b], the first token of each block
+    first = torch.arange(0, T, BLOCK, device="cpu")  # [b], the first token of each block
     last = (first + BLOCK - 1).clamp(max=T - 1)
-    starts = torch.tensor(layout.offsets)
+    starts = torch.tensor(layout.offsets, device="cpu")
     # Where the document of a block's first, and of its last, token begins.
     begin = starts[torch.searchsorted(starts, first, right=True) - 1]
     begin_of_last = starts[torch.searchsorted(starts, last, right=True) - 1]
 
-    blocks = torch.arange(len(first))
+    blocks = torch.arange(len(first), device="cpu")
     row, column = blocks[:, None], blocks[None, :]
     meets = (column <= row) & (column >= begin[:, None] // BLOCK)
     # Everything in it may meet: strictly before the diagonal, and both blocks in one document.

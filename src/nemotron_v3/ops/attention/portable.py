@@ -100,7 +100,8 @@ class _Groups:
                 starts.setdefault(length, []).append(start)
         batches, places = [], []
         for length, firsts in starts.items():
-            tokens = (torch.tensor(firsts)[:, None] + torch.arange(length)).flatten()
+            of_rows = torch.tensor(firsts, device="cpu")[:, None]
+            tokens = (of_rows + torch.arange(length, device="cpu")).flatten()
             places.append(tokens)
             in_a_row = int(tokens[-1]) - firsts[0] + 1 == len(tokens)
             where = (
@@ -110,5 +111,5 @@ class _Groups:
         if not places:
             return cls((), None)
         order = torch.cat(places).argsort()
-        in_order = torch.equal(order, torch.arange(layout.num_tokens))
+        in_order = torch.equal(order, torch.arange(layout.num_tokens, device="cpu"))
         return cls(tuple(batches), None if in_order else order.to(layout.device))

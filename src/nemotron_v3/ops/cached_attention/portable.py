@@ -29,7 +29,8 @@ def cached_attention(
         return _group(q, keys, values, start, length, scale)
     parts, places = [], []
     for (start, length), rows in groups.items():
-        tokens = torch.tensor([layout.offsets[row] for row in rows])[:, None] + torch.arange(length)
+        firsts = torch.tensor([layout.offsets[row] for row in rows], device="cpu")
+        tokens = firsts[:, None] + torch.arange(length, device="cpu")
         places.append(tokens.flatten().to(q.device))
         index = torch.tensor(rows, device=q.device)
         mine = (t.index_select(0, index) for t in (keys, values))

@@ -81,5 +81,6 @@ class Borders:
 
 
 def _places(pairs: list[tuple[int, int]], device: torch.device) -> Places:
-    places, sources = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    pairs = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
+    places, sources = pairs.unbind(1)
     return Places(places.contiguous().to(device), sources.contiguous().to(device))

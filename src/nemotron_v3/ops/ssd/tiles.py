@@ -161,8 +161,9 @@ def _slabs(
 def _slab(
     size: int, numbers: slice, tiles: list[_Tile], before: list[int], device: torch.device
 ) -> Slab:
-    place = torch.arange(size)
-    start, tokens = torch.tensor([(tile.first, tile.tokens) for tile in tiles]).unbind(1)
+    place = torch.arange(size, device="cpu")
+    sizes = [(tile.first, tile.tokens) for tile in tiles]
+    start, tokens = torch.tensor(sizes, device="cpu").unbind(1)
     index = (start[:, None] + place.clamp(max=tokens[:, None] - 1)).flatten()
     valid = place < tokens[:, None]
     full = bool(valid.all())

@@ -1,0 +1,5 @@
+"""How tokens lie: which document each belongs to, and where documents start."""
+
+from nemotron_v3.layout.sequence import PADDING, SequenceLayout
+
+__all__ = ["PADDING", "SequenceLayout"]

@@ -1,0 +1,104 @@
+"""What a layout checks where it is built: offsets, grids and masks that must fit each other."""
+
+from itertools import pairwise
+
+from torch import Tensor
+
+
+def grid_rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 2 else 1
+
+
+def grid_size(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1] if len(shape) == 2 else shape[0]
+
+
+def shortened(values: tuple[int, ...], most: int = 8) -> str:
+    shown = ", ".join(map(str, values[:most]))
+    return f"[{shown}, ... {len(values)} in all]" if len(values) > most else f"[{shown}]"
+
+
+def read_offsets(name: str, offsets: Tensor) -> list[int]:
+    if offsets.dim() == 2 and offsets.shape[0] == 1:
+        offsets = offsets[0]
+    if offsets.dim() != 1 or offsets.numel() < 2 or offsets.is_floating_point():
+        raise ValueError(
+            f"{name} must be integers of shape (documents + 1,), got {offsets.dtype} of shape "
+            f"{tuple(offsets.shape)}"
+        )
+    values = offsets.tolist()
+    if values[0] != 0 or any(b < a for a, b in pairwise(values)):
+        raise ValueError(
+            f"{name} must start at 0 and never decrease, got {shortened(tuple(values))}"
+        )
+    return values
+
+
+def check_slots(offsets: list[int], slots: list[int]) -> None:
+    if len(offsets) != len(slots):
+        raise ValueError(
+            f"cu_seqlens has {len(offsets) - 1} documents, cu_seqlens_padded {len(slots) - 1}"
+        )
+    for document, ((a, b), (start, end)) in enumerate(
+        zip(pairwise(offsets), pairwise(slots), strict=True)
+    ):
+        if b - a > end - start:
+            raise ValueError(
+                f"document {document} has {b - a} tokens (cu_seqlens) but a place of "
+                f"{end - start} (cu_seqlens_padded)"
+            )
+
+
+def check_row_borders(shape: tuple[int, ...], slots: list[int]) -> None:
+    if len(shape) == 1:
+        return
+    borders = set(slots)
+    for row in range(1, shape[0]):
+        if row * shape[1] not in borders:
+            raise ValueError(
+                f"a document crosses from row {row - 1} into row {row} of the {shape} batch: "
+                f"cu_seqlens must hold the row border {row * shape[1]}"
+            )
+
+
+def check_qkv_format(qkv_format: str | None, shape: tuple[int, ...]) -> None:
+    if qkv_format not in (None, "thd", "bshd"):
+        raise ValueError(f"qkv_format must be 'thd' or 'bshd', got {qkv_format!r}")
+    if qkv_format == "thd" and len(shape) == 2 and shape[0] != 1:
+        raise ValueError(
+            f"qkv_format='thd' means packed tokens, got a batch of shape {tuple(shape)}: give "
+            "(tokens, hidden_size), or leave qkv_format out"
+        )
+    if qkv_format == "bshd" and len(shape) == 1:
+        raise ValueError(
+            f"qkv_format='bshd' means (batch, seq_len, hidden_size), got {shape[0]} tokens without "
+            "a batch dimension: leave qkv_format out"
+        )
+
+
+def check_max_seqlen(max_seqlen: int | Tensor | None, lengths: tuple[int, ...]) -> None:
+    if max_seqlen is not None and int(max_seqlen) < max(lengths, default=0):
+        raise ValueError(
+            f"max_seqlen is {int(max_seqlen)} but the longest document has {max(lengths)} tokens"
+        )
+
+
+def fit_grid(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(x.shape) == tuple(shape):
+        return x
+    if x.numel() == grid_size(shape) and tuple(x.shape) == (1, *shape):
+        return x[0]
+    if tuple(shape) == (1, *x.shape):
+        return x[None]
+    raise ValueError(
+        f"{name} has shape {tuple(x.shape)}, the tokens {tuple(shape)}: they must match"
+    )
+
+
+def fit_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if mask.dim() > 2:
+        raise ValueError(
+            f"a padding mask has shape (batch, seq_len), got {tuple(mask.shape)}: only an "
+            "attention layer takes a 4-D mask"
+        )
+    return fit_grid("attention_mask", mask, shape)
