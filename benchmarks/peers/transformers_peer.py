@@ -23,3 +23,20 @@ def causal_lm(sizes: dict[str, Any]) -> nn.Module:
     return NemotronHForCausalLM._from_config(
         config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
+
+
+def moe_block(**sizes: Any) -> nn.Module:
+    """A fresh mixture-of-experts block in bf16, its experts by grouped products."""
+    config = NemotronHConfig(
+        layers_block_type=["moe"],
+        vocab_size=32,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        use_cache=False,
+        **sizes,
+    )
+    model = NemotronHForCausalLM._from_config(
+        config, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+    )
+    return model.model.layers[0].mixer

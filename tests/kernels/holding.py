@@ -23,7 +23,8 @@ def hold(op: str, case: Any, dtype: torch.dtype, device: str) -> Report:
     cases = import_module(f"{room}.cases")
     reference = getattr(import_module(f"{room}.reference"), op)
     portable = getattr(import_module(f"{room}.portable"), op)
-    plain = PlainPyTorch(reference, dtype)
+    # The router's products are fp32 by contract.
+    plain = PlainPyTorch(reference, dtype, operands=torch.float32 if op == "router" else None)
     if op in CHUNKED and dtype != torch.float32:
         plain = PlainPyTorch(lambda dtype, **arguments: portable(**arguments), dtype)
 

@@ -42,7 +42,9 @@ class NemotronV3MLP(nn.Module):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.initializer_range = initializer_range
-        kind = {"bias": bias, "backend": BackendConfig.from_any(backend), "dtype": dtype}
+        backend = BackendConfig.from_any(backend)
+        self.impl = backend.impl
+        kind = {"bias": bias, "backend": backend, "dtype": dtype}
         self.up_proj = make_linear(hidden_size, intermediate_size, **kind)
         self.down_proj = make_linear(intermediate_size, hidden_size, **kind)
         if draw and not on_meta(self):
@@ -74,7 +76,7 @@ class NemotronV3MLP(nn.Module):
                 f"hidden size {hidden_states.shape[-1]} does not match the layer's "
                 f"{self.hidden_size}: give hidden states of shape (..., {self.hidden_size})"
             )
-        return self.down_proj(relu2(self.up_proj(hidden_states)))
+        return self.down_proj(relu2(self.up_proj(hidden_states), impl=self.impl))
 
     def init_weights(
         self,

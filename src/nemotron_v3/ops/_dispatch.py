@@ -70,7 +70,10 @@ def pick(
 
 # The ops that have a Triton form; of the scans, "auto" takes it in 16 bits only.
 SCANS = ("ssd", "mamba2")
-TRITON_FORMS = ("rms_norm", "gated_rms_norm", "causal_conv1d", *SCANS)
+TRITON_FORMS = (
+    *("rms_norm", "gated_rms_norm", "relu2", "causal_conv1d", "router", "experts"),
+    *("linear_cross_entropy", *SCANS),
+)
 
 
 def choose(
@@ -151,7 +154,7 @@ def without_autocast(function: Callable) -> Callable:
 def as_promised(results: tuple[Tensor | None, ...], *dtypes: torch.dtype) -> tuple[Any, ...]:
     """Results in the dtypes that an op states: the reference computes in fp64 and returns that."""
     pairs = zip(results, dtypes, strict=True)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor, dtype in pairs)
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t, dtype in pairs)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -1,12 +1,18 @@
 """The public routed experts."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops._triton import DTYPES, refuse_dtypes
 from nemotron_v3.ops.experts import portable, reference
-from nemotron_v3.ops.experts.portable import relu2
+from nemotron_v3.ops.relu2.op import relu2
 
 __all__ = ["experts", "relu2"]
+
+MOST_EXPERTS, MOST_ROWS = 2048, 2**26  # of the kernels
 
 
 def experts(
@@ -46,7 +52,31 @@ def experts(
             f"indices {tuple(indices.shape)} and weights {tuple(weights.shape)} must both be "
             f"({x.shape[0]}, choices)"
         )
-    run = pick("experts", impl, reference=reference.experts, portable=portable.experts)
     dtype = autocast_matmul_dtype(x)
+    run = pick(
+        "experts",
+        impl,
+        reference=reference.experts,
+        portable=portable.experts,
+        triton=Kernels(_kernels, x.device, _refusal(dtype, weights, up_proj)),
+    )
     y = without_autocast(run)(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype))
     return y.to(dtype)
+
+
+def _refusal(dtype: torch.dtype, weights: Tensor, up_proj: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    E, rows = up_proj.shape[0], weights.numel()
+    if E > MOST_EXPERTS:
+        return f"it counts the rows of at most {MOST_EXPERTS} experts, and there are {E}"
+    if rows > MOST_ROWS:
+        return f"it numbers at most {MOST_ROWS} routed rows, and there are {rows}"
+    if dtype not in DTYPES:
+        return f"it computes in fp32, and {dtype} is asked for"
+    return refuse_dtypes(weights)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.experts.kernels import experts
+
+    return experts

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.relu2.op import relu2
 
 # Without gradients and with at most so many rows an expert on average, each row alone is faster
 # than sorting them: a few tokens of a decode step.
@@ -64,11 +65,6 @@ def _row_by_row(x: Tensor, chosen: list[int], up_proj: Tensor, down_proj: Tensor
     return y
 
 
-def relu2(h: Tensor) -> Tensor:
-    """`relu(h)^2` (So et al. 2021)."""
-    return F.relu(h).square()
-
-
 def tile_rows(rows: int, experts: int) -> int:
     """M: the largest power of two that a usual expert fills, up to `TILE`."""
     usual = max(1, rows // experts)
@@ -102,7 +98,7 @@ def _tiled(tiles: Tensor, counts: list[int], up_proj: Tensor, down_proj: Tensor)
     # unbind, not indexing: its backward writes each expert's gradient once instead of adding E
     # zero-padded copies of the whole stack.
     parts = [
-        _TiledLinear.apply(relu2(_TiledLinear.apply(part, up)), down)
+        _TiledLinear.apply(relu2(_TiledLinear.apply(part, up), impl="portable"), down)
         for part, up, down in zip(
             tiles.split(counts), up_proj.unbind(0), down_proj.unbind(0), strict=True
         )
@@ -135,5 +131,5 @@ class _TiledLinear(torch.autograd.Function):
 def _grouped(rows: Tensor, counts: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """PyTorch's grouped matmul: the counts stay on the device."""
     ends = counts.cumsum(0).to(torch.int32)
-    h = relu2(F.grouped_mm(rows, up_proj.transpose(1, 2), offs=ends))
+    h = relu2(F.grouped_mm(rows, up_proj.transpose(1, 2), offs=ends), impl="portable")
     return F.grouped_mm(h, down_proj.transpose(1, 2), offs=ends)

@@ -1,0 +1,160 @@
+"""The gradients of all experts' matrices in one launch: products whose inner width is their rows.
+
+Letters: R routed rows sorted by expert, E experts; M, N rows and columns of a matrix, K rows of a
+step.
+"""
+
+import triton
+import triton.language as tl
+
+from nemotron_v3.ops.experts.kernels.products import add_product
+
+
+@triton.jit
+def _weights_tile(
+    a,
+    b,
+    dense_desc,
+    out,
+    source,
+    start,
+    end,
+    first_m,
+    first_n,
+    M,
+    N,
+    stride_a,
+    stride_b,
+    GATHER_A: tl.constexpr,
+    LIVE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows past the end are loaded as zeros on one side: no select stands between a load and its
+    product. What comes by descriptor runs on into the next expert's rows.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    o_m = first_m + tl.arange(0, BLOCK_M)
+    o_n = first_n + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < M, o_n < N
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    one = tl.where(M > 0, 1.0, 0.0)
+    # A step ahead of the rows it points to: what a pipelined load needs must be there already.
+    b_next = tl.load(source + start + o_k, mask=start + o_k < end, other=-1)
+    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < end
+        b_token = b_next
+        o_next = k + BLOCK_K + o_k
+        b_next = tl.load(source + o_next, mask=o_next < end, other=-1)
+        if LIVE:
+            m_k = b_token >= 0
+        else:
+            b_token = tl.where(b_token < 0, -1 - b_token, b_token)
+        b_ra = b_token if GATHER_A else k + o_k
+        b_rb = k + o_k if GATHER_A else b_token
+        # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
+        p_a = a + b_ra[:, None].to(tl.int64) * stride_a + o_m[None, :]
+        p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
+        if DESCRIPTOR and not GATHER_A:
+            b_a = dense_desc.load([k, first_m])
+        else:
+            b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
+        if DESCRIPTOR and GATHER_A:
+            b_b = dense_desc.load([k, first_n])
+        else:
+            b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_acc = add_product(b_acc, tl.trans(b_a), b_b, one, PRECISION)
+    p_out = out + o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def weights_kernel(
+    a,
+    b,
+    dense_desc,
+    last_desc,
+    out,
+    source,
+    offsets,
+    E,
+    M,
+    N,
+    stride_a,
+    stride_b,
+    GATHER_A: tl.constexpr,
+    LIVE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    LAST_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`out[e] = a_e^T b_e` over the rows of expert e: `[E, M, N]`; zeros for one without rows.
+
+    One of a and b is read by token, the other by row. Where LIVE, rows whose weight is nothing are
+    left out; where LAST_N is not 0, the last tile of the columns is that wide.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    of_expert = tiles_m * tiles_n
+    i = tl.program_id(0)
+    expert = i // of_expert
+    within = i % of_expert
+    tile_n = within % tiles_n
+    first_m, first_n = (within // tiles_n) * BLOCK_M, tile_n * BLOCK_N
+    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    p_out = out + expert.to(tl.int64) * M * N
+    if LAST_N > 0 and tile_n == tiles_n - 1:
+        _weights_tile(
+            a,
+            b,
+            last_desc,
+            p_out,
+            source,
+            start,
+            end,
+            first_m,
+            first_n,
+            M,
+            N,
+            stride_a,
+            stride_b,
+            GATHER_A,
+            LIVE,
+            DESCRIPTOR,
+            BLOCK_M,
+            LAST_N,
+            BLOCK_K,
+            STAGES,
+            PRECISION,
+        )
+    else:
+        _weights_tile(
+            a,
+            b,
+            dense_desc,
+            p_out,
+            source,
+            start,
+            end,
+            first_m,
+            first_n,
+            M,
+            N,
+            stride_a,
+            stride_b,
+            GATHER_A,
+            LIVE,
+            DESCRIPTOR,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            PRECISION,
+        )

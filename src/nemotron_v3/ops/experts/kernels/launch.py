@@ -1,0 +1,339 @@
+"""The order of the kernels, and where each reads and writes.
+
+Letters: T tokens, K choices a token, R = T*K routed rows, E experts, X width, F expert width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nemotron_v3.ops._triton import interpreted, power_of_two
+from nemotron_v3.ops.experts.kernels import combine, gradients, products, sort
+from nemotron_v3.ops.experts.kernels.tables import Plan, Tiles
+
+BLOCK = 256  # rows that a program of the sort takes
+SLICES = 2  # parts of the columns in which rows are joined again: it bounds what they take
+# Below it a weight is nothing: its row is stored unweighted and left out of the sums.
+FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Where rows lie. `table` holds, one after the other, the int32 tensors that follow it.
+
+    Attributes:
+        place: `[R]`, where each row (t, k) lies among the sorted ones.
+        source: `[R]`, the token of each sorted row, -1 - token where its weight is nothing.
+        offsets, tile_first: `[E + 1]`, first row and first tile of each expert.
+        tile_expert: the expert of each tile.
+        weights: `[R]` fp32, of the sorted rows.
+    """
+
+    table: Tensor
+    place: Tensor
+    source: Tensor
+    offsets: Tensor
+    tile_first: Tensor
+    tile_expert: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, weights: Tensor, E: int) -> "Sorted":
+        R = weights.shape[0]
+        sizes = [R, R, E + 1, E + 1, table.shape[0] - 2 * (R + E + 1)]
+        return cls(table, *table.split(sizes), weights)
+
+    @property
+    def most_tiles(self) -> int:
+        return self.tile_expert.shape[0]
+
+
+def table_length(R: int, E: int, tile: int) -> int:
+    return 2 * (R + E + 1) + (R + tile - 1) // tile + E
+
+
+def sort_rows(indices: Tensor, weights: Tensor, E: int, tile: int) -> Sorted:
+    """`indices` and `weights` `[T, K]`, contiguous."""
+    R, K = indices.numel(), indices.shape[1]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=indices.device)
+
+    found = Sorted.of(empty(table_length(R, E, tile)), empty(R, dtype=torch.float32), E)
+    blocks = triton.cdiv(R, BLOCK)
+    counts, totals = empty(blocks, E), empty(E)
+    block_e = power_of_two(E + 1)
+    sort.count_kernel[(blocks,)](indices, counts, R, E, BLOCK, block_e, num_warps=4)
+    sort.scan_kernel[(triton.cdiv(E, 16),)](counts, totals, blocks, E, 64, 16, num_warps=4)
+    sort.schedule_kernel[(1,)](
+        totals, found.offsets, found.tile_first, found.tile_expert, E, tile, block_e, num_warps=4
+    )
+    sort.place_kernel[(blocks,)](
+        indices,
+        weights,
+        counts,
+        found.offsets,
+        found.place,
+        found.source,
+        found.weights,
+        R,
+        E,
+        K,
+        FLOOR,
+        BLOCK,
+        32,
+        num_warps=4,
+    )
+    return found
+
+
+def _descriptor(matrix: Tensor, block: list[int]):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    flat = matrix.view(-1, matrix.shape[-1])
+    return TensorDescriptor.from_tensor(flat, block)
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether a descriptor can be made: rows of whole 16 bytes, and any at all."""
+    whole = matrix.shape[-1] * matrix.element_size() % 16 == 0
+    return whole and matrix.numel() > 0 and matrix.data_ptr() % 16 == 0
+
+
+def _columns_descriptor(matrix: Tensor, tiles: Tiles, width: int, transposed: bool):
+    return _descriptor(matrix, [tiles.k, width] if transposed else [width, tiles.k])
+
+
+def _last_width(N: int, tiles: Tiles) -> int:
+    """A power of two that holds the last columns where a quarter or half a tile does; else 0."""
+    left = N % tiles.n
+    if left == 0 or left > tiles.n // 2:
+        return 0
+    return tiles.n // 4 if left <= tiles.n // 4 else tiles.n // 2
+
+
+def rows_product(
+    tiles: Tiles,
+    where: Sorted,
+    a: Tensor,
+    matrix: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool,
+    gather: bool,
+    column: int = 0,
+    epilogue: int = products.PLAIN.value,
+    hidden: Tensor | None = None,
+    partial: Tensor | None = None,
+) -> None:
+    """`out[r] = a[r] matrix[e]^T` (`matrix[e]` where `transposed`), columns from `column` on.
+
+    `matrix` is `[E, N, K]`, or `[E, K, N]` where `transposed`.
+    """
+    E, R, N, K = matrix.shape[0], where.weights.shape[0], out.shape[1], a.shape[1]
+    whole = not transposed or K % tiles.k == 0
+    descriptor = tiles.descriptor and whole and _aligned(matrix)
+    last = _last_width(N, tiles)
+    products.rows_kernel[(where.most_tiles * triton.cdiv(N, tiles.n),)](
+        a,
+        matrix,
+        _columns_descriptor(matrix, tiles, tiles.n, transposed) if descriptor else None,
+        _columns_descriptor(matrix, tiles, last, transposed) if descriptor and last else None,
+        out,
+        hidden,
+        partial,
+        where.source,
+        where.weights,
+        where.offsets,
+        where.tile_first,
+        where.tile_expert,
+        E,
+        R,
+        N,
+        K,
+        column,
+        a.stride(0),
+        matrix.stride(0),
+        matrix.stride(1),
+        matrix.shape[1],
+        out.stride(0),
+        0 if hidden is None else hidden.stride(0),
+        epilogue,
+        FLOOR,
+        gather,
+        transposed,
+        descriptor,
+        last,
+        K % tiles.k == 0,
+        tiles.m,
+        tiles.n,
+        tiles.k,
+        tiles.stages,
+        tiles.parts,
+        tiles.precision,
+        num_warps=tiles.warps,
+    )
+
+
+def weights_product(
+    tiles: Tiles, where: Sorted, a: Tensor, b: Tensor, out: Tensor, *, gather_a: bool
+) -> None:
+    """`out[e] = a_e^T b_e`: a read by token and b by row, or the other way round."""
+    E, M, N = out.shape
+    grid = (E * triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)
+    last = _last_width(N, tiles)
+    dense = b if gather_a else a
+    descriptor = tiles.descriptor and _aligned(dense)
+    width = tiles.n if gather_a else tiles.m
+    last_width = last if gather_a else tiles.m
+    gradients.weights_kernel[grid](
+        a,
+        b,
+        _descriptor(dense, [tiles.k, width]) if descriptor else None,
+        _descriptor(dense, [tiles.k, last_width]) if descriptor and last else None,
+        out,
+        where.source,
+        where.offsets,
+        E,
+        M,
+        N,
+        a.stride(0),
+        b.stride(0),
+        gather_a,
+        gather_a,
+        descriptor,
+        last,
+        tiles.m,
+        tiles.n,
+        tiles.k,
+        tiles.stages,
+        tiles.precision,
+        num_warps=tiles.warps,
+    )
+
+
+def combine_rows(where: Sorted, rows: Tensor, weights: Tensor, out: Tensor, *, live: bool) -> None:
+    """`out[t] = sum_k rows[place[t, k]]`; where `live`, without rows whose weight is nothing."""
+    T, K = weights.shape
+    X = out.shape[1]
+    block_t, block_x = (16, power_of_two(X)) if interpreted() else (4, 512)
+    combine.combine_kernel[(triton.cdiv(T, block_t) * triton.cdiv(X, block_x),)](
+        rows,
+        where.place,
+        weights,
+        out,
+        T,
+        X,
+        rows.stride(0),
+        out.stride(0),
+        K,
+        FLOOR,
+        block_t,
+        block_x,
+        live,
+        num_warps=4,
+    )
+
+
+def column_slices(X: int, tile: int) -> list[tuple[int, int]]:
+    """Borders of SLICES parts of the columns, at whole tiles."""
+    tiles = triton.cdiv(X, tile)
+    ends = [min(X, tiles * i // SLICES * tile) for i in range(SLICES + 1)]
+    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+def join_products(
+    tiles: Tiles,
+    where: Sorted,
+    a: Tensor,
+    matrix: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool,
+    live: bool,
+) -> None:
+    """The product of every row, summed over each token's rows, some columns at a time."""
+    slices = column_slices(out.shape[1], tiles.n)
+    widest = max((end - start for start, end in slices), default=0)
+    space = torch.empty(a.shape[0] * widest, dtype=out.dtype, device=out.device)
+    for start, end in slices:
+        rows = space[: a.shape[0] * (end - start)].view(a.shape[0], end - start)
+        rows_product(
+            tiles, where, a, matrix, rows, transposed=transposed, gather=False, column=start
+        )
+        combine_rows(where, rows, weights, out[:, start:end], live=live)
+
+
+def forward(
+    plan: Plan, x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, y: Tensor
+) -> tuple[Tensor, Sorted]:
+    """Writes y; returns `weights[r] relu(u)^2` of the sorted rows `[R, F]`, and where they lie."""
+    E, F, _ = up.shape
+    where = sort_rows(indices, weights, E, plan.tile)
+    hidden = torch.empty(indices.numel(), F, dtype=x.dtype, device=x.device)
+    rows_product(
+        plan.up,
+        where,
+        x,
+        up,
+        hidden,
+        transposed=False,
+        gather=True,
+        epilogue=products.UP.value,
+    )
+    join_products(plan.down, where, hidden, down, weights, y, transposed=False, live=True)
+    return hidden, where
+
+
+def backward_down(
+    plan: Plan,
+    where: Sorted,
+    dy: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    dweights: Tensor,
+    ddown: Tensor | None,
+) -> Tensor:
+    """Writes dweights and ddown; returns the gradient of the rows before relu² `[R, F]`."""
+    R, F = hidden.shape
+    du = torch.empty_like(hidden)
+    parts = triton.cdiv(F, plan.down_backward.n)
+    partial = torch.empty(parts, R, dtype=torch.float32, device=dy.device)
+    rows_product(
+        plan.down_backward,
+        where,
+        dy,
+        down,
+        du,
+        transposed=True,
+        gather=True,
+        epilogue=products.DOWN_BACKWARD.value,
+        hidden=hidden,
+        partial=partial,
+    )
+    combine.gather_sums_kernel[(triton.cdiv(R, 256),)](
+        partial, where.place, dweights, R, parts, 256, num_warps=4
+    )
+    if ddown is not None:
+        weights_product(plan.weights, where, dy, hidden, ddown, gather_a=True)
+    return du
+
+
+def backward_up(
+    plan: Plan,
+    where: Sorted,
+    du: Tensor,
+    x: Tensor,
+    up: Tensor,
+    weights: Tensor,
+    dx: Tensor | None,
+    dup: Tensor | None,
+) -> None:
+    """Writes dx and dup."""
+    if dup is not None:
+        weights_product(plan.weights, where, du, x, dup, gather_a=False)
+    if dx is not None:
+        join_products(plan.up_backward, where, du, up, weights, dx, transposed=True, live=False)

@@ -1,0 +1,372 @@
+"""The sorted rows of all experts times their matrices, in one launch.
+
+Letters: R routed rows sorted by expert, E experts; N columns of a product, K its inner width. A row
+may be read where its token lies (`GATHER`), and what follows a product is applied to the
+accumulator before it is stored (`EPILOGUE`, README.md).
+"""
+
+import triton
+import triton.language as tl
+
+UP = tl.constexpr(0)
+PLAIN = tl.constexpr(1)
+DOWN_BACKWARD = tl.constexpr(2)
+
+
+@triton.jit
+def _scale(b_w, FLOOR: tl.constexpr):
+    """What a row's hidden values are stored times: its weight, or 1 where that is nothing."""
+    return tl.where(tl.abs(b_w) < FLOOR, 1.0, b_w)
+
+
+@triton.jit
+def add_product(b_acc, b_a, b_b, one, PRECISION: tl.constexpr):
+    """`b_acc + b_a b_b`. In fp32 a step's products are summed by themselves first: one long chain
+    of additions would lose digits, and the compiler makes one unless it must multiply by `one`.
+    """
+    if PRECISION == "ieee":
+        return b_acc + tl.dot(b_a, b_b, input_precision=PRECISION) * one
+    else:
+        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _split(b_x, PARTS: tl.constexpr):
+    """The columns of `b_x` in 1, 2 or 4 parts."""
+    M: tl.constexpr = b_x.shape[0]
+    N: tl.constexpr = b_x.shape[1]
+    if PARTS == 1:
+        return (b_x,)
+    else:
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b_x, (M, 2, N // 2)), (0, 2, 1)))
+        if PARTS == 2:
+            return (b_low, b_high)
+        else:
+            return _split(b_low, PARTS // 2) + _split(b_high, PARTS // 2)
+
+
+@triton.jit
+def _multiply(
+    p_a,
+    p_b,
+    b_desc,
+    row_b,
+    i_n,
+    m_n,
+    K,
+    stride_b,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N]` in fp32: the rows at `p_a` times the expert's matrix.
+
+    The matrix lies as `[N, K]`, or as `[K, N]` where TRANSPOSED.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    o_n = tl.arange(0, BLOCK_N)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    one = tl.where(K > 0, 1.0, 0.0)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        # [BLOCK_M, BLOCK_K]
+        if EVEN_K:
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :])
+        else:
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :], mask=(k + o_k < K)[None, :], other=0.0)
+        # [BLOCK_K, BLOCK_N]
+        if DESCRIPTOR:
+            b_b = b_desc.load([row_b + k, i_n]) if TRANSPOSED else b_desc.load([row_b, k]).T
+        else:
+            if TRANSPOSED:
+                p = p_b + (k + o_k)[:, None].to(tl.int64) * stride_b + o_n[None, :]
+            else:
+                p = p_b + o_n[None, :].to(tl.int64) * stride_b + (k + o_k)[:, None]
+            m_b = m_n[None, :]
+            if not EVEN_K:
+                m_b = m_b & (k + o_k < K)[:, None]
+            b_b = tl.load(p, mask=m_b, other=0.0)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), one, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def _rows_tile(
+    a,
+    b,
+    b_desc,
+    out,
+    hidden,
+    partial,
+    source,
+    weights,
+    start,
+    end,
+    expert,
+    tile_n,
+    R,
+    N,
+    K,
+    column,
+    stride_a,
+    stride_expert,
+    stride_b,
+    rows_b,
+    stride_out,
+    stride_hidden,
+    EPILOGUE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < end
+    first_n = tile_n * WIDTH
+    o_n = first_n + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    # [BLOCK_M]; rows past the end read some row of another, and are not stored
+    if GATHER:
+        b_row = tl.load(source + o_m, mask=m_m, other=0)
+        b_row = tl.where(b_row < 0, -1 - b_row, b_row)
+    else:
+        b_row = tl.minimum(o_m, R - 1)
+    p_a = a + b_row.to(tl.int64) * stride_a
+    i_n = column + first_n
+    p_b = b + expert.to(tl.int64) * stride_expert
+    if TRANSPOSED:
+        p_b += i_n
+        row_b = expert * rows_b
+    else:
+        p_b += i_n.to(tl.int64) * stride_b
+        row_b = expert * rows_b + i_n
+    b_acc = _multiply(
+        p_a,
+        p_b,
+        b_desc,
+        row_b,
+        i_n,
+        m_n,
+        K,
+        stride_b,
+        out.dtype.element_ty,
+        TRANSPOSED,
+        DESCRIPTOR,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        PRECISION,
+    )
+    if EPILOGUE == DOWN_BACKWARD:
+        # In parts: the accumulator and what it meets do not fit into the registers together.
+        PART: tl.constexpr = BLOCK_N // PARTS
+        b_w = tl.load(weights + o_m, mask=m_m, other=0.0)
+        b_inverse = 1.0 / _scale(b_w, FLOOR)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        parts = _split(b_acc, PARTS)
+        for i in tl.static_range(PARTS):
+            o_p = first_n + i * PART + tl.arange(0, PART)
+            m_mp = m_m[:, None] & (o_p < N)[None, :]
+            # [BLOCK_M, PART]
+            p_h = hidden + o_m[:, None].to(tl.int64) * stride_hidden + o_p[None, :]
+            b_h = tl.load(p_h, mask=m_mp, other=0.0).to(tl.float32) * b_inverse[:, None]
+            b_part = tl.where((o_p < N)[None, :], parts[i], 0.0)
+            b_sum += tl.sum(b_part * b_h, 1)
+            b_du = b_part * tl.sqrt(b_h) * (2.0 * b_w)[:, None]
+            p_out = out + o_m[:, None].to(tl.int64) * stride_out + o_p[None, :]
+            tl.store(p_out, b_du.to(out.dtype.element_ty), mask=m_mp)
+        tl.store(partial + tile_n.to(tl.int64) * R + o_m, b_sum, mask=m_m)
+    else:
+        if EPILOGUE == UP:
+            b_w = tl.load(weights + o_m, mask=m_m, other=0.0)
+            b_relu = tl.where(b_acc <= 0.0, 0.0, b_acc)  # NaN stays
+            b_acc = _scale(b_w, FLOOR)[:, None] * b_relu * b_relu
+        p_out = out + o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
+        tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def rows_kernel(
+    a,
+    b,
+    b_desc,
+    last_desc,
+    out,
+    hidden,
+    partial,
+    source,
+    weights,
+    offsets,
+    tile_first,
+    tile_expert,
+    E,
+    R,
+    N,
+    K,
+    column,
+    stride_a,
+    stride_expert,
+    stride_b,
+    rows_b,
+    stride_out,
+    stride_hidden,
+    EPILOGUE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    LAST_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every expert's rows times its matrix, a tile a program.
+
+    Tiles that share a part of a matrix are neighbours, so that it comes from memory once. An
+    expert's last rows are a tile of half the height if they fit into one; where LAST_N is not 0,
+    the last tile of the columns is that wide.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    total = tl.load(tile_first + E) * tiles_n
+    i = tl.program_id(0)
+    if i < total:
+        expert = tl.load(tile_expert + i // tiles_n)
+        first = tl.load(tile_first + expert)
+        tiles_m = tl.load(tile_first + expert + 1) - first
+        within = i - first * tiles_n
+        tile_n = within // tiles_m
+        start = tl.load(offsets + expert) + (within % tiles_m) * BLOCK_M
+        end = tl.minimum(tl.load(offsets + expert + 1), start + BLOCK_M)
+        if LAST_N > 0 and tile_n == tiles_n - 1:
+            _rows_tile(
+                a,
+                b,
+                last_desc,
+                out,
+                hidden,
+                partial,
+                source,
+                weights,
+                start,
+                end,
+                expert,
+                tile_n,
+                R,
+                N,
+                K,
+                column,
+                stride_a,
+                stride_expert,
+                stride_b,
+                rows_b,
+                stride_out,
+                stride_hidden,
+                EPILOGUE,
+                FLOOR,
+                GATHER,
+                TRANSPOSED,
+                DESCRIPTOR,
+                EVEN_K,
+                BLOCK_N,
+                BLOCK_M,
+                LAST_N,
+                BLOCK_K,
+                STAGES,
+                1,
+                PRECISION,
+            )
+        elif end - start <= BLOCK_M // 2:
+            _rows_tile(
+                a,
+                b,
+                b_desc,
+                out,
+                hidden,
+                partial,
+                source,
+                weights,
+                start,
+                end,
+                expert,
+                tile_n,
+                R,
+                N,
+                K,
+                column,
+                stride_a,
+                stride_expert,
+                stride_b,
+                rows_b,
+                stride_out,
+                stride_hidden,
+                EPILOGUE,
+                FLOOR,
+                GATHER,
+                TRANSPOSED,
+                DESCRIPTOR,
+                EVEN_K,
+                BLOCK_N,
+                BLOCK_M // 2,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                PARTS,
+                PRECISION,
+            )
+        else:
+            _rows_tile(
+                a,
+                b,
+                b_desc,
+                out,
+                hidden,
+                partial,
+                source,
+                weights,
+                start,
+                end,
+                expert,
+                tile_n,
+                R,
+                N,
+                K,
+                column,
+                stride_a,
+                stride_expert,
+                stride_b,
+                rows_b,
+                stride_out,
+                stride_hidden,
+                EPILOGUE,
+                FLOOR,
+                GATHER,
+                TRANSPOSED,
+                DESCRIPTOR,
+                EVEN_K,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                PARTS,
+                PRECISION,
+            )
