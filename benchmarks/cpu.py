@@ -1,4 +1,4 @@
-"""Training, one block of experts and decoding on a CPU, beside transformers.
+"""Training, one block of experts, the loss and decoding on a CPU, beside transformers.
 
 The configuration is small enough for a laptop and has every block type; both run fp32 with the
 same weights on the same tokens. Answers are compared before anything is timed.
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.measure import Timing, alternate, peak_memory
 from benchmarks.table import Row
-from nemotron_v3 import NemotronV3ForCausalLM
+from nemotron_v3 import NemotronV3ForCausalLM, ops
 
 BLOCKS = ("mamba", "moe", "mamba", "attention", "mamba", "moe", "mamba", "mlp")
 SIZES: dict[str, Any] = {
@@ -37,6 +38,11 @@ SIZES: dict[str, Any] = {
 }
 TOKENS = (1024, 2048, 4096)
 PROMPT, NEW_TOKENS = 16, 256
+LOSS = (2048, 256, 32768)
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ours": ops.linear_cross_entropy,
+    "all logits": lambda h, w, targets: functional.cross_entropy(functional.linear(h, w), targets),
+}
 REPEATS = 5
 CLOSE = 1e-4  # relative, Frobenius: fp32 through eight blocks, far below any mistake
 
@@ -56,6 +62,7 @@ def rows() -> Iterator[Row]:
     yield from _timed("MoE block, training", f"1 x {tokens}", tokens, {
         "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
     })  # fmt: skip
+    yield from _losses()
     for batch in (1, 8):
         check_decoding(batch)
         yield from _timed("greedy decoding", f"{batch} x {NEW_TOKENS}", batch * NEW_TOKENS, {
@@ -68,6 +75,40 @@ def train(name: str, tokens: int) -> None:
     step = _training(name, tokens)
     step()
     step()
+
+
+def _losses() -> Iterator[Row]:
+    """The loss of a large vocabulary, forward and backward, beside all its logits at once."""
+    tokens, width, vocabulary = LOSS
+    steps = {name: _loss_step(name) for name in LOSSES}
+    ours, plain = (step() for step in steps.values())
+    for a, b in zip(ours, plain, strict=True):
+        error = float((a - b).norm() / b.norm())
+        assert error < CLOSE, f"the loss or a gradient is off by {error:.1e}: nothing is timed"
+    del ours, plain
+    shape = f"{tokens} x {width} x {vocabulary}"
+    yield from _timed("loss, forward + backward", shape, tokens, steps)
+    memory = {name: peak_memory("benchmarks.cpu:take_loss", name) for name in LOSSES}
+    yield Row("loss, peak memory", shape, "GiB", memory.pop("ours"), memory, False)
+
+
+def take_loss(name: str) -> None:
+    """One step of the loss: what a process is watched at for its peak memory."""
+    _loss_step(name)()
+
+
+def _loss_step(name: str) -> Callable[[], tuple[Tensor, ...]]:
+    tokens, width, vocabulary = LOSS
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).mul_(width**-0.5).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = LOSSES[name](hidden, weight, targets)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    return step
 
 
 def check_answers() -> None:

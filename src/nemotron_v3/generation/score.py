@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.model import NemotronV3ForCausalLM, token_grid
+from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight, token_grid
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
@@ -22,7 +22,7 @@ def score(
 ) -> Tensor:
     """Teacher-forced log-probabilities of the tokens.
 
-    Differentiable. The logits are computed in slices of tokens, and in the backward pass once
+    Differentiable. The logits are computed in chunks of tokens, and in the backward pass once
     more, so that neither they nor their softmax are ever held for all tokens at once.
 
     Args:
@@ -44,13 +44,21 @@ def score(
     layout = SequenceLayout.resolve(shape, device, attention_mask, layout=layout, **layout_kwargs)
     hidden = layout.pack(model.model(input_ids, layout=layout).last_hidden_state)  # [T, D]
     next_tokens = ops.shift_labels(input_ids, layout)  # [T], negative at a document's end
-    tokens = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    following = [
-        _of_next(model, *part)
-        for part in zip(hidden.split(tokens), next_tokens.split(tokens), strict=True)
-    ]
-    scores = torch.cat(following)
+    weight = plain_weight(model.lm_head)
+    if weight is None:
+        scores = _by_the_head(model, hidden, next_tokens)
+    else:
+        scores, _ = ops.linear_log_probabilities(
+            hidden, weight, next_tokens, impl=model.model.backend.impl
+        )
     return layout.unpack(torch.cat([scores.new_zeros(min(1, len(scores))), scores[:-1]]))
+
+
+def _by_the_head(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+    """`[T, D]` and `[T]` -> the log-probabilities of the next tokens by a head that is called."""
+    tokens = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    parts = zip(hidden.split(tokens), next_tokens.split(tokens), strict=True)
+    return torch.cat([_of_next(model, *part) for part in parts])
 
 
 def _of_next(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:

@@ -1,13 +1,21 @@
 """The documented layers: one mixer of the paper a file."""
 
 from nemotron_v3.layers.attention import NemotronV3Attention
+from nemotron_v3.layers.balance import BalanceLoss, ExpertLoad, balance_
 from nemotron_v3.layers.block import NemotronV3Block
+from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3MoE
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated, NemotronV3RMSNorm
+from nemotron_v3.layers.replay import RoutingRecord, record_routing, replay_routing
+from nemotron_v3.layers.router import checkpoint_contexts
 
 __all__ = [
+    "BalanceLoss",
+    "ExpertDispatcher",
+    "ExpertLoad",
+    "LocalDispatcher",
     "NemotronV3Attention",
     "NemotronV3Block",
     "NemotronV3MLP",
@@ -15,4 +23,9 @@ __all__ = [
     "NemotronV3MambaRMSNormGated",
     "NemotronV3MoE",
     "NemotronV3RMSNorm",
+    "RoutingRecord",
+    "balance_",
+    "checkpoint_contexts",
+    "record_routing",
+    "replay_routing",
 ]

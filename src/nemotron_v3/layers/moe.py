@@ -12,46 +12,11 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.border import enter
+from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.mlp import NemotronV3MLP
-from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
-
-
-class NemotronV3Router(KeepsFp32):
-    """Sigmoid top-k router; `e_score_correction_bias` moves the choice, never the weights.
-
-    Logits and scores are fp32 or wider, and the bias is a persistent buffer that stays so.
-    """
-
-    fp32_tensors = ("e_score_correction_bias",)
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
-        super().__init__()
-        self.top_k = config.n_activated_experts
-        self.n_group = config.n_expert_groups
-        self.topk_group = config.n_limited_groups
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scaling_factor = config.route_scale
-        self.impl = impl
-        weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
-        bias = torch.zeros(config.n_routed_experts, dtype=at_least_fp32(dtype))
-        self.register_buffer("e_score_correction_bias", bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[T, D]` -> weights `[T, K]` in fp32 or wider, and expert numbers `[T, K]`."""
-        return ops.router(
-            x,
-            self.weight,
-            self.e_score_correction_bias,
-            top_k=self.top_k,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            norm_topk_prob=self.norm_topk_prob,
-            scaling_factor=self.scaling_factor,
-            impl=self.impl,
-        )
+from nemotron_v3.layers.router import NemotronV3Router
 
 
 class NemotronV3Experts(nn.Module):
@@ -87,6 +52,10 @@ class NemotronV3MoE(nn.Module):
         backend: a `BackendConfig`, a foreign one, or None for the default.
         num_hidden_layers, rescale_prenorm_residual: of the model, for the first draw.
 
+    Attributes:
+        dispatcher: brings tokens to their experts and back; `LocalDispatcher` unless another is put
+            in its place (experts spread over processes).
+
     Raises:
         ValueError: a config that asks for what the model does not have (a gated expert, say).
     """
@@ -108,6 +77,7 @@ class NemotronV3MoE(nn.Module):
         dtype = dtype or config.dtype
         self.hidden_size = config.dim
         self.initializer_range = initializer_range
+        self.dispatcher: ExpertDispatcher = LocalDispatcher()
         self.gate = NemotronV3Router(config, dtype, self.backend.impl)
         self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
         kind = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
@@ -145,9 +115,10 @@ class NemotronV3MoE(nn.Module):
         """
         layout = enter(hidden_states, self.hidden_size, attention_mask, layout_kwargs)
         x = layout.pack(hidden_states)  # [T, D]
-        weights, indices = self.gate(x)  # [T, K]
+        weights, indices = self.gate(x, layout)  # [T, K]
         latent = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)  # [T, X]
-        routed = self.experts(latent, indices, weights)
+        sent, way_back = self.dispatcher.permute(latent, indices, weights)
+        routed = self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
         if self.fc2_latent_proj is not None:
             routed = self.fc2_latent_proj(routed)
         return layout.unpack(routed + self.shared_experts(x))

@@ -19,8 +19,9 @@ from nemotron_v3.layers.border import as_cache, of_new_tokens
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.output import CausalLMOutput, ModelOutput
+from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
 
 
 class NemotronV3Model(nn.Module):
@@ -119,7 +120,10 @@ class NemotronV3Model(nn.Module):
                     "a cache is updated in place and cannot be recomputed: disable gradient "
                     "checkpointing, or leave the cache out"
                 )
-            return checkpoint(partial(block, layout=layout), hidden, use_reentrant=False)
+            # Only where something watches: a compiler takes a checkpoint without contexts better.
+            contexts = {"context_fn": checkpoint_contexts} if observed(block) else {}
+            run = partial(block, layout=layout)
+            return checkpoint(run, hidden, use_reentrant=False, **contexts)
         return block(hidden, past_key_values=cache, layout=layout)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -135,16 +139,20 @@ class TiedHead(nn.Module):
     """A head that multiplies by the embedding matrix and holds no parameter of its own.
 
     A second registration of one parameter would come apart under `to_empty`, sharding or a load; a
-    reference to the module cannot.
+    reference to the module that holds the embeddings cannot, nor when they are replaced.
     """
 
-    def __init__(self, embeddings: nn.Embedding):
+    def __init__(self, model: "NemotronV3Model"):
         super().__init__()
-        self._embeddings = (embeddings,)  # in a tuple: not a submodule, so not a second owner
+        self._model = (model,)  # in a tuple: not a submodule, so not a second owner
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        return self._model[0].embeddings
 
     @property
     def weight(self) -> Tensor:
-        return self._embeddings[0].weight
+        return self.embeddings.weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.weight)
@@ -170,7 +178,7 @@ class NemotronV3ForCausalLM(nn.Module):
         self.model = NemotronV3Model(config, backend)
         self.config = config = self.model.config
         if config.tie_word_embeddings:
-            self.lm_head = TiedHead(self.model.embeddings)
+            self.lm_head = TiedHead(self.model)
         else:
             self.lm_head = make_linear(
                 config.hidden_size,
@@ -213,7 +221,8 @@ class NemotronV3ForCausalLM(nn.Module):
             use_cache: True makes a fresh cache where none is given; it comes back in the output.
             output_hidden_states: keep the stream after each block.
             logits_to_keep: logits of the last so many positions only (0: of all), or of the
-                positions in a tensor. The loss always counts all of them.
+                positions in a tensor. The loss always counts all of them. With labels and 0, logits
+                are computed when the output's are first read, and otherwise never.
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:
@@ -246,14 +255,28 @@ class NemotronV3ForCausalLM(nn.Module):
             output_hidden_states=output_hidden_states,
         )
         hidden = out.last_hidden_state
-        loss = None
         if labels is None:
-            logits = self.lm_head(_keep(hidden, logits_to_keep))
+            loss, logits = None, self.lm_head(_keep(hidden, logits_to_keep))
         else:
-            packed = self.lm_head(layout.pack(hidden))  # [T, V]
-            loss = ops.cross_entropy(packed, ops.shift_labels(labels, layout))
-            logits = _keep(layout.unpack(packed), logits_to_keep)
+            loss, logits = self._loss(hidden, labels, layout, logits_to_keep)
         return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor
+    ) -> tuple[Tensor, Tensor | Unread]:
+        """The loss, and the logits: those asked for by `logits_to_keep`, else unread ones."""
+        targets = ops.shift_labels(labels, layout)
+        packed = layout.pack(hidden)  # [T, D]
+        weight = plain_weight(self.lm_head)
+        if weight is None:
+            logits = self.lm_head(packed)  # [T, V]
+            loss = ops.cross_entropy(logits, targets)
+            return loss, _keep(layout.unpack(logits), logits_to_keep)
+        impl = self.model.backend.impl
+        loss = ops.linear_cross_entropy(packed, weight, targets, impl=impl)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            return loss, Unread(self.lm_head, hidden)
+        return loss, self.lm_head(_keep(hidden, logits_to_keep))
 
     def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Continue prompts: `nemotron_v3.generation.generate`, whose options it takes."""
@@ -293,6 +316,25 @@ class NemotronV3ForCausalLM(nn.Module):
         self.model.init_weights()
         if not self.config.tie_word_embeddings:
             init_("lm_head.weight", self.lm_head.weight, std=self.config.initializer_range)
+
+
+def plain_weight(head: nn.Module) -> Tensor | None:
+    """The matrix `[V, D]` of a head that is nothing else, so that a loss may multiply by it itself.
+
+    None where the head has to be called: adapters, quantised or sharded weights, hooks, a bias,
+    another backend's projection.
+    """
+    modules = [head, *([head.embeddings] if isinstance(head, TiedHead) else ())]
+    hooked = any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+    if type(head) not in (nn.Linear, TiedHead) or hooked or "forward" in vars(head):
+        return None
+    if getattr(head, "bias", None) is not None:
+        return None
+    weight = head.weight
+    return weight if type(weight) in (Tensor, nn.Parameter) else None
 
 
 def token_grid(

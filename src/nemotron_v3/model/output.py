@@ -1,9 +1,11 @@
 """What the models return."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass
@@ -22,18 +24,88 @@ class ModelOutput:
     past_key_values: Any = None
 
 
-@dataclass
 class CausalLMOutput:
     """Of `NemotronV3ForCausalLM`.
 
     Attributes:
         loss: a scalar in fp32 or wider, nats per target, or None without labels.
         logits: `[B, S, V]` (`[T, V]` without a batch dimension) in the model's dtype; 0 at padding.
+            Beside a loss they are computed when they are first read: who does not read them never
+            holds them.
         hidden_states: see `ModelOutput`.
         past_key_values: the cache, or None.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    past_key_values: Any = None
+    def __init__(
+        self,
+        loss: Tensor | None = None,
+        logits: "Tensor | Unread | None" = None,
+        hidden_states: tuple[Tensor, ...] | None = None,
+        past_key_values: Any = None,
+    ):
+        self.loss = loss
+        self._logits = logits
+        self.hidden_states = hidden_states
+        self.past_key_values = past_key_values
+
+    @property
+    def logits(self) -> Tensor | None:
+        """See the class.
+
+        Raises:
+            RuntimeError: they were not read before the head's weight changed.
+        """
+        if isinstance(self._logits, Unread):
+            self._logits = self._logits.compute()
+        return self._logits
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the logits themselves, not the head that makes them."""
+        return self.__dict__ | {"_logits": self.logits}
+
+    def __repr__(self) -> str:
+        logits = "unread" if isinstance(self._logits, Unread) else self._logits
+        return (
+            f"CausalLMOutput(loss={self.loss}, logits={logits}, "
+            f"hidden_states={self.hidden_states}, past_key_values={self.past_key_values})"
+        )
+
+
+class Unread:
+    """Logits that nobody has asked for yet.
+
+    Args:
+        head: from hidden states to logits.
+        hidden: `[B, S, D]` or `[T, D]`, after the final norm.
+    """
+
+    def __init__(self, head: nn.Module, hidden: Tensor):
+        self.head, self.hidden, self.grad = head, hidden, torch.is_grad_enabled()
+        self.weight = head.weight
+        self.state = _state(self.weight)
+        kind = hidden.device.type
+        self.autocast = None
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            self.autocast = torch.get_autocast_dtype(kind)
+
+    def compute(self) -> Tensor:
+        """The head's product as the forward pass would have made it: its graph, its autocast."""
+        weight = self.head.weight
+        if weight is not self.weight or _state(weight) != self.state:
+            raise RuntimeError(
+                "the logits were not read before the head's weight changed (an optimiser's step, a "
+                "load, a cast, the backward pass of a sharded model): read output.logits "
+                "first, or call the model without labels"
+            )
+        kind, narrow = self.hidden.device.type, self.autocast
+        context = nullcontext()
+        if kind != "meta":
+            context = torch.autocast(kind, narrow, enabled=narrow is not None)
+        with torch.set_grad_enabled(self.grad), context:
+            return self.head(self.hidden)
+
+
+def _state(tensor: Tensor) -> tuple[torch.dtype, torch.device, int]:
+    """Changes with the tensor: its dtype, its place, how often it was written in place (which
+    tensors of inference mode do not count)."""
+    return tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version

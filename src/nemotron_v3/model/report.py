@@ -10,7 +10,7 @@ from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3Router
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
 from nemotron_v3.ops._dispatch import choose
 
 _TE = "Transformer Engine"
@@ -106,8 +106,14 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield "router", *_form("router", module.impl, module)
         case NemotronV3Experts():
             yield "experts", *_form("experts", module.impl, module)
+        case NemotronV3MLP():
+            yield "relu2", *_form("relu2", module.impl, module)
         case NemotronV3ForCausalLM():
-            yield "cross_entropy", *_form("cross_entropy", "auto", module)
+            if plain_weight(module.lm_head) is None:
+                yield "cross_entropy", *_form("cross_entropy", "auto", module)
+            else:
+                impl = module.model.backend.impl
+                yield "linear_cross_entropy", *_form("linear_cross_entropy", impl, module)
     projections = _projections(module)
     if projections:
         classes = {f"{type(p).__module__.split('.')[0]} {type(p).__name__}" for p in projections}

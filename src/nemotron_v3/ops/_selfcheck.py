@@ -25,6 +25,8 @@ CASES = {  # op -> whose cases.py, and the case: ragged documents, states, more 
     "cross_entropy": ("cross_entropy", "some-ignored"),
     "experts": ("experts", "idle-experts"),
     "gated_rms_norm": ("gated_rms_norm", "odd-groups"),
+    "grouped_low_rank": ("grouped_low_rank", "idle-experts"),
+    "linear_cross_entropy": ("linear_cross_entropy", "some-ignored"),
     "mamba2": ("mamba2", "pack"),
     "mamba2_step": ("mamba2", "one-token"),
     "rms_norm": ("rms_norm", "odd-width"),

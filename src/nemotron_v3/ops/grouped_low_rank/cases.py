@@ -1,0 +1,56 @@
+"""Shapes that the tests and benchmarks of grouped_low_rank share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron_v3.ops._cases import Draw, Inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """`used` experts are chosen from, the others get no token."""
+
+    name: str
+    tokens: int
+    width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    rank: int
+    scale: float = 1.0
+    used: int | None = None
+    strided: bool = False
+
+
+CASES = (
+    Case("one-token", 1, 24, 16, 8, 2, 4),
+    Case("rank-one", 17, 32, 40, 4, 1, 1, scale=0.5),
+    Case("idle-experts", 65, 40, 24, 16, 3, 8, scale=2.0, used=5),
+    Case("odd", 127, 33, 19, 7, 3, 5, strided=True),
+    Case("no-tokens", 0, 16, 24, 8, 2, 4),
+)
+BENCHMARKS = (Case("nano-30b", 8192, 2688, 1856, 128, 6, 16, scale=2.0),)
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> Inputs:
+    draw = Draw(generator, dtype, device, case.strided)
+    T, X, F, E, r = case.tokens, case.width, case.expert_width, case.experts, case.rank
+    order = torch.rand(T, case.used or E, generator=generator).argsort(dim=1)
+    tensors = {
+        "x": draw.activation(T, X),
+        "weights": draw.uniform(T, case.top_k, low=0.05, high=1.0, wide=True),
+        "up_proj": draw.normal(E, F, X, scale=X**-0.5),
+        "down_proj": draw.normal(E, X, F, scale=F**-0.5),
+        "up_a": draw.normal(E, r, X, scale=X**-0.5),
+        "up_b": draw.normal(E, F, r, scale=r**-0.5),
+        "down_a": draw.normal(E, r, F, scale=F**-0.5),
+        "down_b": draw.normal(E, X, r, scale=r**-0.5),
+    }
+    options = {
+        "indices": order[:, : case.top_k].contiguous().to(device),
+        "scale": case.scale,
+    }
+    return Inputs(tensors, options)

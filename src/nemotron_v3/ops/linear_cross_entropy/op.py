@@ -1,0 +1,144 @@
+"""The public loss of a linear head: from hidden states, without all their logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from nemotron_v3.ops._dispatch import (
+    Kernels,
+    as_promised,
+    autocast_matmul_dtype,
+    pick,
+    wide,
+    without_autocast,
+)
+from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.linear_cross_entropy import portable, reference
+
+IGNORE_INDEX = -100
+
+
+class TokenLosses(NamedTuple):
+    """A loss and what it is made of.
+
+    Attributes:
+        loss: a scalar, differentiable.
+        log_probabilities: `[T]`, of each token's target; 0 where there is none. No gradient.
+        log_normalizers: `[T]`, the logarithm of the sum of the exponentials of a token's logits; 0
+            where there is no target. No gradient.
+    """
+
+    loss: Tensor
+    log_probabilities: Tensor
+    log_normalizers: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    per_token: bool = False,
+    impl: str = "auto",
+) -> Tensor | TokenLosses:
+    """`cross_entropy(hidden weight^T, targets)`, a chunk of tokens at a time, in nats.
+
+    The mean over the n targets that count of `-log p[target] + z_loss log(Z)^2`, where Z is the sum
+    of the exponentials of a token's logits (z-loss: Chowdhery et al. 2022, arXiv 2204.02311). The
+    gradients are made together with the loss, which is why it cannot be differentiated twice.
+
+    Letters: T packed tokens, D width, V vocabulary.
+
+    Args:
+        hidden: `[T, D]`; under autocast it and the weight take part in the autocast dtype.
+        weight: `[V, D]` in the dtype of `hidden`; a tied embedding matrix is one too.
+        targets: `[T]` int64 in [0, V); `ignore_index` does not count.
+        z_loss: weight of the squared log-normaliser; 0 leaves it out.
+        per_token: return `TokenLosses`.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        A scalar in fp32 or wider; 0, with zero gradients, where no target counts.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        IndexError: on a CPU, a target outside the vocabulary. On a GPU nothing is read back: that
+            token's log-probability is NaN, and so is the loss.
+    """
+    run, hidden, weight = _prepare("linear_cross_entropy", hidden, weight, targets, impl)
+    results = without_autocast(run)(
+        hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, per_token=per_token
+    )
+    dtype = wide(hidden.dtype)
+    if not per_token:
+        return results.to(dtype)
+    return TokenLosses(*as_promised(results, dtype, dtype, dtype))
+
+
+def linear_log_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets and log-normalisers, each token with a gradient of its own.
+
+    For what is more than a mean: weights a token, ratios of two policies. The backward pass
+    computes the logits a second time; where the mean is wanted, `linear_cross_entropy` is a quarter
+    cheaper.
+
+    Args:
+        hidden, weight, targets, ignore_index, impl: see `linear_cross_entropy`.
+
+    Returns:
+        Two `[T]` in fp32 or wider, in nats; 0 and 0 where there is no target.
+
+    Raises:
+        ValueError, IndexError: see `linear_cross_entropy`.
+    """
+    run, hidden, weight = _prepare("linear_log_probabilities", hidden, weight, targets, impl)
+    results = without_autocast(run)(hidden, weight, targets, ignore_index=ignore_index)
+    dtype = wide(hidden.dtype)
+    return as_promised(results, dtype, dtype)
+
+
+def _prepare(
+    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, impl: str
+) -> tuple[Callable[..., Any], Tensor, Tensor]:
+    """The form that runs, and what it multiplies."""
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or tuple(targets.shape) != tuple(hidden.shape[:1])
+    ):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} do not fit: (tokens, width), (vocabulary, width), (tokens,)"
+        )
+    dtype = autocast_matmul_dtype(hidden)
+    if dtype == hidden.dtype and weight.dtype != dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and the weight {weight.dtype}: cast one to the other's dtype"
+        )
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    kernels = Kernels(lambda: _kernels(name), hidden.device, refuse_dtypes(hidden, weight))
+    run = pick(
+        name,
+        impl,
+        reference=getattr(reference, name),
+        portable=getattr(portable, name),
+        triton=kernels,
+    )
+    return run, hidden, weight
+
+
+def _kernels(name: str) -> Callable[..., Any]:
+    from nemotron_v3.ops.linear_cross_entropy import kernels
+
+    return getattr(kernels, name)
