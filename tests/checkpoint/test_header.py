@@ -103,6 +103,14 @@ def test_a_header_longer_than_any_real_one_is_refused_before_it_is_read():
         read_header(Endless(), 2**40, "a.safetensors")
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(length):
+    notes = {"pad": ""}
+    notes["pad"] = "x" * (length - len(json.dumps({"__metadata__": notes})))
+    text = json.dumps({"__metadata__": notes}).encode()
+    assert len(text) == length and parse(file_of(text)) == ({}, notes)
+
+
 def test_json_may_hold_the_bare_infinity_of_released_configs():
     assert parse_json(b'{"time_step_limit": [0.0, Infinity]}', "x") == {
         "time_step_limit": [0.0, float("inf")]

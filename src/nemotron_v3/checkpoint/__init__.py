@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face checkpoints: lazy, streamed, proven; safetensors alone."""
 
 from nemotron_v3.checkpoint.audit import audit
+from nemotron_v3.checkpoint.convert import Conversion, convert, plan_conversion
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.load import from_pretrained
 from nemotron_v3.checkpoint.names import CheckpointOrigin, LoadReport
@@ -11,9 +12,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointOrigin",
+    "Conversion",
     "LoadReport",
     "audit",
+    "convert",
     "from_pretrained",
     "open_checkpoint",
+    "plan_conversion",
     "save_pretrained",
 ]

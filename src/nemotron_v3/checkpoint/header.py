@@ -118,12 +118,14 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Entry]
     Raises `CheckpointError`, naming `path`, unless the tensors' bytes cover the file exactly.
     """
     start = file.read(8)
-    for magic, what in _FOREIGN.items():
-        if start.startswith(magic):
-            raise CheckpointError(f"{path}: not safetensors but {what}")
+    length = int.from_bytes(start, "little")
+    # A header of 640 bytes begins as a pickle does: only an impossible length is looked up.
+    if len(start) < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        for magic, what in _FOREIGN.items():
+            if start.startswith(magic):
+                raise CheckpointError(f"{path}: not safetensors but {what}")
     if len(start) < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
-    length = int.from_bytes(start, "little")
     if length > size - 8:
         raise CheckpointError(
             f"{path}: truncated or not safetensors: its header would take {length} bytes, "

@@ -50,13 +50,13 @@ def from_pretrained(
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint)
     depth = config.num_hidden_layers
-    _check_depth(checkpoint, depth)
+    check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
     dtype = _choose_dtype(dtype, config, checkpoint)
     device = torch.device(device) if device is not None else torch.get_default_device()
     if chosen is not None:
         config = config.replace(layers_block_type=[config.layers_block_type[i] for i in chosen])
-    model = _skeleton(checkpoint, config, BackendConfig.from_any(backend))
+    model = skeleton(checkpoint, config, BackendConfig.from_any(backend))
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     destinations = tensors_of(model)
     plan = plan_load(checkpoint, destinations, layer_map, depth, config.tie_word_embeddings)
@@ -72,7 +72,7 @@ def from_pretrained(
             "the embeddings: set tie_word_embeddings to false to keep it"
         )
     model.mtp = {name: checkpoint.tensor(name) for name in plan.carried} or None
-    model.checkpoint_origin = _origin(checkpoint, plan, model, chosen)
+    model.checkpoint_origin = origin_of(checkpoint, plan, model, chosen)
     return model.eval()
 
 
@@ -105,8 +105,9 @@ def _choose_dtype(
     return dtype
 
 
-def _check_depth(checkpoint: Checkpoint, depth: int) -> None:
-    """Before a model of `depth` layers is built, which costs time for each of them."""
+def check_depth(checkpoint: Checkpoint, depth: int) -> None:
+    """Raise `CheckpointError` where the tensors are not those of `depth` layers; asked before such
+    a model is built, which costs time for each layer."""
     places = (to_memory(name) for name in checkpoint)
     held = {place.layer for place in places if place is not None and place.layer is not None}
     if not held or held != set(range(depth)):
@@ -117,9 +118,10 @@ def _check_depth(checkpoint: Checkpoint, depth: int) -> None:
         )
 
 
-def _skeleton(
+def skeleton(
     checkpoint: Checkpoint, config: NemotronV3Config, backend: BackendConfig
 ) -> NemotronV3ForCausalLM:
+    """The model of `config` without storage; raises `CheckpointError`."""
     try:
         with torch.device("meta"):
             return NemotronV3ForCausalLM(config, backend)
@@ -129,12 +131,13 @@ def _skeleton(
         ) from error
 
 
-def _origin(
+def origin_of(
     checkpoint: Checkpoint,
     plan: Plan,
     model: NemotronV3ForCausalLM,
     chosen: tuple[int, ...] | None,
 ) -> CheckpointOrigin:
+    """How `checkpoint` spells what `plan` loads from it into `model`."""
     # The names that a save writes: as read, apart from misspelt and renumbered ones.
     written = {f.disk: to_disk(f.memory, plan.prefix, f.expert) for f in plan.fills}
     written |= {name: name for name in plan.carried}

@@ -43,10 +43,12 @@ class Shard:
             # it is whatever is done to a tensor.
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self.entries[name].dtype]
+
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` on the CPU in the dtype of the file; pages are read when touched."""
-        entry = self.entries[name]
-        dtype = TORCH_DTYPES[entry.dtype]
+        entry, dtype = self.entries[name], self.dtype(name)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
         raw = torch.frombuffer(

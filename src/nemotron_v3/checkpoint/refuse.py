@@ -40,7 +40,7 @@ def refuse_quantised_tensors(
     found = [
         f"{name} ({entry.dtype})"
         for name, entry in tensors
-        if entry.dtype.startswith(("F4", "F6", "F8")) or name.endswith(_SCALES)
+        if entry.dtype.startswith(("F4", "F6_", "F8_")) or name.endswith(_SCALES)
     ]
     if found:
         _refuse(

@@ -2,10 +2,11 @@
 
 import ctypes
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,24 @@ from torch import Tensor
 from nemotron_v3.checkpoint.header import DTYPE_NAMES
 
 BLOCK = 2**24  # elements handled at once when tensors are cast, compared and written
+
+
+class Writable(Protocol):
+    """A tensor to write as `name`, of `shape` and in `dtype`, that need not be in memory as one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Its elements in order as flat tensors, on any device and in any dtype; a block is done
+        with before the next one is asked for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,20 @@ class Piece:
     dtype: torch.dtype
 
     @property
-    def nbytes(self) -> int:
-        return self.tensor.numel() * self.dtype.itemsize
+    def shape(self) -> Sequence[int]:
+        return self.tensor.shape
+
+    def blocks(self) -> Iterator[Tensor]:
+        return blocks(self.tensor)
+
+
+def numel(piece: Writable) -> int:
+    return math.prod(piece.shape)
+
+
+def nbytes(piece: Writable) -> int:
+    """Bytes that `piece` takes in a file."""
+    return numel(piece) * piece.dtype.itemsize
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
@@ -53,7 +84,7 @@ def survives(tensor: Tensor, dtype: torch.dtype) -> bool:
     return all(same_values(block.to(dtype).to(block.dtype), block) for block in blocks(tensor))
 
 
-def write_safetensors(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, pieces: Sequence[Writable], metadata: Mapping[str, str]) -> None:
     """Write `pieces` to a new file in the order given, with `metadata` as the file's notes.
 
     Beside what `pieces` hold already it takes the memory of one block; the caller waits for the
@@ -64,17 +95,17 @@ def write_safetensors(path: Path, pieces: Sequence[Piece], metadata: Mapping[str
     for piece in pieces:
         listing[piece.name] = {
             "dtype": DTYPE_NAMES[piece.dtype],
-            "shape": list(piece.tensor.shape),
-            "data_offsets": [position, position + piece.nbytes],
+            "shape": list(piece.shape),
+            "data_offsets": [position, position + nbytes(piece)],
         }
-        position += piece.nbytes
+        position += nbytes(piece)
     header = json.dumps(listing, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)  # so that the tensors start aligned
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for piece in pieces:
-            for block in blocks(piece.tensor):
+            for block in piece.blocks():
                 _write(file, block.to("cpu", piece.dtype))
 
 

@@ -10,6 +10,7 @@ import nemotron_v3
 
 # A verb is the function of that name in the file of that name: its arguments are the options.
 VERBS = {
+    "convert": "a checkpoint in another spelling, or with a LoRA adapter merged into it",
     "demo": "train a small hybrid on Python's standard library, save it, reload it, generate",
     "generate": "continue a prompt, or chat, in the terminal",
     "inspect": "layers, parameters, FLOPs and bytes of a released model or a checkpoint",

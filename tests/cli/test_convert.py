@@ -1,0 +1,104 @@
+"""`nemotron-v3 convert`: what it asks of the library, what it shows, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemotron_v3.checkpoint import convert, save_pretrained
+from nemotron_v3.cli import main as cli
+from nemotron_v3.cli.convert import parse_layers
+from tests.checkpoint.files import contents
+from tests.models import tiny_model
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    save_pretrained(tiny_model("ME*-").to(torch.bfloat16), "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def write_adapter(path):
+    path.mkdir()
+    name = "base_model.model.model.layers.2.mixer.q_proj.lora_"
+    tensors = {f"{name}A.weight": torch.randn(3, 48), f"{name}B.weight": torch.randn(80, 3)}
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def test_every_option_reaches_the_library(source, capsys):
+    write_adapter(source / "adapter")
+    options = "--experts fused --prefix model --dtype float32 --max-shard-size 30KB --layers 0-1,2"
+    line = ["convert", "source", "target", *options.split(), "--adapter", "adapter"]
+    assert cli.main(line) == 0
+    convert(
+        "source",
+        "expected",
+        experts="fused",
+        prefix="model.",
+        dtype=torch.float32,
+        max_shard_size="30KB",
+        layers=(0, 1, 2),
+        adapter="adapter",
+    )
+    assert contents(source / "target") == contents(source / "expected")
+    shown = capsys.readouterr().out
+    for told in ("source -> target", "merged", "adapter (rank 3)", "writing", "proving", "tokeni"):
+        assert told in shown
+    assert "read again and equal to the bit" in shown
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(source, capsys):
+    before = contents(source / "source")
+    assert cli.main(["convert", "source", "target", "--dtype", "float16", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "dry run: nothing was written" in shown
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines()
+            if line.startswith("│")}  # fmt: skip
+    cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
+    assert cells["most weights"] == ["bfloat16", "float16"]
+    assert cells["layers"] == ["4", "4: ME*-"]
+    assert cells["experts"] == ["per_expert", "per_expert"]
+    assert cells["copied"] == ["", "tokenizer.json"]
+    assert not (source / "target").exists() and contents(source / "source") == before
+    # The plan of what would be refused is refused too.
+    assert cli.main(["convert", "source", "source", "--dry-run"]) == 2
+    assert "overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int4"], "dtype is 'int4': give one of bfloat16, float16"),
+        (["--layers", "0-x"], "layers is '0-x': give numbers and ranges"),
+        (["--layers", "0,9"], "give layers between 0 and 3"),
+        (["--max-shard-size", "lots"], "max_shard_size='lots'"),
+        (["--adapter", "source"], "has no adapter_config.json"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(source, capsys, options, message):
+    assert cli.main(["convert", "source", "target", *options]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("nemotron-v3: ") and message in told
+    assert not (source / "target").exists()
+
+
+def test_overwriting_has_to_be_asked_for(source, capsys):
+    assert cli.main(["convert", "source", "source", "--prefix", "model"]) == 2
+    assert "source holds config.json" in capsys.readouterr().err
+    assert cli.main(["convert", "source", "source", "--prefix", "model", "--overwrite"]) == 0
+    convert("source", "back", prefix="backbone.")
+    save_pretrained(tiny_model("ME*-").to(torch.bfloat16), "again")
+    assert contents(source / "back") == contents(source / "again") | {"tokenizer.json": b"{}"}
+
+
+def test_layers_are_numbers_and_ranges():
+    assert parse_layers("0-3, 7,9-9") == (0, 1, 2, 3, 7, 9)
+    for text in ("", "a", "1-", "-1", "1,,2", "0-1000000000000"):
+        with pytest.raises(ValueError, match="layers is"):
+            parse_layers(text)
