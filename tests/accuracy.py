@@ -321,6 +321,8 @@ def poison_empty() -> Iterator[None]:
     The allocators are replaced rather than switched to PyTorch's deterministic mode, which would
     fill them too: that mode also picks other algorithms than the ones to be tested.
     """
+    with torch.device("cpu"):  # torch makes its list of allocators once, at the first such context
+        torch.zeros(())
     places = [
         (torch, "empty"),
         (torch, "empty_like"),

@@ -14,7 +14,7 @@ SHARED_OF_MULTIPROCESSOR = 227 * 1024
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 # warps, programs on a multiprocessor at least, bytes spilled at most, loads of 16 bytes, products
-# on tensor cores.
+# on tensor cores. Triton 3.6 spills nothing of the scan and 40 bytes of the gradients, 3.9 more.
 HELD = {
     "conv forward": (4, 4, 0, True, False),
     "conv backward": (1, 20, 0, False, False),
@@ -22,9 +22,9 @@ HELD = {
     "norm backward": (2, 6, 0, True, False),
     "sweep": (8, 1, 0, True, True),
     "sweep back": (8, 1, 0, True, True),
-    "scan": (4, 2, 0, True, True),
+    "scan": (4, 2, 80, True, True),
     "pairs": (4, 2, 0, True, True),
-    "gradients": (4, 2, 64, True, True),
+    "gradients": (4, 2, 96, True, True),
 }
 
 
