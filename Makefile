@@ -5,11 +5,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Two processes of one thread each use two cores better than one process of two threads.
 WORKERS ?= 2
+# The oldest transformers that nemotron_v3.hf takes (hf/versions.py), in an environment of its own,
+# which sees the other packages of $(VENV).
+OLDEST_TRANSFORMERS := 5.17.0
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TRANSFORMERS)
 # More options for a verb: make demo ARGS="--minutes 2 --out runs/short"
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-integrations bench clean
+.PHONY: help setup demo test lint test-integrations test-oldest-transformers bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -32,6 +37,20 @@ test: lint ## ruff and the tests
 
 test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'heavy or integration' $(ARGS)
+	$(MAKE) test-oldest-transformers
+
+test-oldest-transformers: $(OLDEST_READY) ## tests/hf with the oldest transformers it takes
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) \
+		-m 'not heavy' tests/hf $(ARGS)
+
+$(OLDEST_READY): $(READY)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" \
+		> $$(echo $(OLDEST)/lib/python*/site-packages)/shared.pth
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
@@ -39,5 +58,5 @@ lint: $(READY) ## ruff
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove both environments, builds and caches; runs/ stays
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis

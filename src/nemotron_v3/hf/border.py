@@ -1,0 +1,211 @@
+"""transformers' arguments about tokens, turned into one `SequenceLayout` a forward pass.
+
+Letters: B batch, S sequence, L places a cache holds after the pass.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.layout import SequenceLayout
+
+# What transformers' data collators and generate() say about where sequences lie.
+PACKING_NAMES = (
+    "seq_idx",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+
+
+class Border:
+    """How the tokens of one forward pass lie, worked out where they enter the model.
+
+    It is no dataclass and no pytree, so that what moves or casts the arguments of a module
+    (accelerate's hooks, FSDP) leaves it alone; each layer asks for the layout on its own device.
+
+    Attributes:
+        layout: of the new tokens on their grid `[B, S]`.
+        mask: a 4-D attention mask `[B or 1, 1, S, L]`, which then decides alone in attention.
+        columns: a padding mask `[B, <= L]` that covers what a cache held before, too.
+        follows: whether a cache holds tokens already.
+        router_logits: by layer, where a caller asked for them; else None.
+    """
+
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        mask: Tensor | None = None,
+        columns: Tensor | None = None,
+        follows: bool = False,
+        router_logits: dict[int, Tensor] | None = None,
+    ):
+        self.layout = layout
+        self.mask = mask
+        self.columns = columns
+        self.follows = follows
+        self.router_logits = router_logits
+        self._allowed: dict[Any, Tensor] = {}
+
+    @classmethod
+    def enter(
+        cls,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        follows: bool = False,
+        cached: bool = False,
+        router_logits: bool = False,
+        packing: Mapping[str, Any] | None = None,
+    ) -> "Border":
+        """Read what a caller of a transformers model says about its tokens.
+
+        Args:
+            shape: `(B, S)` of the new tokens.
+            device: where they are.
+            attention_mask: a padding mask `[B, S]`, or `[B, past + S]` with a cache; a 4-D mask; or
+                a dict of both by kind of layer, as `create_masks_for_generate` makes them.
+            position_ids: `[B or 1, S]`; without a mask, a document starts where they do not go on
+                by one.
+            follows: whether a cache holds tokens already.
+            cached: whether a cache is there at all: it holds one sequence a row.
+            router_logits: whether the caller wants them.
+            packing: values of `PACKING_NAMES`.
+
+        Raises:
+            ValueError: arguments that contradict each other or the shape; a pack with a cache.
+            TypeError: a mask of another kind.
+        """
+        packing = {k: v for k, v in (packing or {}).items() if v is not None}
+        padding, mask = _split_masks(attention_mask, shape)
+        new = padding
+        if padding is not None and follows:
+            # In a step of one token the token is real: nothing needs to be read from the device.
+            new = None if shape[1] == 1 else padding[:, -shape[1] :]
+        explicit = _explicit(packing, shape)
+        if not explicit and padding is None and mask is None and not follows:
+            explicit = _from_positions(position_ids, shape)
+        layout = _resolve(shape, device, new, explicit)
+        if cached and layout.num_documents != shape[0]:
+            raise ValueError(
+                f"{layout.num_documents} documents in a batch of {shape[0]} rows and a cache, "
+                "which holds one sequence a row: leave use_cache and past_key_values out, or give "
+                "one document a row"
+            )
+        return cls(layout, mask, padding, follows, {} if router_logits else None)
+
+    @classmethod
+    def of(cls, border: "Border | None", hidden_states: Tensor, attention_mask: Any) -> "Border":
+        """`border`, or, for a layer called alone, what its own arguments say."""
+        if border is not None:
+            return border
+        return cls.enter(
+            tuple(hidden_states.shape[:2]), hidden_states.device, attention_mask=attention_mask
+        )
+
+    def on(self, device: torch.device) -> SequenceLayout:
+        """The layout on a device; moved once a pass."""
+        if self.layout.device == device:
+            return self.layout
+        return self.layout.derived(("on", device), lambda layout: layout.to(device))
+
+    def allowed(self, past: int | Tensor, length: int, device: torch.device) -> Tensor:
+        """Bool `[B or 1, 1, S, L]`: which of `length` places in a cache each new token may see."""
+        key = (length, device, past if isinstance(past, int) else None)
+        if key not in self._allowed:
+            S = self.layout.shape[1]
+            places = torch.arange(length, device=device)
+            own = past + torch.arange(S, device=device)  # each new token's place
+            seen = (places <= own[:, None])[None]  # [1, S, L]
+            if self.columns is not None:
+                real = torch.zeros(self.columns.shape[0], length, dtype=torch.bool, device=device)
+                known = min(length, self.columns.shape[1])
+                real[:, :known] = self.columns[:, :known].to(device) != 0
+                if self.columns.shape[1] == S:  # of the new tokens alone: all before is real
+                    real = (places < past) | real.roll(int(past), 1)
+                seen = seen & real[:, None]
+            self._allowed[key] = seen[:, None]
+        return self._allowed[key]
+
+
+def _split_masks(
+    attention_mask: Any, shape: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The padding mask and the 4-D mask that an `attention_mask` holds."""
+    if isinstance(attention_mask, Mapping):
+        full = attention_mask.get("full_attention", attention_mask.get("attention"))
+        padding = attention_mask.get("linear_attention", attention_mask.get("mamba"))
+        if full is not None and full.dim() == 2:
+            return full, None
+        return padding, full
+    if attention_mask is None:
+        return None, None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask is a {type(attention_mask).__name__}: give a padding mask (batch, "
+            "seq_len), a 4-D mask, or a dict of them"
+        )
+    if attention_mask.dim() == 4:
+        return None, attention_mask
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the tokens {shape}: give a "
+            "padding mask (batch, seq_len), or a 4-D mask"
+        )
+    return attention_mask, None
+
+
+def _explicit(packing: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+    """The collators' packing arguments in the names of `SequenceLayout.resolve`."""
+    found: dict[str, Any] = {}
+    if "seq_idx" in packing:
+        found["seq_idx"] = packing["seq_idx"]
+    q, k = packing.get("cu_seq_lens_q"), packing.get("cu_seq_lens_k")
+    if q is not None and k is not None and q is not k and not torch.equal(q, k.to(q.device)):
+        raise ValueError(
+            f"cu_seq_lens_q {q.tolist()} and cu_seq_lens_k {k.tolist()} differ: every token is a "
+            "query and a key, give the same for both"
+        )
+    if q is not None or k is not None:
+        found["cu_seqlens"] = q if q is not None else k
+        longest = packing.get("max_length_q", packing.get("max_length_k"))
+        if longest is not None:
+            found["max_seqlen"] = longest
+    return found
+
+
+def _from_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """The documents that positions count, where they count more than one a row."""
+    if position_ids is None or shape[1] < 2:
+        return {}
+    positions = position_ids if position_ids.dim() == 2 else position_ids[None]
+    if positions.dim() != 2 or positions.shape[1] != shape[1]:
+        raise ValueError(
+            f"position_ids have shape {tuple(position_ids.shape)}, the tokens {shape}: they must "
+            "match"
+        )
+    starts = positions.diff(dim=1) != 1
+    if not bool(starts.any()):
+        return {}
+    first = torch.zeros_like(positions[:, :1])
+    numbers = torch.cat([first, starts.cumsum(1)], 1)
+    return {"seq_idx": numbers.expand(shape)}
+
+
+def _resolve(
+    shape: tuple[int, int],
+    device: torch.device,
+    padding: Tensor | None,
+    explicit: dict[str, Any],
+) -> SequenceLayout:
+    if padding is not None and padding.shape[1] != shape[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(padding.shape)}, the tokens {shape}: without tokens "
+            "in a cache they must match"
+        )
+    return SequenceLayout.resolve(shape, device, padding, **explicit)

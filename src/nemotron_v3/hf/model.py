@@ -1,0 +1,387 @@
+"""transformers' Nemotron-H model and its language-model head, around the accelerated layers.
+
+Letters: B batch, S sequence, T packed tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.nemotron_h import modeling_nemotron_h as theirs
+
+from nemotron_v3.hf import opaque
+from nemotron_v3.hf.border import PACKING_NAMES, Border
+from nemotron_v3.hf.layers import Accelerated
+from nemotron_v3.hf.spelling import as_in_memory
+from nemotron_v3.hf.states import as_cache, fresh_cache, holds_tokens
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.model import plain_weight
+
+IGNORE_INDEX = -100
+LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
+
+
+class NemotronHModel(Accelerated, theirs.NemotronHModel):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        attention_mask: Any = None,
+        border: Border | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """transformers' arguments and output; `border` is what the head has worked out already."""
+        as_tuple = not _wanted(self.config, kwargs, "return_dict")
+        if border is None:
+            past_key_values, border = enter(
+                self,
+                input_ids,
+                inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                kwargs=kwargs,
+            )
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
+        for block in self.layers:
+            hidden = block(hidden, past_key_values=past_key_values, border=border)
+            if kept is not None:
+                kept.append(hidden)
+        hidden = _without_padding(self.norm_f(hidden), border)
+        if kept is not None:
+            kept[-1] = hidden
+        logits = border.router_logits
+        output = MoeModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=None if kept is None else tuple(kept),
+            router_logits=None if logits is None else tuple(logits[i] for i in sorted(logits)),
+        )
+        return output.to_tuple() if as_tuple else output
+
+
+class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
+    """transformers' `NemotronHForCausalLM`, computed by this package.
+
+    Built from a config or by `from_pretrained`, its modules are the accelerated ones from the
+    start, and `A_log`, `D` and `dt_bias` stay fp32 whatever dtype the rest is loaded in.
+
+    Args:
+        config: a transformers `NemotronHConfig`.
+
+    Raises:
+        ImportError: a transformers outside the supported versions.
+        ValueError: a config that asks for what this package does not have.
+    """
+
+    # transformers renames and stacks a checkpoint's tensors (`backbone.`, one tensor an expert), in
+    # loading and in saving, only for a model whose class is its own; this one passes for it.
+    __module__ = theirs.__name__
+    _can_compile_fullgraph = False  # the ops are calls that no graph goes through
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "A_log", "D", "dt_bias"]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        from nemotron_v3.hf.accelerate import swap_in
+
+        super().__init__(config, *args, **kwargs)
+        swap_in(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by a function of this file, since `__module__` does not lead to the class."""
+        return _unpickled, (), vars(self)
+
+    def extra_repr(self) -> str:
+        return "computed by nemotron_v3"
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, for the names of files as well.
+
+        A Trainer resumes by handing over what a checkpoint's files hold, and looks over what does
+        not fit; their `backbone.` and single experts are found their places here.
+        """
+        state = as_in_memory(state_dict, self.state_dict(), strict)
+        return super().load_state_dict(state, strict, assign)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token, and the loss where labels are given.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            attention_mask: `[B, S]`, 1 = real; `[B, past + S]` with a cache; a 4-D mask; or a dict
+                of both by kind of layer.
+            position_ids: `[B or 1, S]`; where no mask is given, a document starts where they do
+                not go on by one.
+            past_key_values: a cache of transformers, updated in place.
+            inputs_embeds: `[B, S, D]` in place of `input_ids`.
+            labels: int64 `[B, S]`, shifted by one inside and never across a document's border.
+            use_cache: None makes a cache as the config says, but not in training nor for a pack.
+            logits_to_keep: logits of the last so many positions (0: all), or of a tensor's.
+            **kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`
+                of the data collators; `num_items_in_batch`, `shift_labels`, `ignore_index` of the
+                loss; `output_hidden_states`, `output_router_logits`, `return_dict`.
+
+        Returns:
+            `loss` (fp32 or wider), `logits` `[B, S, V]` in fp32 or wider, 0 at padding (None in
+            training with labels and `loss="linear"`), `past_key_values`, `hidden_states`,
+            `router_logits` (`[B * S, E]` a moe layer).
+
+        Raises:
+            ValueError: arguments that contradict each other, or that no accelerated model serves.
+            TypeError: a mask or cache of another kind.
+        """
+        if not isinstance(self, Accelerated):  # undone, while something held on to this method
+            return type(self).forward(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        as_tuple = not _wanted(self.config, kwargs, "return_dict")
+        past_key_values, border = enter(
+            self.model,
+            input_ids,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            kwargs=kwargs,
+            labels=labels,
+        )
+        passed_on = {k: v for k, v in kwargs.items() if k not in PACKING_NAMES}
+        out = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            border=border,
+            **(passed_on | {"return_dict": True}),
+        )
+        hidden = out.last_hidden_state
+        loss = logits = None
+        given = labels is not None or kwargs.get("shift_labels") is not None
+        linear = given and self.training and self.settings.loss == "linear"
+        if linear and self._has_own_loss():
+            raise ValueError(
+                f"loss='linear' cannot compute the loss_function {self.loss_function} that this "
+                "model was given, which takes logits: accelerate with loss='logits'"
+            )
+        if linear:
+            loss = self._linear_loss(hidden, labels, border.layout, kwargs)
+        elif given:
+            logits = self.lm_head(hidden)
+            loss = self._loss(logits, labels, border.layout, kwargs)
+            logits = _wide(_last(logits, logits_to_keep))
+        else:
+            logits = _wide(self.lm_head(_last(hidden, logits_to_keep)))
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            router_logits=out.router_logits,
+        )
+        return output.to_tuple() if as_tuple else output
+
+    def _has_own_loss(self) -> bool:
+        return self.loss_function is not LOSS_MAPPING["ForCausalLM"]
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, layout: SequenceLayout, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The loss of logits `[B, S, V]`; by the model's own `loss_function` if it has one."""
+        if self._has_own_loss():
+            given = {k: v for k, v in kwargs.items() if k in _LOSS_NAMES}
+            return self.loss_function(
+                logits=_wide(logits), labels=labels, vocab_size=self.config.vocab_size, **given
+            )
+        targets = _targets(labels, layout, logits.device, kwargs)  # [B, S]
+        mean = opaque.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return _per_item(mean, targets, kwargs.get("num_items_in_batch"))
+
+    def _linear_loss(
+        self, hidden: Tensor, labels: Tensor | None, layout: SequenceLayout, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The same from hidden states `[B, S, D]`, with the logits of some tokens at a time.
+
+        A head that is more than its matrix is called as a module, so that adapters, quantisation
+        and sharding act; its logits are then computed twice.
+        """
+        layout = layout.to(hidden.device)
+        hidden, targets = (
+            layout.pack(hidden),
+            _packed_targets(labels, layout, kwargs),
+        )  # [T, D], [T]
+        items = kwargs.get("num_items_in_batch")
+        weight = plain_weight(self.lm_head)
+        if weight is not None:
+            mean = opaque.linear_cross_entropy(hidden, weight, targets, impl=self.impl)
+            return _per_item(mean, targets, items)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for x, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            part = checkpoint(partial(_summed_loss, self.lm_head), x, t, use_reentrant=False)
+            total = total + part.to(total.device)
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        return _per_item(total / count, targets, items)
+
+
+def _unpickled() -> NemotronHForCausalLM:
+    return NemotronHForCausalLM.__new__(NemotronHForCausalLM)
+
+
+_LOSS_NAMES = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+@torch.compiler.disable  # it reads what the caller says about the tokens
+def enter(
+    model: NemotronHModel,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    *,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    use_cache: bool | None,
+    kwargs: dict[str, Any],
+    labels: Tensor | None = None,
+) -> tuple[Cache | None, Border]:
+    """Check the arguments of a pass; its cache, and how its tokens lie.
+
+    Raises:
+        ValueError, TypeError: see `NemotronHForCausalLM.forward`; nothing has been changed then.
+    """
+    config = model.config
+    if (input_ids is None) == (inputs_embeds is None):
+        found = "neither" if input_ids is None else "both"
+        raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {found}")
+    tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: (batch, seq_len) is needed")
+    shape = tuple(tokens.shape)
+    if labels is not None and tuple(labels.shape) != shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the tokens {shape}: one a token"
+        )
+    if _wanted(config, kwargs, "output_attentions"):
+        raise ValueError(
+            "output_attentions=True: an accelerated model never holds attention weights; call "
+            "nemotron_v3.hf.undo(model) first"
+        )
+    cache = as_cache(past_key_values)
+    packing = {name: kwargs.get(name) for name in PACKING_NAMES}
+    wanted = cache is not None or bool(use_cache)
+    follows = holds_tokens(cache, model.settings.config)
+    border = Border.enter(
+        shape,
+        tokens.device,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        follows=follows,
+        cached=wanted,
+        router_logits=_wanted(config, kwargs, "output_router_logits"),
+        packing=packing,
+    )
+    if cache is None and use_cache is None:
+        one_a_row = border.layout.num_documents == shape[0]
+        wanted = bool(getattr(config, "use_cache", False)) and not model.training and one_a_row
+    if wanted and cache is None:
+        cache = fresh_cache(config)
+    return cache, border
+
+
+def _wanted(config: Any, kwargs: dict[str, Any], name: str) -> bool:
+    value = kwargs.get(name)
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+def _without_padding(hidden: Tensor, border: Border) -> Tensor:
+    """`[B, S, D]` with 0 at padding, so that logits are 0 there."""
+    if border.layout.token_index is None:
+        return hidden
+    layout = border.on(hidden.device)
+    return layout.unpack(layout.pack(hidden))
+
+
+def _targets(
+    labels: Tensor | None, layout: SequenceLayout, device: torch.device, kwargs: dict[str, Any]
+) -> Tensor:
+    """int64 `[B, S]`: `_packed_targets` at their places, -100 at padding."""
+    layout = layout.to(device)
+    packed = _packed_targets(labels, layout, kwargs)
+    if layout.token_index is None:
+        return packed.reshape(layout.shape)
+    grid = packed.new_full((layout.shape[0] * layout.shape[1],), IGNORE_INDEX)
+    return grid.index_copy(0, layout.token_index, packed).reshape(layout.shape)
+
+
+def _packed_targets(
+    labels: Tensor | None, layout: SequenceLayout, kwargs: dict[str, Any]
+) -> Tensor:
+    """int64 `[T]`: the label of each token's successor in its document, -100 where none counts."""
+    shifted = kwargs.get("shift_labels")
+    if shifted is None:
+        targets = opaque.shift_labels(labels.to(layout.device), layout)
+    else:
+        targets = layout.pack(shifted.to(layout.device))
+    ignored = kwargs.get("ignore_index", IGNORE_INDEX)
+    if ignored == IGNORE_INDEX:
+        return targets
+    return targets.masked_fill(targets == ignored, IGNORE_INDEX)
+
+
+def _per_item(mean: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+    """The mean over targets, or with `items` their sum divided by it (gradient accumulation)."""
+    if items is None:
+        return mean
+    count = (targets != IGNORE_INDEX).sum()
+    if isinstance(items, Tensor):
+        items = items.to(mean.device)
+    return mean * (count / items)
+
+
+def _summed_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the losses of some tokens: hidden `[T, D]`, targets `[T]`."""
+    logits = head(hidden)
+    count = (targets != IGNORE_INDEX).sum()
+    return opaque.cross_entropy(logits, targets.to(logits.device)) * count.to(logits.device)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In fp32 or wider, as transformers returns them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _last(x: Tensor, positions: int | Tensor) -> Tensor:
+    """The last `positions` places of `[B, S, ...]` (all for 0), or the places a tensor lists."""
+    if isinstance(positions, Tensor):
+        return x[:, positions]
+    return x[:, -positions:] if positions else x

@@ -1,0 +1,19 @@
+"""The ops as `torch.compile` is to see them: calls that it makes and does not look into.
+
+They work out index tables on the host from the lengths of documents, which a graph would be
+compiled anew for. What lies between them, projections and norms, is compiled.
+"""
+
+import torch
+
+from nemotron_v3 import ops
+
+attention = torch.compiler.disable(ops.attention)
+cached_attention = torch.compiler.disable(ops.cached_attention)
+cross_entropy = torch.compiler.disable(ops.cross_entropy)
+experts = torch.compiler.disable(ops.experts)
+linear_cross_entropy = torch.compiler.disable(ops.linear_cross_entropy)
+mamba2 = torch.compiler.disable(ops.mamba2)
+mamba2_step = torch.compiler.disable(ops.mamba2_step)
+router = torch.compiler.disable(ops.router)
+shift_labels = torch.compiler.disable(ops.shift_labels)

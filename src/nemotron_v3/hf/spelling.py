@@ -1,0 +1,50 @@
+"""State dicts in the spelling of files, as a model in memory takes them."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.checkpoint.names import to_memory
+
+
+def as_in_memory(
+    state: Mapping[str, Any], own: Mapping[str, Tensor], strict: bool
+) -> Mapping[str, Any]:
+    """A state dict under the model's own names, whichever it came in.
+
+    Args:
+        state: under the names of memory or of files (`backbone.`, one tensor an expert).
+        own: the model's state dict.
+        strict: leave a stack out of which an expert is missing; else the model's own takes its
+            place, as it does for a shard of a checkpoint that holds some.
+
+    Returns:
+        What belongs to the model under its names; what does not, under the name it came with.
+    """
+    if state.keys() <= own.keys():
+        return state
+    renamed: dict[str, Any] = {}
+    stacks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in state.items():
+        place = None if name in own else to_memory(name)
+        if place is None or place.memory not in own:
+            renamed[name] = tensor
+        elif place.expert is None:
+            renamed[place.memory] = tensor
+        elif place.expert < own[place.memory].shape[0]:
+            stacks[place.memory][place.expert] = tensor
+        else:
+            renamed[name] = tensor
+    for name, experts in stacks.items():
+        stack = own[name]
+        if len(experts) == stack.shape[0]:
+            renamed[name] = torch.stack([experts[i] for i in range(len(experts))])
+        elif not strict:
+            mended = stack.detach().clone()
+            for expert, tensor in experts.items():
+                mended[expert] = tensor.to(mended)
+            renamed[name] = mended
+    return renamed
