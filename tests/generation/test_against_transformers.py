@@ -35,11 +35,11 @@ def compare(ours, theirs, rows):
 
 def test_200_greedy_tokens_of_one_row():
     theirs = transformers_model(**LATENT)
-    assert compare(ours_of(theirs), theirs, [tokens(12, seed=15)]) == [NEW]
+    assert compare(ours_of(theirs), theirs, [tokens(12, seed=1)]) == [NEW]
 
 
 def test_200_greedy_tokens_of_a_left_padded_batch():
     # Without in_proj's bias: theirs lets it into the convolution from the left padding.
     theirs = transformers_model(**(LATENT | {"use_bias": False}))
-    rows = [tokens(12, seed=31), tokens(5, seed=16), tokens(20, seed=36)]
+    rows = [tokens(12, seed=0), tokens(5, seed=19), tokens(20, seed=2)]
     assert compare(ours_of(theirs), theirs, rows) == [NEW] * 3

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.hf import accelerate
 from tests.accuracy import relative_error
-from tests.model.test_against_transformers import LATENT, kind, ours_of
-from tests.model.test_against_transformers import transformers_model as fresh_model
+from tests.model.test_against_transformers import LATENT, kind, ours_of, transformers_model
 from tests.models import tokens
 
 __all__ = [
@@ -27,19 +26,6 @@ __all__ = [
 ]
 
 Results = dict[str, Tensor]
-
-
-def transformers_model(**changes) -> nn.Module:
-    """A plain model whose states matter: a fresh one's hardly reach the logits."""
-    model = fresh_model(**changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("dt_bias"):  # softplus of it: 0.05 to 0.7
-                parameter.uniform_(-3, 0, generator=generator)
-            if name.endswith("conv1d.weight"):  # of x, B and C: their product is the state's
-                parameter.mul_(4)
-    return model
 
 
 def accelerated(plain: nn.Module, **options) -> nn.Module:

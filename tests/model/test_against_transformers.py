@@ -54,7 +54,15 @@ def transformers_model(**changes) -> NemotronHForCausalLM:
     model = NemotronHForCausalLM(NemotronHConfig(**(sizes | changes))).eval()
     if model.config.tie_word_embeddings:  # theirs reads the flag and does not act on it
         model.lm_head.weight = model.model.embeddings.weight
-    disturb(model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    disturb(model, generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # So that states matter, which a fresh model's hardly do: softplus of it is 0.05 to 0.7,
+            if name.endswith("dt_bias"):
+                parameter.uniform_(-3, 0, generator=generator)
+            if name.endswith("conv1d.weight"):  # and the state is a product of x, B and C
+                parameter.mul_(4)
     return model
 
 
