@@ -47,12 +47,19 @@ class MoEConfig:
     score_func: str = setting("sigmoid", values.choice("sigmoid"))
     expert_activation: str = setting("relu2", values.choice("relu2"))
     shared_expert_activation: str = setting("relu2", values.choice("relu2"))
-    gate_bias_update_factor: float = setting(0.0, values.only(0.0))
-    aux_loss_coeff: float = setting(0.0, values.only(0.0))
+    # Watched and moved from outside the layer: docs/routing.md.
+    gate_bias_update_factor: float = setting(
+        0.0, values.only(0.0, "nemotron_v3.layers.ExpertLoad with balance_(load, rate)")
+    )
+    aux_loss_coeff: float = setting(
+        0.0, values.only(0.0, "nemotron_v3.layers.BalanceLoss(model, coefficient)")
+    )
     router_bias: bool = setting(False, values.only(False))
     expert_bias: bool = setting(False, values.only(False))
     shared_expert_gate: bool = setting(False, values.only(False))
-    enable_routing_replay: bool = setting(False, values.only(False))
+    enable_routing_replay: bool = setting(
+        False, values.only(False, "nemotron_v3.layers.record_routing and replay_routing")
+    )
 
     def __post_init__(self) -> None:
         settle(self)

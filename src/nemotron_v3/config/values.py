@@ -110,12 +110,13 @@ def choice(*names: str, **synonyms: str) -> Codec:
     return Codec(read)
 
 
-def only(offered: Any) -> Codec:
-    """The one value that is offered."""
+def only(offered: Any, instead: str = "") -> Codec:
+    """The one value that is offered; `instead` says what does the work of the others."""
 
     def read(key: str, value: Any) -> Any:
         if value != offered:
-            raise ValueError(f"{key} is {value!r}, which is not offered: set it to {offered!r}")
+            way = f"set it to {offered!r}" + (f" and use {instead}" if instead else "")
+            raise ValueError(f"{key} is {value!r}, which is not offered: {way}")
         return offered
 
     return Codec(read)
