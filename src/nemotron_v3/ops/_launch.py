@@ -47,15 +47,21 @@ class Launcher:
         if interpreted():
             self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
             return
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        key = (
-            tensors[0].device.index,
-            warps,
-            constants,
-            # What Triton compiles differently: multiples of 16, 1, and more than 32 bits.
-            *[None if t is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)],  # noqa: B905
-            *[(type(n), n % 16 == 0, n == 1, n > 2147483647) for n in numbers],
-        )
+        pointers, kinds, bits = [], [], 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+                kinds.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                pointers.append(pointer)
+                kinds.append(tensor.dtype)
+                bits |= pointer
+        if bits % 16:  # Triton compiles for each tensor whether it begins at a multiple of 16 bytes
+            kinds += [pointer is not None and pointer % 16 for pointer in pointers]
+        # So it does for numbers: multiples of 16, 1, and more than 32 bits.
+        kinds += [(n.__class__, n % 16 == 0, n == 1, n > 2147483647) for n in numbers]
+        key = (tensors[0].device.index, warps, constants, *kinds)
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)

@@ -20,16 +20,27 @@ from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
 
 
 class _Columns(NamedTuple):
-    """Views of a projection, or of its gradient."""
+    """A projection, or its gradient, and views of it."""
 
-    z: Tensor
-    xBC: Tensor
-    dt: Tensor
+    zxbcdt: Tensor
+    inner: int
+    heads: int
 
-    @classmethod
-    def of(cls, zxbcdt: Tensor, inner: int, heads: int) -> "_Columns":
-        width = zxbcdt.shape[1] - inner - heads
-        return cls(*zxbcdt.split([inner, width, heads], dim=1))
+    @property
+    def z(self) -> Tensor:
+        return self.zxbcdt.narrow(1, 0, self.inner)
+
+    @property
+    def x(self) -> Tensor:
+        return self.zxbcdt.narrow(1, self.inner, self.inner)
+
+    @property
+    def xBC(self) -> Tensor:
+        return self.zxbcdt.narrow(1, self.inner, self.zxbcdt.shape[1] - self.inner - self.heads)
+
+    @property
+    def dt(self) -> Tensor:
+        return self.zxbcdt.narrow(1, self.zxbcdt.shape[1] - self.heads, self.heads)
 
 
 class _Tables(NamedTuple):
@@ -83,7 +94,7 @@ def _forward(
     zxbcdt, tables = unit_stride(zxbcdt), _Tables(*tables)
     H = A_log.shape[0]
     inner, group = H * P, G * N
-    given = _Columns.of(zxbcdt, inner, H)
+    given = _Columns(zxbcdt, inner, H)
     xBC, conv_final = conv.launch_forward(
         given.xBC,
         conv_weight.contiguous(),
@@ -153,13 +164,13 @@ def _norm_backward(dout, zxbcdt, y, norm_weight, H, G, eps):
     """dzxbcdt with dz in its z columns and dy in its x columns; dnorm_weight."""
     zxbcdt, inner = unit_stride(zxbcdt), y.shape[1]
     dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    given, wanted = _Columns.of(zxbcdt, inner, H), _Columns.of(dzxbcdt, inner, H)
+    given, wanted = _Columns(zxbcdt, inner, H), _Columns(dzxbcdt, inner, H)
     dweight = norm.launch_backward(
         unit_stride(dout),
         y,
         given.z,
         norm_weight.contiguous(),
-        wanted.xBC[:, :inner],
+        wanted.x,
         wanted.z,
         inner // G,
         eps,
@@ -198,7 +209,7 @@ def _scan_backward(
     zxbcdt, tables = unit_stride(zxbcdt), _Tables(*tables)
     H = A_log.shape[0]
     inner, group = H * P, G * N
-    given, wanted = _Columns.of(zxbcdt, inner, H), _Columns.of(dzxbcdt, inner, H)
+    given, wanted = _Columns(zxbcdt, inner, H), _Columns(dzxbcdt, inner, H)
     dxBC = torch.empty_like(xBC)
     x, B, C = xBC.split([inner, group, group], dim=1)
     dx, dB, dC = dxBC.split([inner, group, group], dim=1)
@@ -211,7 +222,7 @@ def _scan_backward(
         D.contiguous(),
         running,
         states,
-        wanted.xBC[:, :inner],
+        wanted.x,
         _contiguous(dssm_final),
         dx,
         dB,

@@ -6,6 +6,7 @@ results round to does not depend on what is packed beside it. Q is the kernels' 
 `chunk_size` changes no mathematics.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +66,12 @@ class Blocks:
 
     @classmethod
     def of(cls, dtype: torch.dtype, head_dim: int, state: int, heads_of_group: int) -> "Blocks":
+        if torch.compiler.is_compiling():  # which warns of caches
+            return cls._of(dtype, head_dim, state, heads_of_group)
+        return _known(dtype, head_dim, state, heads_of_group)
+
+    @classmethod
+    def _of(cls, dtype: torch.dtype, head_dim: int, state: int, heads_of_group: int) -> "Blocks":
         # Below 64 columns Triton 3.6 computes products wrongly in loops without a pipeline.
         least = 16 if dtype == torch.float32 else 64
         p, n = max(least, power_of_two(head_dim)), max(least, power_of_two(state))
@@ -87,6 +94,9 @@ class Blocks:
             dB=Tuning(2),
             dC=Tuning(3),
         )
+
+
+_known = functools.cache(Blocks._of)
 
 
 def chunk_tables(layout: SequenceLayout, Q: int) -> tuple[Tensor, Tensor, Tensor]:
