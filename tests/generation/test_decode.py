@@ -5,7 +5,7 @@ import torch
 
 from nemotron_v3 import BackendConfig
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation import generate
+from nemotron_v3.generation import decode, generate
 from nemotron_v3.generation.decode import DecodeStep
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
@@ -40,7 +40,7 @@ def values(cache):
     return {name: tensor for name, tensor in named.items() if tensor.numel()}
 
 
-@pytest.mark.parametrize("lengths", [(9,), (9, 9, 9), (4, 17, 9), (5,) * 40])
+@pytest.mark.parametrize("lengths", [(9,), (4, 7), (9, 9, 9), (4, 17, 9), (5,) * 40])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_step_is_forward(changes, lengths):
     model = tiny_model(**changes)
@@ -105,6 +105,11 @@ def test_what_it_does_not_know_goes_through_forward(name):
     with torch.no_grad():
         scores = model.score(out.sequences)[:, 6:]
     assert (out.logprobs - scores).abs().max() <= ALLOWED.get(name, 1e-5)
+
+
+def test_a_pytorch_that_cannot_pack_weights(monkeypatch):
+    monkeypatch.setattr(decode, "packing_works", lambda: False)
+    test_a_step_is_forward({}, (4, 17, 9))
 
 
 def test_a_rollback_window_is_kept():
