@@ -63,7 +63,10 @@ def test_missing_fields_are_listed():
         ({"expert_activation": "swiglu"}, "expert_activation is 'swiglu'"),
         ({"router_bias": True}, "router_bias is True, .* set it to False"),
         ({"shared_expert_gate": True}, "shared_expert_gate is True"),
-        ({"aux_loss_coeff": 1e-4}, "aux_loss_coeff is 0.0001, .* set it to 0.0 and use .*BalanceLoss"),
+        (
+            {"aux_loss_coeff": 1e-4},
+            "aux_loss_coeff is 0.0001, .* set it to 0.0 and .*BalanceLoss",
+        ),
         ({"n_shared_experts": 2}, "n_shared_experts is 2"),
         ({"n_activated_experts": 513}, "n_activated_experts 513 is above the 512 experts"),
         ({"n_expert_groups": 3}, "n_routed_experts 512 is not a multiple of n_expert_groups 3"),

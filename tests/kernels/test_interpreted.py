@@ -4,9 +4,12 @@ In bf16 the interpreter computes products wrongly, so fp32 and fp16; the long li
 are for a GPU (tests/gpu).
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_v3 import BackendConfig, NemotronV3Config, ops
@@ -110,15 +113,18 @@ def test_what_kernels_cannot_do_is_refused():
         ops.causal_conv1d(torch.ones(2, 4), torch.ones(4, 9), None, layout=layout, impl="triton")
 
 
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_dispatch_mode_sees_the_op_that_plain_calls_skip():
     """Selective checkpointing and fake tensors go by the op's name; results are the same."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     y, z, weight = torch.randn(3, 32), torch.randn(3, 32), torch.randn(32, requires_grad=True)
 
     def run():
@@ -126,8 +132,29 @@ def test_a_dispatch_mode_sees_the_op_that_plain_calls_skip():
         return out, torch.autograd.grad(out.sum(), weight)[0]
 
     plain = run()
-    with Watch():
+    with Watch() as watch:
         watched = run()
-    assert "nemotron_v3.gated_rms_norm.default" in seen
-    assert "nemotron_v3.gated_rms_norm_backward.default" in seen
+    assert "nemotron_v3.gated_rms_norm.default" in watch.seen
+    assert "nemotron_v3.gated_rms_norm_backward.default" in watch.seen
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_second_derivatives_and_tangents_are_refused(watched):
+    y, z, weight = (torch.randn(n, 32, requires_grad=True) for n in (3, 3, 1))
+    with Watch() if watched else nullcontext():
+        out = ops.gated_rms_norm(y, z, weight[0], 16, impl="triton")
+        (first,) = torch.autograd.grad(out.square().sum(), y, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode"):
+        dual = forward_ad.make_dual(y.detach(), torch.ones_like(y))
+        ops.gated_rms_norm(dual, z.detach(), weight[0].detach(), 16, impl="triton")
+
+
+def test_large_products_in_fp16():
+    """C . B is 78 000 where y is 16 000."""
+    case = ssd_cases.Case("large", (20, 3), 1, 16, 1, 64)
+    inputs = ssd_cases.make_inputs(case, F16, "cpu", torch.Generator().manual_seed(0))
+    inputs.tensors |= {n: torch.full_like(inputs.tensors[n], 35.0) for n in ("B", "C")}
+    assert all(torch.isfinite(y).all() for y in results("ssd", inputs)[:2])

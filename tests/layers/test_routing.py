@@ -229,3 +229,17 @@ def test_a_balance_loss_under_checkpoints_has_the_same_gradients():
         assert balance.take() == 0.0
         seen.append([loss, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_counts_and_records_of_inference_serve_training():
+    model, ids = tiny_model(), tokens(1, 6)
+    with ExpertLoad(model, training_only=False) as load, record_routing(model) as record:
+        with torch.inference_mode():
+            model.eval()(ids)
+        counted = {name: counts.clone() for name, counts in load.counts.items()}
+        with replay_routing(model, record.indices.copy()):
+            pass
+    model.train()
+    with ExpertLoad(model) as load, replay_routing(model, record):
+        model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(load.counts[name], counted[name]) for name in counted)

@@ -105,7 +105,8 @@ class ExpertLoad:
         def count(routing: Routing) -> None:
             if routing.repeated or (self.training_only and not routing.router.training):
                 return
-            with torch.no_grad():
+            # Counts outlive the mode that a call runs in.
+            with torch.inference_mode(False), torch.no_grad():
                 self._count(name, routing)
 
         return count

@@ -107,6 +107,8 @@ class _Calls:
                 f"replayed with {tokens}: replay the same tokens in the same calls"
             )
         self.next += 1
+        if indices.is_inference():  # recorded in inference mode, perhaps replayed in training
+            indices = indices.clone()
         return indices.to(self.router.weight.device)
 
 

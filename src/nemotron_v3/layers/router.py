@@ -212,6 +212,8 @@ def _this_call(router: NemotronV3Router, tokens: int) -> _Call:
     if region is not None and region.repeating:
         number = region.repeated.get(router, 0)
         region.repeated[router] = number + 1
+        if router not in region.calls:  # nobody watched the pass that is repeated
+            return _Call(None, (), repeated=True)
         earlier = region.calls[router][number]
         return _Call(earlier.indices, earlier.watchers, repeated=True)
     if not compiling and region is None and torch._C._current_graph_task_id() != -1:

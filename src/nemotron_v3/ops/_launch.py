@@ -9,15 +9,11 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton import knobs
 
 from nemotron_v3.ops._triton import interpreted
 
 Number = int | float
-# Versions of Triton whose compiled kernels are run with these arguments.
-KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 class Launcher:
@@ -66,18 +62,8 @@ class Launcher:
         if compiled is None:
             compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
             self.compiled[key] = compiled
-        elif _hooked():
+        else:
             compiled[(programs, 1, 1)](*pointers, *numbers, *constants)
-        else:  # what the line above does when nobody listens
-            stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-            known = (compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(programs, 1, 1, stream, *known, *pointers, *numbers, *constants)
-
-
-def _hooked() -> bool:
-    """Whether a profiler listens to launches, or this Triton is not one whose `run` is known."""
-    hooks = knobs.runtime
-    return not KNOWN or hooks.launch_enter_hook is not None or hooks.launch_exit_hook is not None
 
 
 class Beside:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,14 +41,17 @@ def register(
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nemotron_v3::{name}", fake, lib=_library)
     if backward is not None:
+        backward = _once(backward)
         torch.library.register_autograd(
             f"nemotron_v3::{name}", backward, setup_context=setup_context, lib=_library
         )
     op = getattr(torch.ops.nemotron_v3, name).default
-    function = _function(launch, setup_context, backward)
+    function = None if backward is None else _function(launch, setup_context, backward)
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if not _nobody_looks(args):
             return op(*args)
         if function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
@@ -57,11 +62,9 @@ def register(
 
 
 def _function(
-    launch: Callable, setup_context: Callable | None, backward: Callable | None
-) -> type[torch.autograd.Function] | None:
+    launch: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
     """The op's autograd formula without the dispatcher: half the host time of a call."""
-    if backward is None:
-        return None
 
     def forward(ctx: Any, *args: Any) -> Any:
         outputs = launch(*args)
@@ -70,6 +73,29 @@ def _function(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type("Eager", (torch.autograd.Function,), methods)
+
+
+def _once(backward: Callable) -> Callable:
+    """`backward`, whose results refuse to be differentiated again.
+
+    Only a backward pass that makes a graph has gradients enabled; a compiler traces the plain one.
+    """
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return run
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Kernels would drop them."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{name}: the Triton form has no forward-mode derivative: use impl='reference'"
+        )
 
 
 def _nobody_looks(args: tuple[Any, ...]) -> bool:

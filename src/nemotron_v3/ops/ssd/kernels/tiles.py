@@ -38,8 +38,11 @@ def store_tile(p, stride, o_row, m_row, b, SIZE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def narrow(b, dtype: tl.constexpr):
-    """What `widen` takes: a block that is kept over a loop, in the dtype of products' operands."""
-    return b.to(dtype)
+    """What `widen` takes: a block that is kept over a loop, in half the registers where it fits.
+
+    fp16 would not hold a large product.
+    """
+    return b.to(dtype) if dtype == tl.bfloat16 else b
 
 
 @triton.jit
