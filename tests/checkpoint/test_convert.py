@@ -143,9 +143,10 @@ def test_what_lies_beside_the_weights_is_copied_and_code_is_not(tmp_path):
     beside = {"tokenizer.json": b"{1}", "chat_template.jinja": b"x", "modeling_x.py": b"evil()"}
     for name, raw in beside.items():
         (read / name).write_bytes(raw)
+    (read / "extra_templates").mkdir()
     done = convert(read, tmp_path / "written", prefix="model.")
     assert done.copied == ("tokenizer.json", "chat_template.jinja")
-    assert done.left_behind == ("modeling_x.py",)
+    assert done.left_behind == ("extra_templates/", "modeling_x.py")
     written = contents(tmp_path / "written")
     assert {n: written[n] for n in done.copied} == {n: beside[n] for n in done.copied}
     assert "modeling_x.py" not in written

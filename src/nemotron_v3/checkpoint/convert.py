@@ -342,14 +342,19 @@ def _check_tied_head(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def _side_files(source: Path, target: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files beside the weights of `source` that are copied, and that are not."""
+    """Names of what lies beside the weights of `source`: files that are copied, and what is not.
+
+    Directories end in a slash.
+    """
     if target.exists() and source.samefile(target):
         return (), ()
     held = {path.name for path in source.iterdir() if path.is_file()}
     own = {name for name in held if name in (CONFIG, INDEX) or name.endswith(".safetensors")}
     copied = tuple(name for name in SIDE_FILES if name in held)
     hidden = {name for name in held if name.startswith(".")}
-    return copied, tuple(sorted(held - own - hidden - set(copied)))
+    folders = {f"{path.name}/" for path in source.iterdir() if path.is_dir()}
+    folders = {name for name in folders if not name.startswith(".")}
+    return copied, tuple(sorted((held - own - hidden - set(copied)) | folders))
 
 
 def _check_target(target: Path, copied: Sequence[str], overwrite: bool) -> None:

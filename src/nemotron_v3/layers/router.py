@@ -220,7 +220,8 @@ def _this_call(router: NemotronV3Router, tokens: int) -> _Call:
         raise RuntimeError(
             "a watched or forced router is called inside a backward pass: give "
             "torch.utils.checkpoint.checkpoint context_fn=checkpoint_contexts, so that recomputed "
-            "tokens are not taken for new ones (model.gradient_checkpointing_enable does)"
+            "tokens are not taken for new ones (model.gradient_checkpointing_enable does), and "
+            "watch or force before the forward pass"
         )
     call = _Call(None if router.forced is None else router.forced(tokens), tuple(router.watchers))
     if region is not None:
