@@ -85,7 +85,7 @@ def main() -> None:
     conv = {"W": 4, "SILU": True, "BIASED": True, "CONTINUED": False, "CONTINUES": False}
     conv |= {"stride_x": packed, "stride_dy": wide, "stride_dx": packed}
     forward = conv | {"BLOCK_T": 32, "BLOCK_C": 128, "BLOCK_W": 4}
-    backward = conv | {"SEGMENT": 128, "UNROLL": 4, "BLOCK_C": 64}
+    backward = conv | {"SEGMENT": 256, "UNROLL": 4, "BLOCK_C": 64}
     group = {"GROUPS": 8, "SIZE": 512, "BLOCK_T": 2, "BLOCK_D": 512, "GATED": True}
     group |= {"stride_y": inner, "stride_z": packed, "stride_dout": inner, "STAGES": 3}
     group |= {"stride_dy": packed, "stride_dz": packed}

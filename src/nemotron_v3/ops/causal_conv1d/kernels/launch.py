@@ -38,7 +38,7 @@ def _forward_blocks(element_size: int) -> tuple[int, int, int]:
 
 def _backward_blocks(element_size: int) -> tuple[int, int, int, int]:
     """(BLOCK_C, SEGMENT, UNROLL, warps): 4 bytes a thread and load, for the sake of registers."""
-    return 128 // element_size, 128, 4, 1
+    return 128 // element_size, 256, 4, 1
 
 
 def launch_forward(

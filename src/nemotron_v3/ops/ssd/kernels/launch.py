@@ -15,7 +15,7 @@ from nemotron_v3.ops._sums import sum_partials
 from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states, steps
 from nemotron_v3.ops.ssd.kernels.tables import Blocks
 
-BLOCK_H = 16
+BLOCK_H = 4  # heads of a program of the steps: few, for many programs in flight
 SHORT = 4  # chunks of a usual document: with fewer, a sweep's pipeline does not pay
 
 

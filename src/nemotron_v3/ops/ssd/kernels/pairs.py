@@ -6,7 +6,14 @@ Letters as in scan.py. dB and dC then multiply each block of pairs once, and not
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops.ssd.kernels.tiles import decay_from, load_steps, load_tile, narrow, widen
+from nemotron_v3.ops.ssd.kernels.tiles import (
+    decay_down,
+    load_steps,
+    load_tile,
+    narrow,
+    split_steps,
+    widen,
+)
 
 
 @triton.jit
@@ -54,45 +61,50 @@ def pairs_kernel(
     i_c = (tl.program_id(0) // n_g // 3).to(tl.int64)
     dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
-    end = tl.load(chunk_end + i_c)
-    t_i = start + (i_b > 0) * TILE
-    t_j = start + (i_b == 1) * TILE
+    length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
+    o_i = tl.where(i_b > 0, TILE, 0)
+    o_j = tl.where(i_b == 1, TILE, 0)
     o_t = tl.arange(0, TILE)
-    m_i = t_i + o_t < end
-    m_j = t_j + o_t < end
+    m_i = o_i + o_t < length
+    m_j = o_j + o_t < length
+    x += (start + o_j) * stride_x
+    B += (start + o_j) * stride_B + i_g * N
+    C += (start + o_i) * stride_C + i_g * N
+    dy += (start + o_i) * stride_dy
     if i_b == 2:
         rows = across
         columns = across
 
     # [TILE, BLOCK_N]
-    b_C = load_tile(C + t_i * stride_C + i_g * N, stride_C, o_t, m_i, N, BLOCK_N)
-    b_B = load_tile(B + t_j * stride_B + i_g * N, stride_B, o_t, m_j, N, BLOCK_N)
+    b_C = load_tile(C, stride_C, o_t, m_i, N, BLOCK_N)
+    b_B = load_tile(B, stride_B, o_t, m_j, N, BLOCK_N)
     # [TILE, TILE]
     b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
     if i_b < 2:
         b_own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_CB, 0.0), 1)
-        tl.store(own + i_g * T + t_i + o_t, b_own, mask=m_i)
-    m = (t_i - t_j).to(tl.int32) + o_t[:, None] > o_t[None, :]
+        tl.store(own + i_g * T + start + o_i + o_t, b_own, mask=m_i)
+    m = o_i - o_j + o_t[:, None] > o_t[None, :]
     b_CB = narrow(tl.where(m, b_CB, 0.0), dtype)
     b_dM = tl.zeros([TILE, TILE], tl.float32)
 
     first_head = i_g * HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + HEADS_OF_GROUP, num_stages=STAGES):
-        row = h * T
+        row = h * T + start
         zero = tl.minimum(row, 0).to(tl.int32)
         # [TILE, BLOCK_P]
-        b_dy = load_tile(dy + t_i * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
-        b_x = load_tile(x + t_j * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
+        b_dy = load_tile(dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
+        b_x = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
         # [TILE]
-        b_a, _, b_aj, b_dt = load_steps(steps, row, t_i, t_j, end - 1, TILE)
+        b_steps = load_steps(steps + row * 2, o_i, o_j, length, TILE)
+        b_a, _, b_aj, b_dt = split_steps(b_steps)
         b_M = tl.dot(b_dy, tl.trans(b_x), input_precision=PRECISION)
-        b_M *= decay_from(b_a, b_aj)
+        b_M *= decay_down(b_a[:, None] - b_aj[None, :])
         b_G = (b_M * widen(b_CB, zero)).to(rows.dtype.element_ty)
-        tl.store(columns + row + t_j + o_t, tl.sum(b_G, 0), mask=m_j)
+        tl.store(columns + row + o_j + o_t, tl.sum(b_G, 0), mask=m_j)
         b_G *= b_dt[None, :]
-        tl.store(rows + row + t_i + o_t, tl.sum(b_G, 1), mask=m_i)
+        tl.store(rows + row + o_i + o_t, tl.sum(b_G, 1), mask=m_i)
         b_dM += b_M * b_dt[None, :]
 
-    b_dM = tl.where((t_i - t_j).to(tl.int32) + o_t[:, None] >= o_t[None, :], b_dM, 0.0)
+    b_dM = tl.where(o_i - o_j + o_t[:, None] >= o_t[None, :], b_dM, 0.0)
     p_dM = dM + ((i_c * 3 + i_b) * n_g + i_g) * (TILE * TILE)
     tl.store(p_dM + o_t[:, None] * TILE + o_t[None, :], b_dM.to(dM.dtype.element_ty))

@@ -15,12 +15,13 @@ import triton.language as tl
 
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay,
-    decay_from,
+    decay_down,
     load_matrix,
     load_steps,
     load_sum,
     load_tile,
     narrow,
+    split_steps,
     store_tile,
     widen,
 )
@@ -54,51 +55,70 @@ def forward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    n_h = H // HEADS
-    n_c = tl.num_programs(0) // n_h // 2
-    i_h = (tl.program_id(0) % n_h).to(tl.int64) * HEADS
-    i_m = (tl.program_id(0) // n_h) % 2
-    i_c = (n_c - 1 - tl.program_id(0) // n_h // 2).to(tl.int64)
+    n_programs = H // HEADS
+    n_c = tl.num_programs(0) // n_programs // 2
+    i_h = (tl.program_id(0) % n_programs).to(tl.int64) * HEADS
+    i_m = (tl.program_id(0) // n_programs) % 2
+    i_c = (n_c - 1 - tl.program_id(0) // n_programs // 2).to(tl.int64)
     i_g = i_h // HEADS_OF_GROUP
     dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
-    end = tl.load(chunk_end + i_c)
-    t = start + i_m * TILE
-    if t < end:
+    length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
+    o = i_m * TILE
+    if o < length:
         o_t = tl.arange(0, TILE)
-        m_i = t + o_t < end
-        m_j = start + o_t < t  # the tile before, where there is one
-        before = tl.maximum(t - 1, start)
+        m_i = o + o_t < length
+        m_j = o_t < o  # the tile before, where there is one
+        x += start * stride_x
+        y += (start + o) * stride_y
+        B += start * stride_B + i_g * N
+        C += (start + o) * stride_C + i_g * N
 
         # [TILE, BLOCK_N]
-        b_C = load_tile(C + t * stride_C + i_g * N, stride_C, o_t, m_i, N, BLOCK_N)
-        b_B = load_tile(B + t * stride_B + i_g * N, stride_B, o_t, m_i, N, BLOCK_N)
+        b_C = load_tile(C, stride_C, o_t, m_i, N, BLOCK_N)
+        b_B = load_tile(B + o * stride_B, stride_B, o_t, m_i, N, BLOCK_N)
         # [TILE, TILE]
         b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
         b_CB = narrow(tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0), dtype)
-        b_B = load_tile(B + start * stride_B + i_g * N, stride_B, o_t, m_j, N, BLOCK_N)
+        b_B = load_tile(B, stride_B, o_t, m_j, N, BLOCK_N)
         b_CB_before = narrow(tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION), dtype)
 
+        # What the weights of pairs need is loaded a head ahead, into registers: they are computed
+        # while the tiles of the head come.
+        row = i_h * T + start
+        n_steps = load_steps(steps + row * 2, o, 0, length, TILE)
+        n_m = load_sum(steps, row, tl.maximum(o, 1) - 1)
+        n_D = 0.0
+        if SKIP:
+            n_D = tl.load(D + i_h).to(tl.float32)
         for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
-            row = h * T
+            # [TILE]
+            b_a, b_dt, b_ab, b_dtb = split_steps(n_steps)
+            a_m = tl.where(o > 0, n_m, 0.0)
+            b_D = n_D
+            n_h = tl.minimum(h + 1, i_h + HEADS - 1)
+            row = n_h * T + start
+            n_steps = load_steps(steps + row * 2, o, 0, length, TILE)
+            n_m = load_sum(steps, row, tl.maximum(o, 1) - 1)
+            if SKIP:
+                n_D = tl.load(D + n_h).to(tl.float32)
+
             zero = tl.minimum(row, 0).to(tl.int32)
+            # [TILE, TILE]
+            b_c = decay(tl.where(o > 0, a_m, -1e30) - b_ab) * b_dtb
+            b_W_before = (widen(b_CB_before, zero) * b_c[None, :]).to(dtype)
+            b_W = widen(b_CB, zero) * decay_down(b_a[:, None] - b_a[None, :]) * b_dt[None, :]
+            if SKIP:
+                b_W += tl.where(o_t[:, None] == o_t[None, :], b_D, 0.0)
+            b_W = b_W.to(dtype)
+
             # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N]
             p_S = states + (i_c * H + h) * (P * N)
             b_S = load_matrix(p_S, N, P, BLOCK_P, N, BLOCK_N)
-            # [TILE]
-            b_a, b_dt, b_ab, b_dtb = load_steps(steps, row, t, start, end - 1, TILE)
-            a_m = tl.where(i_m > 0, load_sum(steps, row, before), 0.0)
-
+            b_xb = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
+            b_x = load_tile(x + o * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
             b_y = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION) * decay(a_m)
-            b_c = tl.where(m_j, decay(a_m - b_ab) * b_dtb, 0.0)
-            b_W = (widen(b_CB_before, zero) * b_c[None, :]).to(dtype)
-            b_xb = load_tile(x + start * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
-            b_y = tl.dot(b_W, b_xb, acc=b_y, input_precision=PRECISION)
+            b_y = tl.dot(b_W_before, b_xb, acc=b_y, input_precision=PRECISION)
             b_y *= decay(b_a - a_m)[:, None]
-            b_W = widen(b_CB, zero) * decay_from(b_a, b_a) * b_dt[None, :]
-            if SKIP:
-                m_D = o_t[:, None] == o_t[None, :] + zero
-                b_W += tl.where(m_D, tl.load(D + h).to(tl.float32), 0.0)
-            b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
-            b_y = tl.dot(b_W.to(dtype), b_x, acc=b_y, input_precision=PRECISION)
-            store_tile(y + t * stride_y + h * P, stride_y, o_t, m_i, b_y, P, BLOCK_P)
+            b_y = tl.dot(b_W, b_x, acc=b_y, input_precision=PRECISION)
+            store_tile(y + h * P, stride_y, o_t, m_i, b_y, P, BLOCK_P)

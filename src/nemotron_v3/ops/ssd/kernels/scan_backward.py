@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from nemotron_v3.ops.ssd.kernels.tiles import (
+    add_product,
     decay,
-    decay_from,
+    decay_down,
     load_matrix,
     load_steps,
     load_sum,
     load_tile,
     narrow,
+    split_steps,
     store_tile,
     widen,
 )
@@ -39,7 +41,7 @@ def _dC(
     i_m,
     i_g,
     start,
-    end,
+    length,
     T,
     H,
     stride_B: tl.constexpr,
@@ -63,9 +65,10 @@ def _dC(
     """
     n_g = H // HEADS_OF_GROUP
     dtype = dy.dtype.element_ty
-    t = start + i_m * TILE
+    o = i_m * TILE
+    t = start + o
     o_t = tl.arange(0, TILE)
-    m_i = t + o_t < end
+    m_i = o + o_t < length
 
     # [TILE, BLOCK_N]
     b_C = load_tile(C + t * stride_C + i_g * N, stride_C, o_t, m_i, N, BLOCK_N)
@@ -76,22 +79,22 @@ def _dC(
         # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N], [TILE]
         b_dy = load_tile(dy + t * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
         b_S = load_matrix(states + (i_c * H + h) * (P * N), N, P, BLOCK_P, N, BLOCK_N)
-        b_e = decay(tl.load(steps + (h * T + tl.minimum(t + o_t, end - 1)) * 2))
+        b_e = decay(tl.load(steps + (h * T + start + tl.minimum(o + o_t, length - 1)) * 2))
         b_dye = b_dy.to(tl.float32) * b_e[:, None]
         b_from = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION)
         tl.store(from_state + h * T + t + o_t, tl.sum(b_from * b_dye, 1), mask=m_i)
-        b_dC = tl.dot(b_dye.to(dtype), b_S, acc=b_dC, input_precision=PRECISION)
+        b_dC = add_product(b_dC, b_dye.to(dtype), b_S, PRECISION)
 
     # [TILE, TILE], [TILE, BLOCK_N]: the tile itself, and the one before it
     o_tile = o_t[:, None] * TILE + o_t[None, :]
     b_dM = tl.load(dM + ((i_c * 3 + i_m) * n_g + i_g) * (TILE * TILE) + o_tile)
     b_B = load_tile(B + t * stride_B + i_g * N, stride_B, o_t, m_i, N, BLOCK_N)
-    b_dC = tl.dot(b_dM, b_B, acc=b_dC, input_precision=PRECISION)
+    b_dC = add_product(b_dC, b_dM, b_B, PRECISION)
     if i_m == 1:
-        m_j = start + o_t < end
+        m_j = o_t < length
         b_dM = tl.load(dM + ((i_c * 3 + 2) * n_g + i_g) * (TILE * TILE) + o_tile)
         b_B = load_tile(B + start * stride_B + i_g * N, stride_B, o_t, m_j, N, BLOCK_N)
-        b_dC = tl.dot(b_dM, b_B, acc=b_dC, input_precision=PRECISION)
+        b_dC = add_product(b_dC, b_dM, b_B, PRECISION)
     store_tile(dC + t * stride_dC + i_g * N, stride_dC, o_t, m_i, b_dC, N, BLOCK_N)
 
 
@@ -109,7 +112,7 @@ def _dB(
     i_m,
     i_g,
     start,
-    end,
+    length,
     T,
     H,
     stride_x: tl.constexpr,
@@ -133,11 +136,13 @@ def _dB(
     """
     n_g = H // HEADS_OF_GROUP
     dtype = x.dtype.element_ty
-    t = start + i_m * TILE
+    o = i_m * TILE
+    t = start + o
     o_t = tl.arange(0, TILE)
-    m_j = t + o_t < end
+    m_j = o + o_t < length
     # [HALF, BLOCK_N]
     HALF: tl.constexpr = BLOCK_P // 2
+    o_p = tl.arange(0, BLOCK_P)
     o_half = i_m * HALF + tl.arange(0, HALF)
     o_n = tl.arange(0, BLOCK_N)
     o_rows = o_half[:, None] * N + o_n[None, :]
@@ -146,32 +151,33 @@ def _dB(
     b_dB = tl.zeros([TILE, BLOCK_N], tl.float32)
     first_head = i_g * HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + HEADS_OF_GROUP, num_stages=STAGES):
-        row = h * T
+        row = h * T + start
         o_S = (i_c * H + h) * (P * N)
         # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N], [TILE]
         b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
         b_dS = load_matrix(dstates + o_S, N, P, BLOCK_P, N, BLOCK_N)
-        p_steps = steps + (row + tl.minimum(t + o_t, end - 1)) * 2
-        a_last = load_sum(steps, row, end - 1)
+        p_steps = steps + (row + tl.minimum(o + o_t, length - 1)) * 2
+        a_last = load_sum(steps, row, length - 1)
         b_w = decay(a_last - tl.load(p_steps)) * tl.load(p_steps + 1).to(tl.float32)
         b_xw = (b_x.to(tl.float32) * b_w[:, None]).to(dtype)
-        b_dB = tl.dot(b_xw, b_dS, acc=b_dB, input_precision=PRECISION)
-        b_S = tl.load(states + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
-        b_dS = tl.load(dstates + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
-        b_through = tl.sum(b_S * b_dS, 1) * decay(a_last)
-        tl.store(through + (i_c * H + h) * BLOCK_P + o_half, b_through)
+        b_dB = add_product(b_dB, b_xw, b_dS, PRECISION)
+        # <dS, S> row by row: the diagonal of a product, whose operands need not be widened.
+        b_S = tl.load(states + o_S + o_rows, mask=m_rows, other=0.0)
+        b_SS = tl.dot(b_dS, tl.trans(b_S), input_precision=PRECISION)
+        b_through = tl.sum(tl.where(o_p[:, None] == o_half[None, :], b_SS, 0.0), 1) * decay(a_last)
+        tl.store(through + (i_c * H + h) * BLOCK_P + o_p, b_through, mask=o_p // HALF == i_m)
 
     # [TILE, TILE], [TILE, BLOCK_N]: the tile itself, and the one after it
     o_tile = o_t[:, None] * TILE + o_t[None, :]
     b_dM = tl.load(dM + ((i_c * 3 + i_m) * n_g + i_g) * (TILE * TILE) + o_tile)
     b_C = load_tile(C + t * stride_C + i_g * N, stride_C, o_t, m_j, N, BLOCK_N)
-    b_dB = tl.dot(tl.trans(b_dM), b_C, acc=b_dB, input_precision=PRECISION)
+    b_dB = add_product(b_dB, tl.trans(b_dM), b_C, PRECISION)
     if i_m == 0:
-        m_i = t + TILE + o_t < end
+        m_i = TILE + o_t < length
         b_dM = tl.load(dM + ((i_c * 3 + 2) * n_g + i_g) * (TILE * TILE) + o_tile)
         p_C = C + (t + TILE) * stride_C + i_g * N
         b_C = load_tile(p_C, stride_C, o_t, m_i, N, BLOCK_N)
-        b_dB = tl.dot(tl.trans(b_dM), b_C, acc=b_dB, input_precision=PRECISION)
+        b_dB = add_product(b_dB, tl.trans(b_dM), b_C, PRECISION)
     store_tile(dB + t * stride_dB + i_g * N, stride_dB, o_t, m_j, b_dB, N, BLOCK_N)
 
 
@@ -191,7 +197,7 @@ def _dx(
     i_m,
     i_h,
     start,
-    end,
+    length,
     T,
     H,
     stride_x: tl.constexpr,
@@ -212,63 +218,81 @@ def _dx(
 ):
     """dx of a tile of tokens j, from the tokens i of the same tile and of the one after.
 
-    Everything lies transposed, `[j, i]`. With `v_j` the gradient of `dt_j x_j`,
+    Everything lies transposed, `[j, i]`. With `v_j` the gradient of `dt_j x_j` and `m` the tile's
+    last token, so that every factor is at most 1,
 
-        v_j = sum_{i >= j} (B_j . C_i) e^(a_i - a_j) dy_i + e^(a_last - a_j) dS B_j
+        v_j = sum_{i >= j in the tile} (B_j . C_i) e^(a_i - a_j) dy_i
+            + e^(a_m - a_j) ( sum_{i in the tile after} (B_j . C_i) e^(a_i - a_m) dy_i
+                            + e^(a_last - a_m) dS B_j )
 
     and dx_j = dt_j v_j + D dy_j. For the steps it leaves the weight of what j leaves in the state,
     over dt_j (`to_state`), and dy_j . x_j (`skip`).
     """
     i_g = i_h // HEADS_OF_GROUP
     dtype = x.dtype.element_ty
-    t = start + i_m * TILE
-    t_after = t + TILE
+    o = i_m * TILE
     o_t = tl.arange(0, TILE)
-    m_j = t + o_t < end
-    m_i = t_after + o_t < tl.where(i_m == 0, end, start)  # the tile after
-    middle = tl.minimum(t_after, end) - 1
+    m_j = o + o_t < length
+    m_i = o + TILE + o_t < tl.where(i_m == 0, length, 0)  # the tile after
+    middle = tl.minimum(o + TILE, length) - 1
+    x += (start + o) * stride_x
+    dy += (start + o) * stride_dy
+    dx += (start + o) * stride_dx
+    B += (start + o) * stride_B + i_g * N
+    C += (start + o) * stride_C + i_g * N
 
     # [TILE, BLOCK_N]
-    b_B = load_tile(B + t * stride_B + i_g * N, stride_B, o_t, m_j, N, BLOCK_N)
-    b_C = load_tile(C + t * stride_C + i_g * N, stride_C, o_t, m_j, N, BLOCK_N)
+    b_B = load_tile(B, stride_B, o_t, m_j, N, BLOCK_N)
+    b_C = load_tile(C, stride_C, o_t, m_j, N, BLOCK_N)
     # [TILE, TILE]
     b_BC = tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION)
     b_BC = narrow(tl.where(o_t[:, None] <= o_t[None, :], b_BC, 0.0), dtype)
-    b_C = load_tile(C + t_after * stride_C + i_g * N, stride_C, o_t, m_i, N, BLOCK_N)
+    b_C = load_tile(C + TILE * stride_C, stride_C, o_t, m_i, N, BLOCK_N)
     b_BC_after = narrow(tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), dtype)
 
+    # What the weights of pairs need is loaded a head ahead, as in scan.py.
+    row = i_h * T + start
+    n_steps = load_steps(steps + row * 2, o, o + TILE, length, TILE)
+    n_m = load_sum(steps, row, middle)
+    n_last = load_sum(steps, row, length - 1)
     for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
-        row = h * T
-        zero = tl.minimum(row, 0).to(tl.int32)
+        zero = tl.minimum(h, 0).to(tl.int32)
+        row = h * T + start
         # [TILE]
-        b_a, b_dt, b_aa, _ = load_steps(steps, row, t, t_after, end - 1, TILE)
-        a_m = load_sum(steps, row, middle)
-        a_last = load_sum(steps, row, end - 1)
+        b_a, b_dt, b_aa, _ = split_steps(n_steps)
+        a_m = n_m
+        a_last = n_last
+        n_row = tl.minimum(h + 1, i_h + HEADS - 1) * T + start
+        n_steps = load_steps(steps + n_row * 2, o, o + TILE, length, TILE)
+        n_m = load_sum(steps, n_row, middle)
+        n_last = load_sum(steps, n_row, length - 1)
+
+        # [TILE, TILE]
+        b_W_after = (widen(b_BC_after, zero) * decay(b_aa - a_m)[None, :]).to(dtype)
+        b_W = (widen(b_BC, zero) * decay_down(b_a[None, :] - b_a[:, None])).to(dtype)
 
         # the state
         b_dS = load_matrix(dstates + (i_c * H + h) * (P * N), N, P, BLOCK_P, N, BLOCK_N)
-        b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
+        b_x = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P).to(tl.float32)
         b_dx = tl.dot(b_B, tl.trans(b_dS), input_precision=PRECISION)
-        b_dx *= decay(a_last - b_a)[:, None]
-        b_to = tl.sum(b_dx * b_x.to(tl.float32), 1)
-        tl.store(to_state + row + t + o_t, b_to, mask=m_j)
+        b_to = tl.sum(b_dx * b_x, 1) * decay(a_last - b_a)
+        tl.store(to_state + row + o + o_t, b_to, mask=m_j)
 
         # the tile after
-        b_W = widen(b_BC_after, zero) * tl.where(m_i, decay(b_aa - a_m), 0.0)[None, :]
-        b_dy = load_tile(dy + t_after * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
-        b_dx *= b_dt[:, None]
-        b_W *= (decay(a_m - b_a) * b_dt)[:, None]
-        b_dx = tl.dot(b_W.to(dtype), b_dy, acc=b_dx, input_precision=PRECISION)
+        b_dx *= decay(a_last - a_m)
+        b_dy = load_tile(dy + TILE * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
+        b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=PRECISION)
+        b_dx *= decay(a_m - b_a)[:, None]
 
-        # the tile itself, with D on the diagonal
-        b_W = widen(b_BC, zero) * decay_from(-b_a, -b_a) * b_dt[:, None]
+        # the tile itself
+        b_dy = load_tile(dy + h * P, stride_dy, o_t, m_j, P, BLOCK_P)
+        b_dx = tl.dot(b_W, b_dy, acc=b_dx, input_precision=PRECISION)
+        b_dx *= b_dt[:, None]
+        b_dy = b_dy.to(tl.float32)
+        tl.store(skip + row + o + o_t, tl.sum(b_x * b_dy, 1), mask=m_j)
         if SKIP:
-            b_W += tl.where(o_t[:, None] == o_t[None, :] + zero, tl.load(D + h).to(tl.float32), 0.0)
-        b_dy = load_tile(dy + t * stride_dy + h * P, stride_dy, o_t, m_j, P, BLOCK_P)
-        b_dx = tl.dot(b_W.to(dtype), b_dy, acc=b_dx, input_precision=PRECISION)
-        b_skip = tl.sum(b_x.to(tl.float32) * b_dy.to(tl.float32), 1)
-        tl.store(skip + row + t + o_t, b_skip, mask=m_j)
-        store_tile(dx + t * stride_dx + h * P, stride_dx, o_t, m_j, b_dx, P, BLOCK_P)
+            b_dx += tl.load(D + h).to(tl.float32) * b_dy
+        store_tile(dx + h * P, stride_dx, o_t, m_j, b_dx, P, BLOCK_P)
 
 
 @triton.jit
@@ -321,7 +345,7 @@ def gradients_kernel(
     i_c = (n_c - 1 - tl.program_id(0) // n_of_chunk).to(tl.int64)
     i = tl.program_id(0) % n_of_chunk
     start = tl.load(chunk_start + i_c)
-    end = tl.load(chunk_end + i_c)
+    length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
     if i < 2 * n_h:
         i_h = (i % n_h).to(tl.int64) * HEADS
         _dx(
@@ -339,7 +363,7 @@ def gradients_kernel(
             i // n_h,
             i_h,
             start,
-            end,
+            length,
             T,
             H,
             stride_x,
@@ -373,7 +397,7 @@ def gradients_kernel(
             i // n_g,
             (i % n_g).to(tl.int64),
             start,
-            end,
+            length,
             T,
             H,
             stride_x,
@@ -403,7 +427,7 @@ def gradients_kernel(
             i // n_g,
             (i % n_g).to(tl.int64),
             start,
-            end,
+            length,
             T,
             H,
             stride_B,

@@ -91,7 +91,7 @@ class Blocks:
             scan=Tuning(2),
             pairs=Tuning(3),
             dx=Tuning(2),
-            dB=Tuning(2),
+            dB=Tuning(3),
             dC=Tuning(3),
         )
 

@@ -67,29 +67,46 @@ def decay(a):
 
 
 @triton.jit
-def decay_from(b_from, b_to):
-    """`[i, j]` of `exp2(b_from_i - b_to_j)`, but 1 where that would be more.
+def decay_down(b_d):
+    """`exp2(b_d)`, but 1 where that would be more.
 
     For pairs j <= i the difference is at most 0. The others are masked in what it multiplies: one
     instruction an element here, where a mask would cost two and its registers.
     """
-    return decay(tl.minimum(b_from[:, None] - b_to[None, :], 0.0))
+    return decay(tl.minimum(b_d, 0.0))
 
 
 @triton.jit
-def load_steps(steps, row, t, t_other, last, TILE: tl.constexpr):
-    """`a` and `dt` of two tiles of a head: four vectors `[TILE]`.
+def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """`b_sum + b_left b_right`, in fp32 each product by itself: `tl.dot` chains its additions."""
+    if b_left.dtype == tl.float32:
+        b_sum += tl.dot(b_left, b_right, input_precision=PRECISION)
+    else:
+        b_sum = tl.dot(b_left, b_right, acc=b_sum, input_precision=PRECISION)
+    return b_sum
 
-    Behind the chunk's last token `a` goes on as it is there, so that it never rises, and dt is 0.
+
+@triton.jit
+def load_steps(steps, o, o_other, length, TILE: tl.constexpr):
+    """`a` and `dt` of two tiles of a head, which begin at `o` and `o_other`, for `split_steps`.
+
+    `steps` points at the chunk, of `length` tokens. Behind its last token all goes on as it is
+    there, so that `a` never rises; what is multiplied by it is 0, and a mask here would cost each
+    thread three instructions an element.
+
     One load of all of them, because it is then large enough for the compiler to send it through
     shared memory: it reads smaller vectors anew in each layout that uses them, element by element.
     """
     o_t = tl.arange(0, TILE)[:, None, None]
     o_k = tl.arange(0, 2)[None, :, None]
     o_e = tl.arange(0, 2)[None, None, :]
-    place = tl.where(o_k == 0, t, t_other) + o_t
-    b_steps = tl.load(steps + (row + tl.minimum(place, last)) * 2 + o_e)
-    b_steps = tl.where((place > last) & (o_e == 1), 0.0, b_steps)
+    place = tl.minimum(tl.where(o_k == 0, o, o_other) + o_t, length - 1)
+    return tl.load(steps + place * 2 + o_e)
+
+
+@triton.jit
+def split_steps(b_steps):
+    """`a` and dt of the first tile, `a` and dt of the other: four vectors `[TILE]`."""
     b_a, b_dt = tl.split(b_steps)
     b_a, b_a_other = tl.split(b_a)
     b_dt, b_dt_other = tl.split(b_dt)
