@@ -5,11 +5,12 @@ twenty microseconds. Here most of that is known from the order of the parameters
 kernel is found by what is left.
 """
 
-import functools
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.knobs import runtime
 
 from nemotron_v3.ops._triton import interpreted
 
@@ -57,21 +58,34 @@ class Launcher:
             kinds += [pointer is not None and pointer % 16 for pointer in pointers]
         # So it does for numbers: multiples of 16, 1, and more than 32 bits.
         kinds += [(n.__class__, n % 16 == 0, n == 1, n > 2147483647) for n in numbers]
-        key = (tensors[0].device.index, warps, constants, *kinds)
-        compiled = self.compiled.get(key)
-        if compiled is None:
+        device = tensors[0].device.index
+        key = (device, warps, constants, *kinds)
+        found = self.compiled.get(key)
+        if found is None:
             compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
-            self.compiled[key] = compiled
+            self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        elif _watched():
+            found[0][(programs, 1, 1)](*pointers, *numbers, *constants)
         else:
-            compiled[(programs, 1, 1)](*pointers, *numbers, *constants)
+            # What `compiled[grid]` does, less the metadata and the empty chains of hooks.
+            _, run, function, packed = found
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            nobody = None, None, None
+            run(programs, 1, 1, stream, function, packed, *nobody, *pointers, *numbers, *constants)
+
+
+def _watched() -> bool:
+    """Whether someone, a profiler, has hooked Triton's launches."""
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 class Beside:
     """Launches inside `with` run beside those that follow it, until `join`.
 
-    On a second stream, which begins behind what the current one was given before and which the
-    current one waits for at `join`: what is allocated on the current stream before and freed on it
-    afterwards is safe, and a graph capture takes both.
+    On a second stream of the thread's own, which begins behind what the current one was given
+    before and which the current one waits for at `join`: what is allocated on the current stream
+    before and freed on it afterwards is safe, and a graph capture takes both.
     """
 
     def __init__(self, device: torch.device):
@@ -92,6 +106,20 @@ class Beside:
             self.first.wait_stream(self.stream)
 
 
-@functools.cache
+class _SecondStreams(threading.local):
+    """By device: with one for all threads each would wait for the others' work, and a graph that
+    one captures would take in what another launches."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_second_streams = _SecondStreams()
+
+
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    streams = _second_streams.by_device
+    stream = streams.get(device)
+    if stream is None:
+        stream = streams[device] = torch.cuda.Stream(device)
+    return stream

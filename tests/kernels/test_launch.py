@@ -1,0 +1,92 @@
+"""What launches kernels, apart from a GPU."""
+
+import threading
+
+import pytest
+import torch
+from triton.compiler import CompiledKernel
+from triton.knobs import runtime
+from triton.runtime import driver
+
+from nemotron_v3.ops import _launch
+
+
+def test_each_thread_has_a_second_stream_of_its_own_for_each_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, object()))
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    found = {}
+
+    def ask(name):
+        found[name] = [[_launch.Beside(device).stream for device in devices] for _ in range(2)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for first, again in found.values():
+        assert all(a is b for a, b in zip(first, again, strict=True))
+        assert [device for device, _ in first] == devices
+    streams = [stream for first, _ in found.values() for _, stream in first]
+    assert len(set(map(id, streams))) == 4
+
+
+def test_elsewhere_than_on_a_gpu_launches_simply_follow_each_other():
+    beside = _launch.Beside(torch.device("cpu"))
+    with beside:
+        pass
+    beside.join()
+    assert beside.stream is None
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """`(launcher, calls)`: of a launcher whose kernel is compiled, and what its `run` was given."""
+    calls = []
+    compiled = object.__new__(CompiledKernel)
+    compiled.module = "loaded"  # so that nothing is
+    compiled._module_pid = None
+    compiled.function, compiled.packed_metadata = "function", "packed"
+    compiled.name, compiled.src = "kernel", None
+    compiled._run = lambda *args: calls.append(args)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: compiled
+
+    class Active:
+        get_current_device = staticmethod(lambda: None)
+        get_current_stream = staticmethod(lambda device: "stream")
+
+    monkeypatch.setattr(driver, "_active", Active(), raising=False)
+    monkeypatch.setattr(type(driver), "active", Active(), raising=False)
+    monkeypatch.setattr(_launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", False)
+    yield _launch.Launcher(Kernel()), compiled, calls
+    compiled.module = None
+
+
+def test_a_known_kernel_is_run_as_triton_runs_it(launched):
+    launcher, compiled, calls = launched
+    x = torch.zeros(4)
+    for _ in range(2):
+        launcher(3, (x, None), (7,), (16, True))
+    (ours,) = calls
+    compiled[(3, 1, 1)](x.data_ptr(), None, 7, 16, True)
+    theirs = calls.pop()
+    # The three in the middle are metadata and hooks, which nobody has asked for.
+    assert ours[6:9] == (None, None, None)
+    assert ours[:6] == theirs[:6] == (3, 1, 1, "stream", "function", "packed")
+    assert ours[9:] == theirs[9:]
+
+
+def test_a_hook_of_triton_sees_every_launch(launched, monkeypatch):
+    launcher, _, calls = launched
+    seen = []
+    hook = runtime.launch_enter_hook
+    monkeypatch.setattr(hook, "calls", [seen.append])
+    x = torch.zeros(4)
+    for _ in range(2):
+        launcher(3, (x, None), (7,), (16, True))
+    (given,) = calls
+    assert given[7] is hook
