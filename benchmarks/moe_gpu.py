@@ -56,16 +56,19 @@ def rows() -> Iterator[Row]:
     rate = _rate()
     layer = _layer(NANO)
     _check(layer)
-    peer, theirs = _peer(layer)
+    peer, theirs = _peer(NANO, layer)
     for T in (8192, 1024, 4096, 32768):
         yield from _block(NANO, layer, T, rate, {theirs: peer})
         _free()
     del peer
     yield from _parts(NANO, layer, 8192, rate)
     yield from _skewed(layer, 8192, rate)
+    yield from _low_rank(layer, 8192, rate)
     del layer
     _free()
-    yield from _block(SUPER, _layer(SUPER), 8192, rate, {})
+    layer = _layer(SUPER)
+    peer, theirs = _peer(SUPER, layer)
+    yield from _block(SUPER, layer, 8192, rate, {theirs: peer})
 
 
 def _free() -> None:
@@ -102,23 +105,25 @@ def _layer(shape: Shape) -> NemotronV3MoE:
         return NemotronV3MoE(config, backend=BackendConfig(impl="triton"), dtype=BF16)
 
 
-def _peer(layer: NemotronV3MoE) -> tuple[nn.Module | None, str]:
+def _peer(shape: Shape, layer: NemotronV3MoE) -> tuple[nn.Module | None, str]:
     """transformers' block with the same weights, and its name; None where it is not installed."""
     try:
         from benchmarks.peers import transformers_peer as peer
     except ImportError:
         return None, "transformers"
+    latent = {"moe_latent_size": shape.latent} if shape.latent else {}
     with torch.device("cuda"):
         block = peer.moe_block(
-            hidden_size=NANO.hidden,
-            n_routed_experts=NANO.experts,
-            num_experts_per_tok=NANO.top_k,
-            moe_intermediate_size=NANO.expert_width,
-            moe_shared_expert_intermediate_size=NANO.shared_width,
+            hidden_size=shape.hidden,
+            n_routed_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            moe_intermediate_size=shape.expert_width,
+            moe_shared_expert_intermediate_size=shape.shared_width,
             routed_scaling_factor=2.5,
+            **latent,
         )
     block.load_state_dict(layer.state_dict())
-    x = _normal(1, 512, NANO.hidden)
+    x = _normal(1, 512, shape.hidden)
     with torch.no_grad():
         _compare("transformers", layer(x), block(x))
     return block, peer.NAME
@@ -260,14 +265,12 @@ def _products(
             lambda: F.grouped_mm(du, up, offs=ends),
         ),
         "gradient of up": (
-            lambda: launch.weights_product(
-                plan.weights, where, du, x, gradients[0], gather_a=False
-            ),
+            lambda: launch.weights_product(plan.weights, where, du, x, gradients[0], gather_b=True),
             lambda: F.grouped_mm(du.t(), xs, offs=ends),
         ),
         "gradient of down": (
             lambda: launch.weights_product(
-                plan.weights, where, dy, hidden, gradients[1], gather_a=True
+                plan.weights, where, dy, hidden, gradients[1], gather_a=True, live=True
             ),
             lambda: F.grouped_mm(dys.t(), hidden, offs=ends),
         ),
@@ -302,6 +305,54 @@ def _skewed(layer: NemotronV3MoE, T: int, rate: float) -> Iterator[Row]:
         time = gpu_time(step)
         options = {"floor": floor, "more_is_better": False}
         yield Row(f"experts, forward + backward, {what}", f"Nano, {T}", "us", time, **options)
+
+
+def _low_rank(layer: NemotronV3MoE, T: int, rate: float, rank: int = 16) -> Iterator[Row]:
+    """Frozen experts with low-rank updates, beside PyTorch's grouped products, and beside the same
+    kernels on stacks to which the updates are added at every step."""
+    x, dy = _normal(T, NANO.hidden).requires_grad_(), _normal(T, NANO.hidden)
+    weights, indices = (t.detach() for t in layer.gate(x))
+    weights.requires_grad_()
+    up, down = (p.detach() for p in (layer.experts.up_proj, layer.experts.down_proj))
+    E, F_, X = up.shape
+    shapes = ((E, rank, X), (E, F_, rank), (E, rank, F_), (E, X, rank))
+    updates = [(_normal(*s) * s[2] ** -0.5).requires_grad_() for s in shapes]
+    leaves = [x, weights, *updates]
+
+    def beside(impl: str) -> Callable[[], Tensor]:
+        return lambda: ops.grouped_low_rank(x, indices, weights, up, down, *updates, impl=impl)
+
+    def summed() -> Tensor:
+        up_a, up_b, down_a, down_b = updates
+        stacks = (torch.baddbmm(up, up_b, up_a), torch.baddbmm(down, down_b, down_a))
+        return ops.experts(x, indices, weights, *stacks, impl="triton")
+
+    def step(run: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(run(), leaves, dy)
+
+    found = [step(beside(impl))() for impl in ("triton", "portable")]
+    for ours, theirs in zip(*found, strict=True):
+        _compare("low-rank updates", ours, theirs)
+    del found
+    grouped, added = "F.grouped_mm", "updates added to the stacks"
+    name, options = f"Nano, {T}, rank {rank}", {"more_is_better": False}
+    large, thin = (4.0 * T * NANO.top_k * n for n in (X * F_, rank * (X + F_)))
+    for what, flops, run in (
+        ("forward", large + thin, torch.no_grad()),
+        ("forward + backward", 2 * large + 3 * thin, step),  # frozen stacks have no gradient
+    ):
+        floor = flops / rate
+        ours = gpu_time(run(beside("triton")))
+        theirs = {
+            grouped: _event_time(run(beside("portable"))),
+            added: _event_time(run(summed)),
+        }
+        yield Row(f"experts with updates, {what}", name, "us", ours, theirs, floor=floor, **options)
+        _free()
+    memory = {grouped: beside("portable"), added: summed}
+    theirs = {k: peak_memory(step(run)) for k, run in memory.items()}
+    ours = peak_memory(step(beside("triton")))
+    yield Row("experts with updates, peak", name, "MiB", ours, theirs, **options)
 
 
 # --- checks ---------------------------------------------------------------------------------------

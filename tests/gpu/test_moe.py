@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from nemotron_v3 import BackendConfig, MoEConfig, SequenceLayout, ops
 from nemotron_v3.layers.moe import NemotronV3MoE
 from nemotron_v3.ops.experts import cases as experts_cases
+from nemotron_v3.ops.grouped_low_rank import cases as low_rank_cases
 from nemotron_v3.ops.relu2 import cases as relu2_cases
 from nemotron_v3.ops.router import cases as router_cases
 from tests.accuracy import relative_error
 from tests.kernels.holding import hold, results
+from tests.kernels.isolation import SPOILT, hold_isolation
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -29,10 +31,15 @@ TILES = (
     Case("one-expert-of-four", 250, 392, 64, 4, 1, used=1),
     Case("odd-tiles", 200, 269, 301, 2, 1, strided=True),
 )
+UPDATED = (
+    low_rank_cases.Case("tiles", 300, 320, 384, 3, 2, 16, scale=2.0),
+    low_rank_cases.Case("high-rank", 200, 269, 301, 2, 1, 72, strided=True),
+)
 EVERY = [
     pytest.param(op, case, dtype, id=f"{op}-{case.name}-{str(dtype)[6:]}")
     for op, cases in (
         ("experts", (*experts_cases.CASES[2:], *TILES)),
+        ("grouped_low_rank", (*low_rank_cases.CASES[1:], *UPDATED)),
         ("router", router_cases.CASES[2:]),
         ("relu2", relu2_cases.CASES[1:]),
     )
@@ -59,6 +66,21 @@ def test_as_the_portable_form_at_many_experts():
         assert relative_error(ours, theirs) < 1e-2
 
 
+@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize("tokens", [90, 700])
+@pytest.mark.parametrize("op", ["experts", "grouped_low_rank"])
+@pytest.mark.parametrize("impl", ["triton", "portable"])
+def test_nan_stays_with_its_token_and_experts(op, tokens, spoilt, impl):
+    """Experts with fewer rows than a step of their gradient, and with several steps."""
+    generator = torch.Generator().manual_seed(0)
+    if op == "experts":
+        inputs = draw(Case("nan", tokens, 320, 384, 4, 1))
+    else:
+        case = low_rank_cases.Case("nan", tokens, 320, 384, 4, 1, 16)
+        inputs = low_rank_cases.make_inputs(case, BF16, "cuda", generator)
+    hold_isolation(op, inputs, spoilt, impl)
+
+
 def test_past_two_to_the_31_elements():
     """The last tokens' rows lie beyond 2^31 elements, and are as if alone."""
     T, K, E, F, X = 200_000, 6, 8, 1856, 64
@@ -73,8 +95,9 @@ def test_past_two_to_the_31_elements():
     assert torch.equal(ops.experts(x, indices, weights, *matrices, impl="triton")[-64:], alone)
 
 
-@pytest.fixture(scope="module")
-def layer() -> NemotronV3MoE:
+@pytest.fixture(scope="module", params=[0, 8], ids=["plain", "updated"])
+def layer(request) -> NemotronV3MoE:
+    """Its experts with low-rank updates of a rank, where that is not 0."""
     torch.manual_seed(0)
     config = MoEConfig(
         dim=256,
@@ -87,6 +110,10 @@ def layer() -> NemotronV3MoE:
     )
     layer = NemotronV3MoE(config, backend=BackendConfig(impl="triton"), initializer_range=0.1)
     layer.to("cuda", BF16)
+    if request.param:
+        low = layer.experts.add_low_rank(request.param)
+        for b in (low.up_b, low.down_b):
+            torch.nn.init.normal_(b, std=0.1)
     return layer
 
 

@@ -16,7 +16,8 @@ from tests.kernels.compiled import needs
 
 INT32 = {"source", "place", "offsets", "tile_first", "tile_expert"}
 FP32 = {"weights", "partial", "logits", "bias", "scores", "dweights"}
-NUMBERS = {"E", "R", "N", "K", "M", "T", "X", "H", "column", "rows_b"}
+NUMBERS = {"E", "R", "N", "K", "M", "T", "X", "H", "column", "rows_b", "rank"}
+RANK = 16
 
 
 def compiled(kernel, constants: dict, warps: int, descriptors: dict | None = None) -> dict:
@@ -27,7 +28,7 @@ def compiled(kernel, constants: dict, warps: int, descriptors: dict | None = Non
         elif name in (descriptors or {}):
             rows, columns = descriptors[name]
             signature[name] = f"tensordesc<bf16[{rows}, {columns}]>"
-        elif name == "factor":
+        elif name in ("factor", "scale"):
             signature[name] = "fp32"
         else:
             kind = "i32" if name in INT32 else "i64" if name == "indices" else "bf16"
@@ -43,7 +44,9 @@ def sizes(tiles: Tiles) -> dict:
     return dict(zip(names, (tiles.m, tiles.n, tiles.k, tiles.stages, tiles.precision), strict=True))
 
 
-def rows(tiles: Tiles, epilogue: int, gather: bool, transposed: bool, last: int) -> dict:
+def rows(
+    tiles: Tiles, epilogue: int, gather: bool, transposed: bool, last: int, low: bool = False
+) -> dict:
     constants = sizes(tiles) | {
         "EPILOGUE": epilogue,
         "FLOOR": FLOOR,
@@ -53,7 +56,10 @@ def rows(tiles: Tiles, epilogue: int, gather: bool, transposed: bool, last: int)
         "LAST_N": last,
         "EVEN_K": True,
         "PARTS": tiles.parts,
+        "LOW": RANK if low else 0,
     }
+    if not low:
+        constants |= {"low_a": None, "low_b": None}
     if epilogue != products.DOWN_BACKWARD.value:
         constants |= {"hidden": None, "partial": None}
     widths = {"b_desc": tiles.n, "last_desc": last}
@@ -63,10 +69,11 @@ def rows(tiles: Tiles, epilogue: int, gather: bool, transposed: bool, last: int)
     return compiled(products.rows_kernel, constants, tiles.warps, descriptors)
 
 
-def weights(tiles: Tiles, gather_a: bool, last: int) -> dict:
+def weights(tiles: Tiles, gather_a: bool, gather_b: bool, last: int) -> dict:
     constants = sizes(tiles) | {
         "GATHER_A": gather_a,
-        "LIVE": gather_a,
+        "GATHER_B": gather_b,
+        "LIVE": not gather_b,
         "DESCRIPTOR": tiles.descriptor,
         "LAST_N": last,
     }
@@ -74,6 +81,8 @@ def weights(tiles: Tiles, gather_a: bool, last: int) -> dict:
     descriptors["last_desc"] = (tiles.k, last if gather_a else tiles.m)
     if not last:
         constants["last_desc"] = None
+    if not tiles.descriptor:
+        constants |= dict.fromkeys(descriptors)
     return compiled(gradients.weights_kernel, constants, tiles.warps, descriptors)
 
 
@@ -93,8 +102,15 @@ def main() -> None:
         "down": rows(plan.down, products.PLAIN.value, False, False, 128),
         "down backward": rows(plan.down_backward, back, True, True, 64),
         "up backward": rows(plan.up_backward, products.PLAIN.value, False, True, 128),
-        "gradient of up": weights(plan.weights, False, 0),
-        "gradient of down": weights(plan.weights, True, 64),
+        "gradient of up": weights(plan.weights, False, True, 0),
+        "gradient of down": weights(plan.weights, True, False, 64),
+        "thin": rows(plan.thin(RANK), products.SCALED.value, True, False, 0),
+        "updated up": rows(plan.up, products.UP.value, True, False, 64, low=True),
+        "updated down": rows(plan.down, products.PLAIN.value, False, False, 128, low=True),
+        "updated down backward": rows(plan.down_backward, back, True, True, 64, low=True),
+        "gradient of A": weights(plan.thin_weights(RANK, tall=False), False, True, 0),
+        "gradient of B": weights(plan.thin_weights(RANK, tall=True), True, False, 0),
+        "gradient of A of down": weights(plan.thin_weights(RANK, tall=False), False, False, 64),
         "combine": compiled(combine.combine_kernel, joined, 4),
         "logits": compiled(choose.logits_kernel, logits, 4),
         "choose 6 of 128": choice(128, 6, 16),

@@ -4,6 +4,7 @@ from nemotron_v3.layers.attention import NemotronV3Attention
 from nemotron_v3.layers.balance import BalanceLoss, ExpertLoad, balance_
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
+from nemotron_v3.layers.experts import LowRankUpdates, NemotronV3Experts
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3MoE
@@ -16,8 +17,10 @@ __all__ = [
     "ExpertDispatcher",
     "ExpertLoad",
     "LocalDispatcher",
+    "LowRankUpdates",
     "NemotronV3Attention",
     "NemotronV3Block",
+    "NemotronV3Experts",
     "NemotronV3MLP",
     "NemotronV3Mamba2Mixer",
     "NemotronV3MambaRMSNormGated",

@@ -3,10 +3,12 @@
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from nemotron_v3.config import BackendConfig
 from nemotron_v3.layers.extra_state import keep_state_dict_names
+from nemotron_v3.ops import _products
 
 
 def make_linear(
@@ -42,6 +44,26 @@ def make_linear(
         device=torch.get_default_device(),
     )
     return keep_state_dict_names(linear)
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; a plain linear layer that nobody looks into may run on a faster product."""
+    if torch.compiler.is_compiling() or type(layer) is not nn.Linear or is_watched(layer):
+        return layer(x)
+    y = _products.linear(layer, x)
+    return layer(x) if y is None else y
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something else is to happen at its call: hooks, or another `forward` on it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
 
 
 def load_transformer_engine(field: str) -> ModuleType:

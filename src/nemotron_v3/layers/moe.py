@@ -9,33 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.border import enter
 from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
+from nemotron_v3.layers.experts import NemotronV3Experts
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.router import NemotronV3Router
-
-
-class NemotronV3Experts(nn.Module):
-    """The routed experts as two stacked tensors: `up_proj [E, F, X]`, `down_proj [E, X, F]`."""
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
-        super().__init__()
-        E, F, X = (
-            config.n_routed_experts,
-            config.moe_inter_dim,
-            config.moe_latent_size or config.dim,
-        )
-        self.impl = impl
-        self.up_proj = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
-
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
-        return ops.experts(x, indices, weights, self.up_proj, self.down_proj, impl=self.impl)
 
 
 class NemotronV3MoE(nn.Module):
@@ -116,11 +97,11 @@ class NemotronV3MoE(nn.Module):
         layout = enter(hidden_states, self.hidden_size, attention_mask, layout_kwargs)
         x = layout.pack(hidden_states)  # [T, D]
         weights, indices = self.gate(x, layout)  # [T, K]
-        latent = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)  # [T, X]
+        latent = x if self.fc1_latent_proj is None else project(self.fc1_latent_proj, x)  # [T, X]
         sent, way_back = self.dispatcher.permute(latent, indices, weights)
         routed = self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
         if self.fc2_latent_proj is not None:
-            routed = self.fc2_latent_proj(routed)
+            routed = project(self.fc2_latent_proj, routed)
         return layout.unpack(routed + self.shared_experts(x))
 
     def init_weights(
@@ -137,3 +118,5 @@ class NemotronV3MoE(nn.Module):
             rescale_prenorm_residual=rescale_prenorm_residual,
             buffer_device=buffer_device,
         )
+        if self.experts.low_rank is not None:
+            self.experts.low_rank.init_weights()

@@ -105,7 +105,7 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
         case NemotronV3Router():
             yield "router", *_form("router", module.impl, module)
         case NemotronV3Experts():
-            yield "experts", *_form("experts", module.impl, module)
+            yield module.op, *_form(module.op, module.impl, module)
         case NemotronV3MLP():
             yield "relu2", *_form("relu2", module.impl, module)
         case NemotronV3ForCausalLM():

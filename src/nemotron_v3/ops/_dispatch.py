@@ -51,8 +51,11 @@ def pick(
 
     Raises:
         ValueError: an unknown `impl`.
-        RuntimeError: `impl="triton"` for an op that has no Triton form, or where it cannot run.
+        RuntimeError: `impl="triton"` for an op that has no Triton form, or where it cannot run; a
+            form that is asked for by name inside a transform of torch.func that cannot reach it.
     """
+    if not torch.compiler.is_compiling() and _transformed():
+        impl = _under_transforms(op, impl)
     if triton is not None and _takes_kernels(op, impl, triton):
         # Not checked at first use: kernels are compiled for each shape, so that the check would
         # compile others than the call's, and double the time of the first call.
@@ -68,11 +71,45 @@ def pick(
     return function if form == "reference" else _checked(op, form, function, reference)
 
 
+def _transformed() -> bool:
+    """Whether torch.func asks for derivatives or batches.
+
+    The forms with a backward pass of their own give it to autograd alone.
+    """
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = functorch.TransformType
+    transforms = (kinds.Grad, kinds.Jvp, kinds.Vmap)
+    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack())
+
+
+def _under_transforms(op: str, impl: str) -> str:
+    """The form inside a transform of torch.func: the reference, or an error if another is named."""
+    if impl == "auto":
+        _say_reference_once(op)
+    elif impl != "reference":
+        raise RuntimeError(
+            f"{op}: torch.func (grad, vjp, jvp, vmap) cannot transform impl={impl!r}: use "
+            "torch.autograd.grad instead, or impl='reference'"
+        )
+    return "reference"
+
+
+@functools.cache
+def _say_reference_once(op: str) -> None:
+    _log.warning(
+        "%s: the step-by-step reference runs, which is slow: torch.func can transform no other "
+        "form; torch.autograd.grad takes the fast ones",
+        op,
+    )
+
+
 # The ops that have a Triton form; of the scans, "auto" takes it in 16 bits only.
 SCANS = ("ssd", "mamba2")
 TRITON_FORMS = (
     *("rms_norm", "gated_rms_norm", "relu2", "causal_conv1d", "router", "experts"),
-    *("linear_cross_entropy", *SCANS),
+    *("grouped_low_rank", "linear_cross_entropy", *SCANS),
 )
 
 

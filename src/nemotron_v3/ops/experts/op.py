@@ -58,17 +58,17 @@ def experts(
         impl,
         reference=reference.experts,
         portable=portable.experts,
-        triton=Kernels(_kernels, x.device, _refusal(dtype, weights, up_proj)),
+        triton=Kernels(_kernels, x.device, refuse_experts(dtype, weights, E)),
     )
     y = without_autocast(run)(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype))
     return y.to(dtype)
 
 
-def _refusal(dtype: torch.dtype, weights: Tensor, up_proj: Tensor) -> str | None:
+def refuse_experts(dtype: torch.dtype, weights: Tensor, experts: int) -> str | None:
     """Why the kernels cannot take these tensors, or None."""
-    E, rows = up_proj.shape[0], weights.numel()
-    if E > MOST_EXPERTS:
-        return f"it counts the rows of at most {MOST_EXPERTS} experts, and there are {E}"
+    rows = weights.numel()
+    if experts > MOST_EXPERTS:
+        return f"it counts the rows of at most {MOST_EXPERTS} experts, and there are {experts}"
     if rows > MOST_ROWS:
         return f"it numbers at most {MOST_ROWS} routed rows, and there are {rows}"
     if dtype not in DTYPES:

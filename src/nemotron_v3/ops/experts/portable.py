@@ -10,6 +10,8 @@ A matrix product may round a row differently when there are more or fewer rows b
 expert's rows are filled up with zeros to whole tiles of M rows, and every product has M rows: on a
 CPU, what a token gets does not depend on where other tokens are routed. M depends on T, K and E
 alone. README.md says where this holds, and what it costs.
+
+On a CPU in fp32 larger experts take the runs as they are: `portable_runs.py`.
 """
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.relu2.op import relu2
 
 # Without gradients and with at most so many rows an expert on average, each row alone is faster
@@ -34,6 +37,8 @@ def experts(
     if few and not needs_grad(x, weights, up_proj, down_proj):
         y = _row_by_row(x, indices.flatten().tolist(), up_proj, down_proj).unflatten(0, (-1, K))
         return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
+    if portable_runs.takes(x, indices.numel(), up_proj):
+        return portable_runs.experts(x, indices, weights, up_proj, down_proj)
     # A grouped product on a GPU works in tiles of its own.
     grouped = x.is_cuda and x.dtype == torch.bfloat16
     M = 1 if grouped else tile_rows(indices.numel(), E)

@@ -39,8 +39,12 @@ def merge_low_rank_(
     check_low_rank("weight", weight, a, b)
     base = weight.detach().clone() if keep_on is None else weight.detach().to(keep_on, copy=True)
     dtype = wide(weight.dtype)
-    for matrix, a_e, b_e in zip(weight.unbind(0), a.unbind(0), b.unbind(0), strict=True):
-        matrix.copy_(torch.addmm(matrix.to(dtype), b_e.to(dtype), a_e.to(dtype), alpha=scale))
+    try:
+        for matrix, a_e, b_e in zip(weight.unbind(0), a.unbind(0), b.unbind(0), strict=True):
+            matrix.copy_(torch.addmm(matrix.to(dtype), b_e.to(dtype), a_e.to(dtype), alpha=scale))
+    except BaseException:  # out of memory, interrupted: half a merge is none
+        weight.copy_(base)
+        raise
     return base
 
 

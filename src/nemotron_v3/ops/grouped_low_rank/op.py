@@ -1,8 +1,11 @@
 """The public routed experts with low-rank updates."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops.experts.op import refuse_experts
 from nemotron_v3.ops.grouped_low_rank import portable, reference
 from nemotron_v3.ops.grouped_low_rank.merge import (
     check_low_rank,
@@ -62,13 +65,20 @@ def grouped_low_rank(
         )
     check_low_rank("up_proj", up_proj, up_a, up_b)
     check_low_rank("down_proj", down_proj, down_a, down_b)
+    dtype = autocast_matmul_dtype(x)
     run = pick(
         "grouped_low_rank",
         impl,
         reference=reference.grouped_low_rank,
         portable=portable.grouped_low_rank,
+        triton=Kernels(_kernels, x.device, refuse_experts(dtype, weights, E)),
     )
-    dtype = autocast_matmul_dtype(x)
     matrices = (m.to(dtype) for m in (up_proj, down_proj, up_a, up_b, down_a, down_b))
     y = without_autocast(run)(x.to(dtype), indices, weights, *matrices, scale=scale)
     return y.to(dtype)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.grouped_low_rank.kernels import grouped_low_rank
+
+    return grouped_low_rank

@@ -26,6 +26,7 @@ def _weights_tile(
     stride_a,
     stride_b,
     GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
     LIVE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -34,8 +35,12 @@ def _weights_tile(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows past the end are loaded as zeros on one side: no select stands between a load and its
-    product. What comes by descriptor runs on into the next expert's rows.
+    """`a_e^T b_e` of some rows and columns.
+
+    No select stands between a load and its product, and what comes by descriptor has no mask. So
+    the last step begins early enough to end with the expert's rows: it reads no other's, which may
+    be NaN, and those that were there before are zeros on the gathered side. An expert of fewer rows
+    than a step has one step, all of it masked.
     """
     o_k = tl.arange(0, BLOCK_K)
     o_m = first_m + tl.arange(0, BLOCK_M)
@@ -45,29 +50,44 @@ def _weights_tile(
     one = tl.where(M > 0, 1.0, 0.0)
     # A step ahead of the rows it points to: what a pipelined load needs must be there already.
     b_next = tl.load(source + start + o_k, mask=start + o_k < end, other=-1)
-    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-        m_k = k + o_k < end
-        b_token = b_next
-        o_next = k + BLOCK_K + o_k
-        b_next = tl.load(source + o_next, mask=o_next < end, other=-1)
+    if end - start < BLOCK_K:
+        m_k = start + o_k < end
         if LIVE:
-            m_k = b_token >= 0
-        else:
-            b_token = tl.where(b_token < 0, -1 - b_token, b_token)
-        b_ra = b_token if GATHER_A else k + o_k
-        b_rb = k + o_k if GATHER_A else b_token
-        # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
+            m_k = b_next >= 0
+        b_token = tl.where(b_next < 0, -1 - b_next, b_next)
+        b_ra = b_token if GATHER_A else start + o_k
+        b_rb = b_token if GATHER_B else start + o_k
         p_a = a + b_ra[:, None].to(tl.int64) * stride_a + o_m[None, :]
         p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
-        if DESCRIPTOR and not GATHER_A:
-            b_a = dense_desc.load([k, first_m])
-        else:
-            b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
-        if DESCRIPTOR and GATHER_A:
-            b_b = dense_desc.load([k, first_n])
-        else:
-            b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_acc = add_product(b_acc, tl.trans(b_a), b_b, one, PRECISION)
+    else:
+        last = end - BLOCK_K
+        for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+            first = tl.minimum(k, last)
+            b_token = b_next
+            o_next = tl.minimum(k + BLOCK_K, last) + o_k
+            b_next = tl.load(source + o_next, mask=o_next >= k + BLOCK_K, other=-1)
+            m_k = first + o_k >= k
+            if LIVE:
+                m_k = b_token >= 0
+            else:
+                b_token = tl.where(b_token < 0, -1 - b_token, b_token)
+            b_ra = b_token if GATHER_A else first + o_k
+            b_rb = b_token if GATHER_B else first + o_k
+            # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
+            p_a = a + b_ra[:, None].to(tl.int64) * stride_a + o_m[None, :]
+            p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
+            if DESCRIPTOR and not GATHER_A:
+                b_a = dense_desc.load([first, first_m])
+            else:
+                b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
+            if DESCRIPTOR and GATHER_A:
+                b_b = dense_desc.load([first, first_n])
+            else:
+                b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            b_acc = add_product(b_acc, tl.trans(b_a), b_b, one, PRECISION)
     p_out = out + o_m[:, None].to(tl.int64) * N + o_n[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -87,6 +107,7 @@ def weights_kernel(
     stride_a,
     stride_b,
     GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
     LIVE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     LAST_N: tl.constexpr,
@@ -98,8 +119,8 @@ def weights_kernel(
 ):
     """`out[e] = a_e^T b_e` over the rows of expert e: `[E, M, N]`; zeros for one without rows.
 
-    One of a and b is read by token, the other by row. Where LIVE, rows whose weight is nothing are
-    left out; where LAST_N is not 0, the last tile of the columns is that wide.
+    At most one of a and b is read by token, the other by row. Where LIVE, rows whose weight is
+    nothing are left out; where LAST_N is not 0, the last tile of the columns is that wide.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     of_expert = tiles_m * tiles_n
@@ -126,6 +147,7 @@ def weights_kernel(
             stride_a,
             stride_b,
             GATHER_A,
+            GATHER_B,
             LIVE,
             DESCRIPTOR,
             BLOCK_M,
@@ -150,6 +172,7 @@ def weights_kernel(
             stride_a,
             stride_b,
             GATHER_A,
+            GATHER_B,
             LIVE,
             DESCRIPTOR,
             BLOCK_M,

@@ -4,6 +4,7 @@ Letters: T tokens, K choices a token, R = T*K routed rows, E experts, X width, F
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,6 +49,13 @@ class Sorted:
     @property
     def most_tiles(self) -> int:
         return self.tile_expert.shape[0]
+
+
+class LowRank(NamedTuple):
+    """What a product of rows is given besides: `rows` `[R, r]` and their `[E, N, r]` matrices."""
+
+    rows: Tensor
+    matrix: Tensor
 
 
 def table_length(R: int, E: int, tile: int) -> int:
@@ -109,7 +117,7 @@ def _columns_descriptor(matrix: Tensor, tiles: Tiles, width: int, transposed: bo
 def _last_width(N: int, tiles: Tiles) -> int:
     """A power of two that holds the last columns where a quarter or half a tile does; else 0."""
     left = N % tiles.n
-    if left == 0 or left > tiles.n // 2:
+    if left == 0 or left > tiles.n // 2 or tiles.n < 64:
         return 0
     return tiles.n // 4 if left <= tiles.n // 4 else tiles.n // 2
 
@@ -127,11 +135,15 @@ def rows_product(
     epilogue: int = products.PLAIN.value,
     hidden: Tensor | None = None,
     partial: Tensor | None = None,
+    low: LowRank | None = None,
+    scale: float = 1.0,
 ) -> None:
     """`out[r] = a[r] matrix[e]^T` (`matrix[e]` where `transposed`), columns from `column` on.
 
-    `matrix` is `[E, N, K]`, or `[E, K, N]` where `transposed`.
+    `matrix` is `[E, N, K]`, or `[E, K, N]` where `transposed`. Added is `low.rows[r]` times
+    `low.matrix[e]`, which lies alike. `scale` is that of the epilogue SCALED.
     """
+    rows, beside = (None, None) if low is None else (low.rows, low.matrix)
     E, R, N, K = matrix.shape[0], where.weights.shape[0], out.shape[1], a.shape[1]
     whole = not transposed or K % tiles.k == 0
     descriptor = tiles.descriptor and whole and _aligned(matrix)
@@ -144,6 +156,8 @@ def rows_product(
         out,
         hidden,
         partial,
+        rows,
+        beside,
         where.source,
         where.weights,
         where.offsets,
@@ -160,6 +174,10 @@ def rows_product(
         matrix.shape[1],
         out.stride(0),
         0 if hidden is None else hidden.stride(0),
+        0 if low is None else rows.shape[1],
+        0 if low is None else beside.stride(0),
+        0 if low is None else beside.stride(1),
+        scale,
         epilogue,
         FLOOR,
         gather,
@@ -172,15 +190,27 @@ def rows_product(
         tiles.k,
         tiles.stages,
         tiles.parts,
+        0 if low is None else min(32, max(16, power_of_two(rows.shape[1]))),
         tiles.precision,
         num_warps=tiles.warps,
     )
 
 
 def weights_product(
-    tiles: Tiles, where: Sorted, a: Tensor, b: Tensor, out: Tensor, *, gather_a: bool
+    tiles: Tiles,
+    where: Sorted,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    gather_a: bool = False,
+    gather_b: bool = False,
+    live: bool = False,
 ) -> None:
-    """`out[e] = a_e^T b_e`: a read by token and b by row, or the other way round."""
+    """`out[e] = a_e^T b_e`; a or b may be read by token, what is not is read by row.
+
+    Where `live`, rows whose weight is nothing are left out.
+    """
     E, M, N = out.shape
     grid = (E * triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)
     last = _last_width(N, tiles)
@@ -202,7 +232,8 @@ def weights_product(
         a.stride(0),
         b.stride(0),
         gather_a,
-        gather_a,
+        gather_b,
+        live,
         descriptor,
         last,
         tiles.m,
@@ -254,6 +285,7 @@ def join_products(
     *,
     transposed: bool,
     live: bool,
+    low: LowRank | None = None,
 ) -> None:
     """The product of every row, summed over each token's rows, some columns at a time."""
     slices = column_slices(out.shape[1], tiles.n)
@@ -262,18 +294,49 @@ def join_products(
     for start, end in slices:
         rows = space[: a.shape[0] * (end - start)].view(a.shape[0], end - start)
         rows_product(
-            tiles, where, a, matrix, rows, transposed=transposed, gather=False, column=start
+            tiles,
+            where,
+            a,
+            matrix,
+            rows,
+            transposed=transposed,
+            gather=False,
+            column=start,
+            low=low,
         )
         combine_rows(where, rows, weights, out[:, start:end], live=live)
 
 
-def forward(
-    plan: Plan, x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, y: Tensor
-) -> tuple[Tensor, Sorted]:
-    """Writes y; returns `weights[r] relu(u)^2` of the sorted rows `[R, F]`, and where they lie."""
-    E, F, _ = up.shape
-    where = sort_rows(indices, weights, E, plan.tile)
-    hidden = torch.empty(indices.numel(), F, dtype=x.dtype, device=x.device)
+def thin_product(
+    plan: Plan,
+    where: Sorted,
+    a: Tensor,
+    matrix: Tensor,
+    scale: float,
+    *,
+    transposed: bool = False,
+    gather: bool = False,
+) -> Tensor:
+    """`scale a[r] matrix[e]^T` for a matrix of few rows (columns where `transposed`)."""
+    rank = matrix.shape[2 if transposed else 1]
+    out = torch.empty(where.weights.shape[0], rank, dtype=a.dtype, device=a.device)
+    rows_product(
+        plan.thin(rank),
+        where,
+        a,
+        matrix,
+        out,
+        transposed=transposed,
+        gather=gather,
+        epilogue=products.SCALED.value,
+        scale=scale,
+    )
+    return out
+
+
+def up_rows(plan: Plan, where: Sorted, x: Tensor, up: Tensor, low: LowRank | None = None) -> Tensor:
+    """`weights[r] relu(u)^2` of the sorted rows `[R, F]`."""
+    hidden = torch.empty(where.weights.shape[0], up.shape[1], dtype=x.dtype, device=x.device)
     rows_product(
         plan.up,
         where,
@@ -283,21 +346,21 @@ def forward(
         transposed=False,
         gather=True,
         epilogue=products.UP.value,
+        low=low,
     )
-    join_products(plan.down, where, hidden, down, weights, y, transposed=False, live=True)
-    return hidden, where
+    return hidden
 
 
-def backward_down(
+def down_backward_rows(
     plan: Plan,
     where: Sorted,
     dy: Tensor,
     hidden: Tensor,
     down: Tensor,
     dweights: Tensor,
-    ddown: Tensor | None,
+    low: LowRank | None = None,
 ) -> Tensor:
-    """Writes dweights and ddown; returns the gradient of the rows before relu² `[R, F]`."""
+    """Writes dweights; returns the gradient of the rows before relu² `[R, F]`."""
     R, F = hidden.shape
     du = torch.empty_like(hidden)
     parts = triton.cdiv(F, plan.down_backward.n)
@@ -313,12 +376,37 @@ def backward_down(
         epilogue=products.DOWN_BACKWARD.value,
         hidden=hidden,
         partial=partial,
+        low=low,
     )
     combine.gather_sums_kernel[(triton.cdiv(R, 256),)](
         partial, where.place, dweights, R, parts, 256, num_warps=4
     )
+    return du
+
+
+def forward(
+    plan: Plan, x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, y: Tensor
+) -> tuple[Tensor, Sorted]:
+    """Writes y; returns `weights[r] relu(u)^2` of the sorted rows `[R, F]`, and where they lie."""
+    where = sort_rows(indices, weights, up.shape[0], plan.tile)
+    hidden = up_rows(plan, where, x, up)
+    join_products(plan.down, where, hidden, down, weights, y, transposed=False, live=True)
+    return hidden, where
+
+
+def backward_down(
+    plan: Plan,
+    where: Sorted,
+    dy: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    dweights: Tensor,
+    ddown: Tensor | None,
+) -> Tensor:
+    """Writes dweights and ddown; returns the gradient of the rows before relu² `[R, F]`."""
+    du = down_backward_rows(plan, where, dy, hidden, down, dweights)
     if ddown is not None:
-        weights_product(plan.weights, where, dy, hidden, ddown, gather_a=True)
+        weights_product(plan.weights, where, dy, hidden, ddown, gather_a=True, live=True)
     return du
 
 
@@ -334,6 +422,6 @@ def backward_up(
 ) -> None:
     """Writes dx and dup."""
     if dup is not None:
-        weights_product(plan.weights, where, du, x, dup, gather_a=False)
+        weights_product(plan.weights, where, du, x, dup, gather_b=True)
     if dx is not None:
         join_products(plan.up_backward, where, du, up, weights, dx, transposed=True, live=False)

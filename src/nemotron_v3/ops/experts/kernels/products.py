@@ -1,8 +1,9 @@
 """The sorted rows of all experts times their matrices, in one launch.
 
 Letters: R routed rows sorted by expert, E experts; N columns of a product, K its inner width. A row
-may be read where its token lies (`GATHER`), and what follows a product is applied to the
-accumulator before it is stored (`EPILOGUE`, README.md).
+may be read where its token lies (`GATHER`), a product of few columns a row may be added (`LOW`:
+the second half of a low-rank update), and what follows is applied to the accumulator before it is
+stored (`EPILOGUE`, README.md).
 """
 
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 UP = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
 DOWN_BACKWARD = tl.constexpr(2)
+SCALED = tl.constexpr(3)
 
 
 @triton.jit
@@ -96,6 +98,43 @@ def _multiply(
 
 
 @triton.jit
+def _add_low_rank(
+    b_acc,
+    low_a,
+    low_b,
+    b_row,
+    i_n,
+    m_n,
+    rank,
+    stride_low,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`b_acc` plus the rows `b_row` of `low_a` `[R, rank]` times the expert's matrix at `low_b`.
+
+    It lies as `[N, rank]`, or as `[rank, N]` where TRANSPOSED.
+    """
+    o_k = tl.arange(0, LOW)
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    one = tl.where(rank > 0, 1.0, 0.0)
+    for k in tl.range(0, rank, LOW, num_stages=1):
+        m_k = k + o_k < rank
+        # [BLOCK_M, LOW], [LOW, BLOCK_N]
+        p_a = low_a + b_row[:, None].to(tl.int64) * rank + (k + o_k)[None, :]
+        b_a = tl.load(p_a, mask=m_k[None, :], other=0.0)
+        if TRANSPOSED:
+            p_b = low_b + (k + o_k)[:, None].to(tl.int64) * stride_low + o_n[None, :]
+        else:
+            p_b = low_b + o_n[None, :].to(tl.int64) * stride_low + (k + o_k)[:, None]
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), one, PRECISION)
+    return b_acc
+
+
+@triton.jit
 def _rows_tile(
     a,
     b,
@@ -103,6 +142,8 @@ def _rows_tile(
     out,
     hidden,
     partial,
+    low_a,
+    low_b,
     source,
     weights,
     start,
@@ -119,6 +160,10 @@ def _rows_tile(
     rows_b,
     stride_out,
     stride_hidden,
+    rank,
+    stride_low_expert,
+    stride_low,
+    scale,
     EPILOGUE: tl.constexpr,
     FLOOR: tl.constexpr,
     GATHER: tl.constexpr,
@@ -131,6 +176,7 @@ def _rows_tile(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     o_m = start + tl.arange(0, BLOCK_M)
@@ -172,6 +218,23 @@ def _rows_tile(
         STAGES,
         PRECISION,
     )
+    if LOW > 0:
+        p_low = low_b + expert.to(tl.int64) * stride_low_expert
+        b_acc = _add_low_rank(
+            b_acc,
+            low_a,
+            p_low,
+            tl.minimum(o_m, R - 1),
+            i_n,
+            m_n,
+            rank,
+            stride_low,
+            out.dtype.element_ty,
+            TRANSPOSED,
+            BLOCK_N,
+            LOW,
+            PRECISION,
+        )
     if EPILOGUE == DOWN_BACKWARD:
         # In parts: the accumulator and what it meets do not fit into the registers together.
         PART: tl.constexpr = BLOCK_N // PARTS
@@ -196,6 +259,8 @@ def _rows_tile(
             b_w = tl.load(weights + o_m, mask=m_m, other=0.0)
             b_relu = tl.where(b_acc <= 0.0, 0.0, b_acc)  # NaN stays
             b_acc = _scale(b_w, FLOOR)[:, None] * b_relu * b_relu
+        if EPILOGUE == SCALED:
+            b_acc *= scale
         p_out = out + o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
         tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -209,6 +274,8 @@ def rows_kernel(
     out,
     hidden,
     partial,
+    low_a,
+    low_b,
     source,
     weights,
     offsets,
@@ -225,6 +292,10 @@ def rows_kernel(
     rows_b,
     stride_out,
     stride_hidden,
+    rank,
+    stride_low_expert,
+    stride_low,
+    scale,
     EPILOGUE: tl.constexpr,
     FLOOR: tl.constexpr,
     GATHER: tl.constexpr,
@@ -237,6 +308,7 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Every expert's rows times its matrix, a tile a program.
@@ -264,6 +336,8 @@ def rows_kernel(
                 out,
                 hidden,
                 partial,
+                low_a,
+                low_b,
                 source,
                 weights,
                 start,
@@ -280,6 +354,10 @@ def rows_kernel(
                 rows_b,
                 stride_out,
                 stride_hidden,
+                rank,
+                stride_low_expert,
+                stride_low,
+                scale,
                 EPILOGUE,
                 FLOOR,
                 GATHER,
@@ -292,6 +370,7 @@ def rows_kernel(
                 BLOCK_K,
                 STAGES,
                 1,
+                LOW,
                 PRECISION,
             )
         elif end - start <= BLOCK_M // 2:
@@ -302,6 +381,8 @@ def rows_kernel(
                 out,
                 hidden,
                 partial,
+                low_a,
+                low_b,
                 source,
                 weights,
                 start,
@@ -318,6 +399,10 @@ def rows_kernel(
                 rows_b,
                 stride_out,
                 stride_hidden,
+                rank,
+                stride_low_expert,
+                stride_low,
+                scale,
                 EPILOGUE,
                 FLOOR,
                 GATHER,
@@ -330,6 +415,7 @@ def rows_kernel(
                 BLOCK_K,
                 STAGES,
                 PARTS,
+                LOW,
                 PRECISION,
             )
         else:
@@ -340,6 +426,8 @@ def rows_kernel(
                 out,
                 hidden,
                 partial,
+                low_a,
+                low_b,
                 source,
                 weights,
                 start,
@@ -356,6 +444,10 @@ def rows_kernel(
                 rows_b,
                 stride_out,
                 stride_hidden,
+                rank,
+                stride_low_expert,
+                stride_low,
+                scale,
                 EPILOGUE,
                 FLOOR,
                 GATHER,
@@ -368,5 +460,6 @@ def rows_kernel(
                 BLOCK_K,
                 STAGES,
                 PARTS,
+                LOW,
                 PRECISION,
             )

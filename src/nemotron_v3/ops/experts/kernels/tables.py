@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nemotron_v3.ops._triton import interpreted
+from nemotron_v3.ops._triton import interpreted, power_of_two
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,15 @@ class Plan:
     def tile(self) -> int:
         return self.up.m
 
+    def thin(self, rank: int) -> Tiles:
+        """Of a product of rows with `rank` columns: reading the rows bounds it."""
+        return replace(self.up, n=_width(rank), warps=4, parts=1)
+
+    def thin_weights(self, rank: int, *, tall: bool) -> Tiles:
+        """Of a gradient with `rank` rows, or as many columns where `tall`."""
+        size = {"n": _width(rank)} if tall else {"m": 64}
+        return replace(self.weights, **size, descriptor=False)
+
     @classmethod
     def of(cls, dtype: torch.dtype) -> "Plan":
         if interpreted():
@@ -60,3 +69,8 @@ class Plan:
         dense = replace(gathered, descriptor=True)
         weights = Tiles(128, 128, 64, 3, 4, descriptor=True)
         return cls(gathered, dense, dense, dense, weights)
+
+
+def _width(rank: int) -> int:
+    """Of a tile across a low rank: a product on tensor cores has at least 16 columns."""
+    return min(64, max(16, power_of_two(rank)))
