@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from nemotron_v3.model.output import Unread
 from nemotron_v3.parallel import shard_model
 from tests.models import tiny_model, tokens
 
@@ -94,6 +95,24 @@ def ddp(rank: int) -> None:
     assert_equal({n: p.grad for n, p in model.named_parameters()}, gradients)
 
 
+def ddp_that_looks_into_outputs(rank: int) -> None:
+    """For parameters without a gradient, or for the order in which gradients come."""
+    for option in ("find_unused_parameters", "static_graph"):
+        model = tiny_model()
+        gradients = expected_gradients(copy.deepcopy(model))
+        shared = DistributedDataParallel(model, **{option: True})
+        for _ in range(2):  # a static graph is learnt in the first step
+            model.zero_grad()
+            out = shared(**half(rank))
+            assert isinstance(out._logits, Unread), "the logits were computed to look into them"
+            out.loss.backward()
+            assert_equal({n: p.grad for n, p in model.named_parameters()}, gradients)
+        model.zero_grad()
+        logits = shared(half(rank)["input_ids"]).logits
+        logits.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def fsdp_of_a_bf16_model(rank: int) -> None:
     """fp32 A_log, D and dt_bias among bf16 parameters; a tied head; recomputed blocks."""
     model = tiny_model(tie_word_embeddings=True).bfloat16()
@@ -134,7 +153,7 @@ def fsdp_computing_in_bf16(rank: int) -> None:
     assert_equal(rounded, sums)
 
 
-WORKERS = [ddp, fsdp_of_a_bf16_model, fsdp_computing_in_bf16]
+WORKERS = [ddp, ddp_that_looks_into_outputs, fsdp_of_a_bf16_model, fsdp_computing_in_bf16]
 
 
 def every_worker(rank: int) -> None:
@@ -147,7 +166,7 @@ def every_worker(rank: int) -> None:
 
 
 def test_ddp_and_fsdp2_compute_what_one_process_computes():
-    """One pair of processes for all three: most of the time goes into starting them."""
+    """One pair of processes for all: most of the time goes into starting them."""
     run(every_worker)
 
 

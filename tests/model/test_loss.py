@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from nemotron_v3 import SequenceLayout
 from nemotron_v3.model.model import plain_weight
@@ -93,6 +94,25 @@ class Doubled(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def test_an_output_is_a_tree_of_its_tensors_and_stays_unread(monkeypatch):
+    """Wrappers such as DDP put other tensors in the place of those that forward returned."""
+    model = tiny_model()
+    expected = model(IDS, labels=IDS, output_hidden_states=True, use_cache=True)
+    found = calls(model.lm_head, monkeypatch)
+    out = model(IDS, labels=IDS, output_hidden_states=True, use_cache=True)
+    halved = pytree.tree_map(lambda tensor: tensor / 2, out)
+    assert not found and halved.past_key_values is out.past_key_values
+    assert torch.equal(halved.loss, expected.loss / 2)
+    assert all(
+        torch.equal(a, b / 2)
+        for a, b in zip(halved.hidden_states, expected.hidden_states, strict=True)
+    )
+    torch.testing.assert_close(halved.logits, expected.logits / 2)
+    torch.testing.assert_close(out.logits, expected.logits)
+    inner = pytree.tree_map(lambda tensor: tensor / 2, model.model(IDS))
+    assert torch.equal(inner.last_hidden_state, model.model(IDS).last_hidden_state / 2)
 
 
 def replace_by_a_subclass(model):

@@ -209,6 +209,23 @@ def test_bad_calls_are_refused(shapes, message):
         tiny_model()(**arguments)
 
 
+BAD_KINDS = [
+    ({"input_ids": [[1, 2]]}, "input_ids is a list"),
+    ({"input_ids": torch.ones(1, 2)}, "input_ids are torch.float32: give token ids"),
+    ({"inputs_embeds": [[0.0] * 48]}, "inputs_embeds is a list"),
+    (
+        {"input_ids": torch.ones(1, 2).long(), "labels": torch.ones(1, 2)},
+        "labels are torch.float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_KINDS)
+def test_other_kinds_of_tokens_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        tiny_model()(**arguments)
+
+
 def test_foreign_caches_and_unknown_arguments_are_refused():
     model = tiny_model()
     with pytest.raises(TypeError, match="give a NemotronHybridCache"):

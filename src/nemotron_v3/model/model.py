@@ -95,17 +95,34 @@ class NemotronV3Model(nn.Module):
         restore = _identity
         if layout.token_index is not None:
             hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
-        kept = [hidden]
-        for block in self.layers:
-            hidden = self._run(block, hidden, layout, cache)
-            if output_hidden_states:
-                kept.append(hidden)
-        if cache is not None:
-            cache.finish(layout)
+        kept = [hidden] if output_hidden_states else None
+        if cache is None:
+            hidden = self._run_all(hidden, layout, None, kept)
+        else:
+            try:
+                hidden = self._run_all(hidden, layout, cache, kept)
+                cache.finish(layout)
+            except BaseException:
+                cache.interrupted()
+                raise
         hidden = restore(self.norm_f(hidden))
-        if not output_hidden_states:
+        if kept is None:
             return ModelOutput(hidden, past_key_values=cache)
         return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
+
+    def _run_all(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        cache: NemotronHybridCache | None,
+        kept: list[Tensor] | None,
+    ) -> Tensor:
+        """The loop over blocks; the stream after each of them is added to `kept`."""
+        for block in self.layers:
+            hidden = self._run(block, hidden, layout, cache)
+            if kept is not None:
+                kept.append(hidden)
+        return hidden
 
     def _run(
         self,
@@ -234,6 +251,8 @@ class NemotronV3ForCausalLM(nn.Module):
                 f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
                 "labels, one a token"
             )
+        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise TypeError(f"labels are {labels.dtype}: give token ids as integers")
         attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
         layout = SequenceLayout.resolve(
             shape,
@@ -346,16 +365,26 @@ def token_grid(
             "give exactly one of input_ids and inputs_embeds, got "
             + ("neither" if input_ids is None else "both")
         )
+    name, tokens = "input_ids", input_ids
+    if inputs_embeds is not None:
+        name, tokens = "inputs_embeds", inputs_embeds
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} is a {type(tokens).__name__}: give a tensor")
+    if inputs_embeds is None and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+        raise TypeError(
+            f"input_ids are {tokens.dtype}: give token ids as integers, or embeddings as "
+            "inputs_embeds"
+        )
     if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
         raise ValueError(
             f"inputs_embeds has hidden size {inputs_embeds.shape[-1]}, the model {width}"
         )
-    shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+    shape = tokens.shape if inputs_embeds is None else tokens.shape[:-1]
     if len(shape) not in (1, 2):
         raise ValueError(
             f"tokens have shape {tuple(shape)}: (batch, seq_len) or (tokens,) is needed"
         )
-    return tuple(shape), (input_ids if inputs_embeds is None else inputs_embeds).device
+    return tuple(shape), tokens.device
 
 
 def _identity(x: Tensor) -> Tensor:

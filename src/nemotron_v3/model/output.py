@@ -1,11 +1,13 @@
-"""What the models return."""
+"""What the models return: dataclasses and pytrees, in which wrappers such as DDP find tensors."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 @dataclass
@@ -24,6 +26,7 @@ class ModelOutput:
     past_key_values: Any = None
 
 
+@dataclass(repr=False, eq=False)
 class CausalLMOutput:
     """Of `NemotronV3ForCausalLM`.
 
@@ -36,17 +39,10 @@ class CausalLMOutput:
         past_key_values: the cache, or None.
     """
 
-    def __init__(
-        self,
-        loss: Tensor | None = None,
-        logits: "Tensor | Unread | None" = None,
-        hidden_states: tuple[Tensor, ...] | None = None,
-        past_key_values: Any = None,
-    ):
-        self.loss = loss
-        self._logits = logits
-        self.hidden_states = hidden_states
-        self.past_key_values = past_key_values
+    loss: Tensor | None = None
+    _logits: "Tensor | Unread | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    past_key_values: Any = None
 
     @property
     def logits(self) -> Tensor | None:
@@ -88,6 +84,12 @@ class Unread:
         if kind != "meta" and torch.is_autocast_enabled(kind):
             self.autocast = torch.get_autocast_dtype(kind)
 
+    def of(self, hidden: Tensor) -> Self:
+        """The same of other hidden states."""
+        other = copy.copy(self)
+        other.hidden = hidden
+        return other
+
     def compute(self) -> Tensor:
         """The head's product as the forward pass would have made it: its graph, its autocast."""
         weight = self.head.weight
@@ -109,3 +111,42 @@ def _state(tensor: Tensor) -> tuple[torch.dtype, torch.device, int]:
     """Changes with the tensor: its dtype, its place, how often it was written in place (which
     tensors of inference mode do not count)."""
     return tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+
+
+# A leaf is a tensor: what is None, and the cache, which is updated in place, go in the context.
+
+
+def _flatten_causal(output: CausalLMOutput) -> tuple[list[Any], dict[str, Any]]:
+    """Logits that are unread stay so: their hidden states are the tensor that leads to them."""
+    logits = output._logits
+    unread = logits if isinstance(logits, Unread) else None
+    parts = {
+        "loss": output.loss,
+        "_logits": logits if unread is None else unread.hidden,
+        "hidden_states": output.hidden_states,
+    }
+    given = {name: part for name, part in parts.items() if part is not None}
+    rest = {"names": tuple(given), "unread": unread, "past_key_values": output.past_key_values}
+    return list(given.values()), rest
+
+
+def _unflatten_causal(parts: Any, rest: dict[str, Any]) -> CausalLMOutput:
+    given = dict(zip(rest["names"], parts, strict=True))
+    if rest["unread"] is not None:
+        given["_logits"] = rest["unread"].of(given["_logits"])
+    return CausalLMOutput(**given, past_key_values=rest["past_key_values"])
+
+
+def _flatten_model(output: ModelOutput) -> tuple[list[Any], Any]:
+    parts = [output.last_hidden_state]
+    if output.hidden_states is not None:
+        parts.append(output.hidden_states)
+    return parts, output.past_key_values
+
+
+def _unflatten_model(parts: Any, cache: Any) -> ModelOutput:
+    return ModelOutput(*parts, past_key_values=cache)
+
+
+pytree.register_pytree_node(CausalLMOutput, _flatten_causal, _unflatten_causal)
+pytree.register_pytree_node(ModelOutput, _flatten_model, _unflatten_model)
