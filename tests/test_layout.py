@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from nemotron_v3 import SequenceLayout
+from nemotron_v3.layout import sequence
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
 
@@ -189,3 +190,61 @@ def test_layouts_of_host_values_under_another_default_device():
             SequenceLayout.from_cu_seqlens(slots[0], (8,), slots[1]),
         )
     assert all(a.same_as(b) for a, b in zip(found, expected, strict=True))
+
+
+# --- tables that are worked out once ------------------------------------------------------------
+
+
+def tables(layout):
+    """Everything that a layout keeps: an op's tables and its own tensors."""
+    built = layout.derived("places", lambda it: torch.arange(it.num_tokens) + it.cu_seqlens[-1])
+    return built, layout.seq_idx, layout.last_tokens, layout.packed.seq_idx
+
+
+def test_tables_are_built_once():
+    layout = SequenceLayout.from_padding_mask(MASK)
+    assert all(a is b for a, b in zip(tables(layout), tables(layout), strict=True))
+
+
+def test_tables_built_in_a_graph_capture_serve_that_capture_alone(monkeypatch):
+    """There they hold nothing before the first replay: zeros stand for that here."""
+    layout = SequenceLayout.from_padding_mask(MASK)
+    expected = [table.clone() for table in tables(SequenceLayout.from_padding_mask(MASK))]
+    monkeypatch.setattr(sequence, "capturing", lambda device: True)
+    for table in tables(layout):
+        table.zero_()
+    monkeypatch.undo()
+    assert all(map(torch.equal, tables(layout), expected))
+    monkeypatch.setattr(sequence, "capturing", lambda device: True)
+    kept = tables(layout)  # built before the capture: they are taken, and stay
+    monkeypatch.undo()
+    assert all(a is b for a, b in zip(kept, tables(layout), strict=True))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_capture_is_looked_for_on_a_gpu_only(monkeypatch, capture):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture)
+    assert sequence.capturing(torch.device("cuda", 0)) is capture
+    assert not sequence.capturing(torch.device("cpu"))
+
+
+MADE = {
+    "plain": lambda: SequenceLayout.plain(2, 3),
+    "mask": lambda: SequenceLayout.from_padding_mask(MASK),
+    "seq_idx": lambda: SequenceLayout.from_seq_idx(torch.tensor([[0, 0, 1, -1], [2, 3, 3, 3]])),
+    "cu_seqlens": lambda: SequenceLayout.from_cu_seqlens(
+        torch.tensor([0, 2, 5]), (8,), torch.tensor([0, 3, 8])
+    ),
+    "resolved": lambda: resolve((4, 5), MASK),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_layout_made_in_inference_mode_serves_training(name):
+    with torch.inference_mode():
+        layout = MADE[name]()
+        made = [layout.cu_seqlens, layout.token_index, *tables(layout)]
+    assert not any(t.is_inference() for t in made if t is not None)
+    weight = torch.ones(layout.num_tokens, requires_grad=True)
+    (weight * tables(layout)[0]).sum().backward()  # saved for the backward pass
+    assert torch.equal(weight.grad, tables(layout)[0].float())

@@ -221,20 +221,122 @@ def test_what_cannot_be_made_is_refused():
             NemotronHybridCache(tiny_config(), **options)
 
 
-def test_a_pass_that_failed_half_way_is_noticed_and_a_snapshot_mends_it():
+@pytest.mark.parametrize(
+    "place", ["layers.0.mixer.out_proj", "layers.2", "layers.3.mixer.out_proj"]
+)
+def test_a_pass_that_failed_half_way_is_noticed_and_a_snapshot_mends_it(place):
+    """In the last layer with a state as well, where every layer has begun its step."""
     cache = filled()
     snapshot = cache.snapshot()
-    block = MODEL.model.layers[2]
-    original, block.forward = block.forward, lambda *a, **k: 1 / 0
+    module = MODEL.model.get_submodule(place)
+    module.forward = lambda *a, **k: 1 / 0
     try:
         with pytest.raises(ZeroDivisionError), torch.no_grad():
             MODEL(tokens(2, 1), past_key_values=cache)
     finally:
-        block.forward = original
-    with pytest.raises(RuntimeError, match="in the middle of a forward pass"), torch.no_grad():
-        MODEL(tokens(2, 1), past_key_values=cache)
+        del module.forward
+    uses = [
+        lambda: MODEL(tokens(2, 1), past_key_values=cache),
+        lambda: MODEL.model.layers[0].mixer(torch.randn(2, 1, 48), past_key_values=cache),
+        lambda: cache.rollback(1),
+        cache.snapshot,
+        lambda: cache.select([0]),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="a forward pass failed half-way"), torch.no_grad():
+            use()
     cache.restore(snapshot)
     assert_same(cache.snapshot(), snapshot)
+    assert torch.isfinite(MODEL(tokens(2, 1), past_key_values=cache).logits).all()
+
+
+def test_what_is_refused_before_the_first_layer_does_not_withhold_the_cache():
+    cache = filled()
+    before = cache.snapshot()
+    MODEL.gradient_checkpointing_enable()
+    try:
+        with pytest.raises(ValueError, match="cannot be recomputed"):
+            MODEL(tokens(2, 1), past_key_values=cache)
+    finally:
+        MODEL.gradient_checkpointing_disable()
+    assert_same(cache.snapshot(), before)
+
+
+# --- modes of autograd --------------------------------------------------------------------------
+
+
+def probe(cache):
+    """Logits of one more token a row."""
+    return MODEL(torch.full((cache.batch_size, 1), 5), past_key_values=cache).logits
+
+
+MADE_IN_INFERENCE_MODE = {
+    "used": lambda cache: cache,
+    "snapshot restored": lambda cache: (cache.restore(cache.snapshot()), cache)[1],
+    "repeat": lambda cache: cache.repeat(2),
+    "select": lambda cache: cache.select([1, 0]),
+    "cat": lambda cache: NemotronHybridCache.cat([cache, cache]),
+    "reordered": lambda cache: (cache.reorder_cache(torch.tensor([1, 0])), cache)[1],
+}
+
+
+@pytest.mark.parametrize("name", MADE_IN_INFERENCE_MODE)
+def test_a_cache_from_inference_mode_goes_on_outside_of_it(name):
+    def made():
+        cache = NemotronHybridCache(MODEL.config, 2, rollback_window=2)
+        MODEL(tokens(2, 70), past_key_values=cache)  # past the first growth of the buffers
+        return MADE_IN_INFERENCE_MODE[name](cache)
+
+    with torch.inference_mode():
+        cache = made()
+    with torch.no_grad():
+        expected = made()
+        assert torch.equal(probe(cache), probe(expected))
+        cache.rollback(1)
+        expected.rollback(1)
+    assert torch.equal(probe(cache), probe(expected))
+    gradients = []
+    for each in (cache, expected):
+        MODEL.zero_grad()
+        probe(each).sum().backward()
+        gradients.append([p.grad.clone() for p in MODEL.parameters()])
+    MODEL.zero_grad()
+    assert all(map(torch.equal, *gradients)) and any(g.any() for g in gradients[0])
+
+
+WITHOUT_GRADIENTS = {
+    "decode": lambda cache: probe(cache),
+    "prefill": lambda cache: MODEL(tokens(2, 3), past_key_values=cache),
+    "rollback": lambda cache: cache.rollback([1, 0]),
+    "clear": lambda cache: cache.clear(0),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "restore": lambda cache: cache.restore(filled(rollback_window=2).snapshot()),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_what_goes_on_without_gradients_leaves_the_graph_before_it_alone(name):
+    """The loss of earlier tokens still has its gradients; that of later ones ends at the cut."""
+
+    def gradients(between):
+        MODEL.zero_grad()
+        cache = NemotronHybridCache(MODEL.config, 2, rollback_window=2)
+        loss = MODEL(tokens(2, 9), past_key_values=cache).logits.square().sum()
+        loss = loss + probe(cache).square().sum()
+        with torch.no_grad():
+            between(cache)
+        loss.backward()
+        found = [p.grad.clone() for p in MODEL.parameters()]
+        MODEL.zero_grad()
+        return found, cache
+
+    expected, _ = gradients(lambda cache: None)
+    found, cache = gradients(WITHOUT_GRADIENTS[name])
+    assert all(map(torch.equal, found, expected))
+    held = [t for state in cache.states.values() for t in state.tensors().values()]
+    assert not any(t.requires_grad for t in held)
+    probe(cache).sum().backward()
+    MODEL.zero_grad()
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -255,6 +357,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused(filled(), lambda c: c.load(path), ValueError, "no whole safetensors file")
     torch.save({}, path)
     refused(filled(), lambda c: c.load(path), ValueError, "no whole safetensors file")
+
+
+def test_a_device_by_another_name_is_the_same_device():
+    """A second cache over the same tensors would move on with the first."""
+    cache = filled()
+    assert cache.to("cpu:0") is cache.to(torch.device("cpu")) is cache
 
 
 def test_the_documented_update_methods():

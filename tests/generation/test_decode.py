@@ -7,6 +7,7 @@ from nemotron_v3 import BackendConfig
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation import decode, generate
 from nemotron_v3.generation.decode import DecodeStep
+from nemotron_v3.layers.router import watched
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
 
@@ -108,8 +109,19 @@ def test_what_it_does_not_know_goes_through_forward(name):
 
 
 def test_a_pytorch_that_cannot_pack_weights(monkeypatch):
-    monkeypatch.setattr(decode, "packing_works", lambda: False)
+    monkeypatch.setattr(decode, "onednn_works", lambda: False)
     test_a_step_is_forward({}, (4, 17, 9))
+
+
+def test_a_watched_router_sees_every_token():
+    model = tiny_model("ME")
+    step = DecodeStep(model, filled(model, prompts((9,))))
+    expected = step(tokens(1)).clone()
+    seen = []
+    with watched(model, lambda name: lambda routing: seen.append((name, len(routing.x)))):
+        logits = DecodeStep(model, filled(model, prompts((9,))))(tokens(1))
+    assert seen == [("model.layers.1.mixer.gate", 9), ("model.layers.1.mixer.gate", 1)]
+    assert torch.equal(logits, expected)
 
 
 def test_a_rollback_window_is_kept():

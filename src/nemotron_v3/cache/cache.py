@@ -8,10 +8,12 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemotron_v3.cache.file import read_states, write_states
-from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState, MambaState, join
+from nemotron_v3.cache.make import Sizes, fresh_states
+from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState, join
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import ordinary
 
 
 class NemotronHybridCache:
@@ -31,10 +33,14 @@ class NemotronHybridCache:
         rollback_window: tokens a row can be taken back. Each costs one more copy of the mamba
             states; attention layers can be taken back any number.
 
+    Attributes:
+        withheld: why it refuses to be used, until `restore`; None where it does not.
+
     Raises:
         ValueError: fewer than one row, a negative window, a length below 1.
     """
 
+    @ordinary
     def __init__(
         self,
         config: Any,
@@ -52,16 +58,15 @@ class NemotronHybridCache:
         self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
         self.max_length = max_length
         self.rollback_window = rollback_window
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size
         self._floors = [0] * batch_size  # the earliest position whose mamba state is kept, or 0
         self._step: Step | None = None
         self._updated: set[int] = set()
-        self.states: dict[int, LayerState] = {
-            layer: make(self)
-            for layer, block in enumerate(self.config.layers_block_type)
-            if (make := _MAKERS.get(block)) is not None
-        }
+        self.withheld: str | None = None
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states: dict[int, LayerState] = fresh_states(
+            Sizes(self.config, batch_size, self.dtype, device, max_length, rollback_window)
+        )
 
     # --- what it holds --------------------------------------------------------------------------
 
@@ -151,12 +156,15 @@ class NemotronHybridCache:
 
         Raises:
             ValueError: a layer without state, or tokens that do not fit.
+            RuntimeError: the cache is withheld.
         """
         if layer_idx not in self.states:
             raise ValueError(
                 f"layer {layer_idx} has no state in this cache, whose layers are "
                 f"{list(self.states)}: give the layer_idx it has in the config"
             )
+        if self.withheld is not None:
+            raise RuntimeError(self.withheld)
         if layer_idx in self._updated:
             self.finish()
         if self._step is None:
@@ -190,6 +198,18 @@ class NemotronHybridCache:
         self._step = None
         self._updated.clear()
 
+    def withhold(self, reason: str) -> None:
+        """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
+        self.withheld = reason
+
+    def interrupted(self) -> None:
+        """Withhold what a forward pass that failed has left: some layers moved on, others not."""
+        if self._step is not None:
+            self.withhold(
+                "a forward pass failed half-way: some layers of the cache hold its tokens, others "
+                "do not; restore a snapshot, or make a new cache"
+            )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
     ) -> tuple[Tensor, Tensor]:
@@ -212,6 +232,7 @@ class NemotronHybridCache:
 
     # --- moving in time -------------------------------------------------------------------------
 
+    @ordinary
     def snapshot(self) -> CacheSnapshot:
         """A copy of all it holds."""
         self._settle()
@@ -236,8 +257,9 @@ class NemotronHybridCache:
         self._check_room("the snapshot", max(snapshot.lengths))
         for layer, state in self.states.items():
             state.check_like(snapshot.states[layer], layer)
-        self._step = None
+        self._step = self.withheld = None
         self._updated.clear()
+        self._cut()
         for layer, state in self.states.items():
             state.load(snapshot.states[layer], max(snapshot.lengths))
         self._set_lengths(snapshot.lengths)
@@ -268,6 +290,7 @@ class NemotronHybridCache:
         fresh = self._index([row for row in moved if lengths[row] == 0])
         back = [row for row in moved if lengths[row]]
         rows, positions = self._index(back), self._index([lengths[row] for row in back])
+        self._cut()
         with torch.no_grad():
             for state in self.states.values():
                 state.clear(fresh)
@@ -330,6 +353,7 @@ class NemotronHybridCache:
                 f"beam_idx has shape {tuple(beam_idx.shape)}, the cache {self.batch_size} rows"
             )
         reordered = self.select(beam_idx)
+        self._cut()
         with torch.no_grad():
             for layer, state in self.states.items():
                 for name, tensor in state.tensors().items():
@@ -342,6 +366,7 @@ class NemotronHybridCache:
         return [self.select([row]) for row in range(self.batch_size)]
 
     @classmethod
+    @ordinary
     def cat(cls, caches: Sequence[Self]) -> Self:
         """The rows of several caches as one new cache.
 
@@ -373,7 +398,8 @@ class NemotronHybridCache:
     def to(self, device: torch.device | str) -> Self:
         """A cache with the same contents on `device`; itself if it is there already."""
         self._settle()
-        if self.device == torch.device(device):
+        place = torch.empty(0, device=device).device  # "cuda" is a device with a number
+        if self.device == place:
             return self
         return self._with(lambda t: t.to(device), self._lengths, self._floors)
 
@@ -410,6 +436,8 @@ class NemotronHybridCache:
 
     def _settle(self) -> None:
         """Close a forward pass that is complete; one that is not cannot be read."""
+        if self.withheld is not None:
+            raise RuntimeError(self.withheld)
         if self._step is not None and len(self._updated) < len(self.states):
             raise RuntimeError(
                 f"the cache is in the middle of a forward pass ({len(self._updated)} of "
@@ -417,6 +445,11 @@ class NemotronHybridCache:
                 "finish() if layers were called one by one"
             )
         self.finish()
+
+    def _cut(self) -> None:
+        """Before values are written that no graph knows: a graph there is keeps its own tensors."""
+        for layer, state in self.states.items():
+            self.states[layer] = state.map(lambda t: t.detach().clone() if t.requires_grad else t)
 
     def _check_room(self, source: Any, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -432,6 +465,7 @@ class NemotronHybridCache:
         self._lengths = list(lengths)
         self.positions.copy_(torch.tensor(self._lengths, device="cpu"))
 
+    @ordinary
     def _with(
         self,
         function: Callable[[Tensor], Tensor],
@@ -445,40 +479,6 @@ class NemotronHybridCache:
         copy._updated = set()
         copy._lengths, copy._floors = list(lengths), list(floors)
         return copy
-
-
-def _key_value_state(cache: NemotronHybridCache) -> KeyValueState:
-    config = cache.config
-    keys = torch.zeros(
-        cache.batch_size,
-        config.num_key_value_heads,
-        cache.max_length or 0,
-        config.head_dim,
-        dtype=cache.dtype,
-        device=cache.device,
-    )
-    return KeyValueState(keys, torch.zeros_like(keys))
-
-
-def _mamba_state(cache: NemotronHybridCache) -> MambaState:
-    config, rows, window = cache.config, cache.batch_size, cache.rollback_window
-    conv = (config.conv_dim, config.conv_kernel)
-    ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    kind = {"dtype": cache.dtype, "device": cache.device}
-    exact = cache.dtype == torch.float64  # a model in fp64 is there to be exact
-    ssm_kind = kind | {"dtype": cache.dtype if exact else config.mamba_ssm_cache_dtype}
-    return MambaState(
-        torch.zeros(rows, *conv, **kind),
-        torch.zeros(rows, *ssm, **ssm_kind),
-        torch.zeros(rows, window, *conv, **kind),
-        torch.zeros(rows, window, *ssm, **ssm_kind),
-    )
-
-
-_MAKERS: dict[str, Callable[[NemotronHybridCache], LayerState]] = {
-    "attention": _key_value_state,
-    "mamba": _mamba_state,
-}
 
 
 def _shape_of(config: NemotronV3Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.cache.step import Step
+from nemotron_v3.layout.modes import ordinary
 
 SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
 
@@ -76,6 +77,7 @@ class KeyValueState(LayerState):
     def held(self, length: int) -> Self:
         return self.map(lambda tensor: tensor[:, :, :length])
 
+    @ordinary
     def reserve(self, length: int) -> None:
         more = length - self.capacity
         if more > 0:
@@ -109,8 +111,11 @@ class KeyValueState(LayerState):
 
 
 def _put(buffer: Tensor, new: Tensor, step: Step) -> Tensor:
-    """`new` `[T, J, P]` at its places: in place, or in a new buffer where autograd must see it."""
-    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+    """`new` `[T, J, P]` at its places: in place, or in a new buffer where autograd must see it.
+
+    A buffer with a graph is never written to: its backward pass may still come.
+    """
+    if buffer.requires_grad or (torch.is_grad_enabled() and new.requires_grad):
         rows, positions = step.places
         heads = torch.arange(buffer.shape[1], device=buffer.device)
         return buffer.index_put((rows[:, None], heads, positions[:, None]), new)
@@ -143,11 +148,20 @@ class MambaState(LayerState):
 
     def write(self, conv: Tensor, ssm: Tensor) -> None:
         """The states after a step: in place, or as new tensors where autograd must see them."""
-        if torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad):
+        tracked = torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad)
+        if tracked or self.has_graph:
             self.conv, self.ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
         else:
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether a backward pass may come through the states, so that they must stay as they are.
+
+        Both: an in-place operation may not tell them apart.
+        """
+        return self.conv.requires_grad or self.ssm.requires_grad
 
     def remember(self, rows: Tensor, positions: Tensor) -> None:
         """Keep the present states of `rows` as those after `positions` tokens."""

@@ -12,7 +12,6 @@ groups, N state, W conv taps, C convolved channels; MoE: E experts, K choices a 
 choices, X width the experts see, F expert width.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from itertools import groupby
@@ -22,20 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
+from nemotron_v3.ops._products import PackedWeight, onednn_works
+from nemotron_v3.ops.cached_attention.portable import cached_attention
+from nemotron_v3.ops.router.portable import router
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
 PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 # With more choices an expert on average the op for many tokens is as fast.
 FEW_CHOICES = 4
-# Where BLAS is slower than the memory: elements of a row, rows of a batch, elements of a weight
-# (the products are to stay in a cache).
-SHORT_ROW, FEW_TOKENS, SCRATCH = 512, 16, 1 << 20
-# Elements of a model whose weights are laid out a second time for products with a few rows.
-PACKED = 1 << 26
+# Rows of a batch, and elements of a model, whose weights are laid out a second time.
+FEW_TOKENS, LAID_OUT = 16, 1 << 26
+# Elements of a weight whose product with one token is less work than waking other threads.
+ONE_THREAD = 1 << 20
 
 
 class DecodeStep:
@@ -52,11 +52,10 @@ class DecodeStep:
         self.cache = cache
         self.layout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
         self._embeddings = model.model.embeddings.weight
-        self._scratch: Tensor | None = None
-        few = 1 < cache.batch_size <= FEW_TOKENS
-        fits = sum(p.numel() for p in model.parameters()) <= PACKED
-        fp32 = self._embeddings.dtype == torch.float32
-        self.packs = few and fits and fp32 and packing_works()
+        small = sum(p.numel() for p in model.parameters()) <= LAID_OUT
+        lays_out = small and self._embeddings.dtype == torch.float32
+        self.packs = lays_out and 1 < cache.batch_size <= FEW_TOKENS and onednn_works()
+        self.streams = lays_out and cache.batch_size == 1
         self._blocks = [
             _BLOCKS[block.block_type](self, block, layer)
             for layer, block in enumerate(model.model.layers)
@@ -64,8 +63,7 @@ class DecodeStep:
         self._norm = _Norm(self, model.model.norm_f)
         head_bias = None if isinstance(model.lm_head, TiedHead) else model.lm_head.bias
         self._head = _Linear(self, model.lm_head.weight, head_bias)
-        # For one token of a small model, waking other threads takes longer than the work.
-        small = all(math.prod(p.shape[-2:]) <= SCRATCH for p in model.parameters())
+        small = all(math.prod(p.shape[-2:]) <= ONE_THREAD for p in model.parameters())
         self._one_thread = cache.batch_size == 1 and small
 
     @staticmethod
@@ -107,38 +105,35 @@ class DecodeStep:
         """An array `[B, *shape]` of the model's dtype."""
         return self._embeddings.new_empty(self.cache.batch_size, *shape)
 
-    def scratch(self, *shape: int) -> Tensor:
-        """An array that all who ask share: what it holds is gone with the next user."""
-        if self._scratch is None:
-            self._scratch = self._embeddings.new_empty(SCRATCH)
-        return self._scratch[: math.prod(shape)].view(shape)
-
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return known and not hooked
+    adapted = getattr(module, "low_rank", None) is not None
+    return known and not hooked and not adapted
 
 
 class _Norm:
     """RMS normalisation of `[B, groups, D / groups]`, one array for all results."""
 
     def __init__(self, step: DecodeStep, norm: nn.Module, groups: int = 1):
-        self._weight = norm.weight.detach()
-        width = len(self._weight)
+        width = len(norm.weight)
         self._result = step.empty(width)
-        self._by_group = self._result.view(-1, groups, width // groups)
-        self._rms = step.empty(groups, 1)
-        self._eps = step.empty(groups, 1).fill_(norm.variance_epsilon)
-        self._share = groups / width  # of an element in the mean square
+        shape = (groups,) if groups > 1 else ()
+        self._by_group = self._result.view(-1, *shape, width // groups)
+        self._root = step.empty(*shape, 1)
+        # weight x / sqrt(mean + eps) = (sqrt(n) weight) x / hypot(norm, sqrt(n eps)), n elements.
+        n = width // groups
+        self._weight = norm.weight.detach() * n**0.5
+        self._shift = torch.empty_like(self._root).fill_((n * norm.variance_epsilon) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[B, D]` -> `[B, D]`."""
-        groups, rms = self._by_group, self._rms
-        x = x.view(groups.shape)
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rms)
-        torch.addcmul(self._eps, rms, rms, value=self._share, out=rms).rsqrt_()
-        torch.mul(x, rms, out=groups)
+        groups, root = self._by_group, self._root
+        if groups.dim() > 2:
+            x = x.view(groups.shape)
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=root)
+        torch.div(x, root.hypot_(self._shift), out=groups)
         return self._result.mul_(self._weight)
 
 
@@ -146,73 +141,74 @@ class _Linear:
     """A projection `[B, n] -> [B, m]`, into its own array or added to another.
 
     A step reads every weight once, from memory that is far away, and BLAS reads short rows at a
-    third of what the memory gives. So one token takes a product element by element, which streams
-    through the weight, and a few tokens take a weight that oneDNN has packed for them, or `W x^T`;
-    long rows and many tokens are BLAS's own.
+    third of what the memory gives. So one token takes a weighted sum of rows (`_Rows`), and a few
+    tokens take a weight that oneDNN has packed for them, or `W x^T`; large models, many tokens and
+    fp64 are BLAS's own.
     """
 
     def __init__(self, step: DecodeStep, weight: Tensor, bias: Tensor | None = None):
-        self._weight, self._bias = weight.detach(), bias
-        self._transposed = self._weight.t()
-        B, (m, n) = step.cache.batch_size, weight.shape
+        weight = weight.detach()
+        self._weight, self._bias = weight, None if bias is None else bias.detach()
+        B, m = step.cache.batch_size, len(weight)
         self.result = step.empty(m)
-        self._row = self.result[0]
-        self._products = self._columns = self._packed = None
-        if B == 1 and n <= SHORT_ROW and m * n <= SCRATCH:
-            self._products = step.scratch(m, n)
+        self._rows = self._columns = self._packed = None
+        if step.streams:
+            self._rows = _Rows(weight.t())
         elif step.packs:
-            self._packed = _Packed(self._weight, B)
+            self._packed = PackedWeight(weight, B)
         elif 1 < B <= FEW_TOKENS:
             self._columns = weight.new_empty(m, B)
 
     @classmethod
-    def of(cls, step: DecodeStep, linear: nn.Module) -> Self:
-        return cls(step, linear.weight, linear.bias)
+    def of(cls, step: DecodeStep, *linears: nn.Module) -> Self:
+        """Of layers side by side."""
+        if len(linears) == 1:
+            return cls(step, linears[0].weight, linears[0].bias)
+        biased = linears[0].bias is not None
+        return cls(
+            step,
+            torch.cat([linear.weight.detach() for linear in linears]),
+            torch.cat([linear.bias.detach() for linear in linears]) if biased else None,
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._products is not None:
-            torch.mul(self._weight, x, out=self._products)
-            torch.sum(self._products, -1, out=self._row)
+        if self._rows is not None:
+            self.result.copy_(self._rows(x))
         elif self._packed is not None:
             self.result.copy_(self._packed(x))
         elif self._columns is not None:
             torch.mm(self._weight, x.t(), out=self._columns)
             self.result.copy_(self._columns.t())
         else:
-            torch.mm(x, self._transposed, out=self.result)
+            torch.mm(x, self._weight.t(), out=self.result)
         return self.result if self._bias is None else self.result.add_(self._bias)
 
     def add_to(self, sum_: Tensor, x: Tensor) -> None:
-        sum_.add_(self(x))
+        if self._rows is not None and self._bias is None:
+            sum_.add_(self._rows(x))
+        else:
+            sum_.add_(self(x))
 
 
-class _Packed:
-    """A weight `[m, n]` in the order in which oneDNN multiplies B rows by it.
+class _Rows:
+    """A matrix `[n, m]` whose rows are summed with weights: `x W^T` for one x, with `W^T` here.
 
-    2 to 3 times as fast as BLAS, which packs a weight anew at each call. PyTorch has the operation
-    for its own compiler.
+    What an embedding bag does for its rows; PyTorch's kernel for it streams through them at the
+    rate of the memory, where products of a matrix and a vector reach half of it and less.
     """
 
-    def __init__(self, weight: Tensor, B: int):
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), B)
+    def __init__(self, rows: Tensor):
+        self._rows = rows.contiguous()
+        self._all = torch.arange(len(rows))
+        self._start = torch.zeros(1, dtype=torch.int64)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[B, n]` -> `[B, m]`."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        """`[1, n]` -> `[1, m]`."""
+        return self.sums(self._all, self._start, x[0])
 
-
-@functools.cache
-def packing_works() -> bool:
-    """Whether this PyTorch has the operation, and it multiplies in fp32."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    weight, x = torch.linspace(-1, 1, 96, **kind).view(12, 8), torch.ones(2, 8, **kind)
-    try:
-        y = _Packed(weight, 2)(x)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((y - x @ weight.t()).abs().max() < 1e-5)
+    def sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+        """The sums of several runs in a list of row numbers, `[runs, m]`, each row weighted."""
+        return torch.embedding_bag(self._rows, rows, starts, False, 0, False, weights)[0]
 
 
 class _MLP:
@@ -236,28 +232,23 @@ class _AttentionBlock:
         mixer = block.mixer
         self._step, self._layer = step, layer
         self._norm = _Norm(step, block.norm)
-        self._q, self._k, self._v, self._o = (
-            _Linear.of(step, p) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
-        )
-        width = mixer.head_dim
-        self._heads = [p.result.unflatten(1, (-1, width)) for p in (self._q, self._k, self._v)]
-        self._impl = mixer.backend.impl
+        projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        self._qkv, self._o = _Linear.of(step, *projections), _Linear.of(step, mixer.o_proj)
+        parts = self._qkv.result.split([p.out_features for p in projections], dim=1)
+        self._heads = [part.unflatten(1, (-1, mixer.head_dim)) for part in parts]
 
     def __call__(self, hidden: Tensor) -> None:
-        x = self._norm(hidden)
-        for projection in (self._q, self._k, self._v):
-            projection(x)
+        self._qkv(self._norm(hidden))
         q, k, v = self._heads
         state, step = self._step.cache.begin(self._layer, self._step.layout)
         keys, values = state.append(k, v, step)
-        y = ops.cached_attention(
+        y = cached_attention(
             q,
             keys,
             values,
             layout=step.layout,
             starts=step.starts,
             positions=step.positions,
-            impl=self._impl,
         )
         self._o.add_to(hidden, y.flatten(1))
 
@@ -272,10 +263,18 @@ class _MambaBlock:
         self._in, self._out = _Linear.of(step, mixer.in_proj), _Linear.of(step, mixer.out_proj)
         self._z, xBC, self._dt = self._in.result.split([H * P, H * P + 2 * G * N, H], dim=1)
 
-        self._conv = state.conv  # [B, C, W]
-        self._window = torch.empty_like(state.conv)
-        self._inputs = (state.conv[..., 1:], xBC[..., None])
-        self._taps, self._conv_bias = mixer.conv1d.weight.detach()[:, 0], mixer.conv1d.bias
+        # The state [B, C, W] as [B, W, C] in memory: then its inputs move on in whole rows.
+        if not state.conv.transpose(1, 2).is_contiguous():
+            state.conv = state.conv.transpose(1, 2).contiguous().transpose(1, 2)
+        self._conv = state.conv.transpose(1, 2)
+        self._window = torch.empty_like(self._conv)
+        self._inputs = (self._conv[:, 1:], xBC[:, None])
+        self._taps = mixer.conv1d.weight.detach()[:, 0].t().contiguous()
+        W, bias = len(self._taps), mixer.conv1d.bias
+        self._terms = step.empty(W + (bias is not None), xBC.shape[1])
+        self._products = self._terms[:, :W]
+        if bias is not None:
+            self._terms[:, W] = bias.detach()
         self._xBC = step.empty(xBC.shape[1])
         x, inputs, outputs = self._xBC.split([H * P, G * N, G * N], dim=1)
         self._x = x.unflatten(1, (H, P))
@@ -304,11 +303,10 @@ class _MambaBlock:
         self._out.add_to(hidden, self._gated(y))
 
     def _convolve(self) -> None:
-        torch.cat(self._inputs, -1, out=self._window)
+        torch.cat(self._inputs, 1, out=self._window)
         self._conv.copy_(self._window)
-        torch.linalg.vecdot(self._window, self._taps, out=self._xBC)
-        if self._conv_bias is not None:
-            self._xBC.add_(self._conv_bias)
+        torch.mul(self._window, self._taps, out=self._products)
+        torch.sum(self._terms, 1, out=self._xBC)
         F.silu(self._xBC, inplace=True)
 
     def _recur(self) -> None:
@@ -338,27 +336,32 @@ class _MoEBlock:
             self._back = _Linear.of(step, mixer.fc2_latent_proj)
             self._latent_sum = torch.empty_like(self._into.result)
         self._experts = mixer.experts
-        E, F_, X = mixer.experts.up_proj.shape
+        up, down = (p.detach() for p in (mixer.experts.up_proj, mixer.experts.down_proj))
+        E, F_, X = up.shape
         B, K = step.cache.batch_size, mixer.gate.top_k
+        self._streams = step.streams
         # Where the choices reach most experts anyway, all of them are two products.
         self._all = step.packs and B * K >= E
-        self._few = B * K <= FEW_CHOICES * E and not self._all
-        self._streams = B == 1 and max(F_, X) <= SHORT_ROW and K * F_ * X <= SCRATCH
+        self._few = B * K <= FEW_CHOICES * E and not (self._all or self._streams)
         if self._few:
-            self._up = mixer.experts.up_proj.detach().unbind(0)  # [F, X] each
-            self._down = mixer.experts.down_proj.detach().unbind(0)  # [X, F] each
+            self._up, self._down = up.unbind(0), down.unbind(0)  # [F, X], [X, F] each
             self._h, self._y = step.empty(K, F_).view(B * K, F_), step.empty(K, X).view(B * K, X)
         if self._all:
-            up, down = mixer.experts.up_proj.detach(), mixer.experts.down_proj.detach()
-            self._up_all = _Packed(up.view(E * F_, X), B)
-            self._down_all = _Packed(down.transpose(0, 1).reshape(X, E * F_), B)
+            self._up_all = PackedWeight(up.view(E * F_, X), B)
+            self._down_all = PackedWeight(down.transpose(0, 1).reshape(X, E * F_), B)
             self._by_expert = step.empty(E)
         if self._streams:
-            self._up_products, self._down_products = step.scratch(K, F_, X), step.scratch(K, X, F_)
+            self._up_rows = _Rows(up.transpose(1, 2).flatten(0, 1))  # [E*X, F]
+            self._down_rows = _Rows(down.transpose(1, 2).flatten(0, 1))  # [E*F, X]
+            # The numbers of these rows by expert, `[E, X]` and `[E, F]`; a run for each choice.
+            self._of_up = torch.arange(E * X).view(E, X)
+            self._of_down = torch.arange(E * F_).view(E, F_)
+            self._runs, self._start = torch.arange(K) * X, torch.zeros(1, dtype=torch.int64)
+            self._x = step.empty(K, X)
 
     def __call__(self, hidden: Tensor) -> None:
         x = self._norm(hidden)
-        weights, indices = self._gate(x)  # [B, K]
+        weights, indices = self._choose(x)  # [B, K]
         if self._into is None:
             self._route(hidden, x, weights, indices)
         else:
@@ -367,28 +370,42 @@ class _MoEBlock:
             self._back.add_to(hidden, routed)
         self._shared.add_to(hidden, x)
 
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts `[B, K]`, by the router itself only where someone watches it."""
+        gate = self._gate
+        if gate.observed:
+            return gate(x)
+        return router(
+            x,
+            gate.weight,
+            gate.e_score_correction_bias,
+            top_k=gate.top_k,
+            n_group=gate.n_group,
+            topk_group=gate.topk_group,
+            norm_topk_prob=gate.norm_topk_prob,
+            scaling_factor=gate.scaling_factor,
+        )
+
     def _route(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """Add the experts' outputs `[B, X]`, each with its weight."""
-        if self._all:
-            self._route_all(sum_, x, weights, indices)
-        elif not self._few:
-            sum_.add_(self._experts(x, indices, weights))
-        elif self._streams:
+        if self._streams:
             self._route_one(sum_, x, weights, indices)
-        else:
+        elif self._all:
+            self._route_all(sum_, x, weights, indices)
+        elif self._few:
             self._route_few(sum_, x, weights, indices)
+        else:
+            sum_.add_(self._experts(x, indices, weights))
 
     def _route_one(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
-        """One token: element by element, as `_Linear` does."""
-        chosen = indices[0].tolist()
-        for expert, products in zip(chosen, self._up_products, strict=True):
-            torch.mul(self._up[expert], x, out=products)
-        torch.sum(self._up_products, -1, out=self._h)
-        self._h.relu_().square_().mul_(weights.view(-1, 1))
-        for expert, h, products in zip(chosen, self._h, self._down_products, strict=True):
-            torch.mul(self._down[expert], h, out=products)
-        torch.sum(self._down_products, -1, out=self._y)
-        sum_.add_(self._y.sum(0))
+        """One token: a sum of rows for each expert, then one over the rows of all of them."""
+        chosen = indices[0]
+        up = self._of_up.index_select(0, chosen).view(-1)
+        down = self._of_down.index_select(0, chosen).view(-1)
+        self._x.copy_(x[:, None])
+        h = self._up_rows.sums(up, self._runs, self._x.view(-1))  # [K, F]
+        h.relu_().square_().mul_(weights.view(-1, 1))
+        sum_.add_(self._down_rows.sums(down, self._start, h.view(-1)))
 
     def _route_all(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """Every expert, with weight 0 where it was not chosen."""

@@ -28,8 +28,13 @@ from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import Sampler
 from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
+_STOPPED = (
+    "generation was interrupted within a step, and the cache may hold tokens that nobody was "
+    "given: restore a snapshot, or make a new cache"
+)
 STEPS_AT_ONCE = 16  # between two looks of the host, on an accelerator
 
 
@@ -131,8 +136,14 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Like `generate`, token by token as they come: in each step one for every row not yet ended.
 
-    Arguments and errors are `generate`'s, and errors come at the call. A cache given is complete
-    when the iterator is exhausted; left early, it holds the tokens fed so far.
+    Arguments and errors are `generate`'s, and errors come at the call.
+
+    A cache given holds, once the iterator is exhausted or closed (a `break` out of a `for` loop
+    closes it, as `close()` does), what `generate` would leave: of each row the prompt and the
+    tokens that were yielded, but the last. Left between the tokens of one step, the rows whose
+    token of that step had not come yet have none that is unfed: all of theirs are held. An
+    iterator that was never begun leaves the cache as it was. While it is open the cache may be
+    behind, and then refuses to be used.
     """
     run = _Run(model, input_ids, attention_mask, past_key_values, GenerationOptions.of(options))
     run.steps_at_once = 1
@@ -142,6 +153,7 @@ def stream(
 class _Run:
     """One call of `generate` or `stream`."""
 
+    @ordinary
     def __init__(
         self,
         model: NemotronV3ForCausalLM,
@@ -193,7 +205,8 @@ class _Run:
             if held >= len(prompt):
                 raise ValueError(
                     f"row {row} of the cache holds {held} tokens, its prompt has {len(prompt)}: "
-                    "give the whole sequence, what the cache holds and at least one token more"
+                    "give the whole sequence, what the cache holds and at least one token more, or "
+                    "take one back (rollback)"
                 )
             unfed.append(prompt[held:])
         # The last new token is never fed.
@@ -204,31 +217,57 @@ class _Run:
     # --- the loop -------------------------------------------------------------------------------
 
     def tokens(self) -> Iterator[StreamedToken]:
-        """Run to the end; every new token, step by step."""
+        """Run to the end; every new token, step by step. Left early, the cache is put in order."""
         logits = self._prefill()
         self._step = self._make_step()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
         produced = 0
-        while self.active:
-            steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
-            base = self.cache.select(self.places) if steps > 1 and self.can_stop else None
-            segment = self._segment(steps, logits, pending)
-            yield from self._read(segment)
-            ended = [place for place in self.places if self._row(place).finish_reason]
-            if ended:
-                self._set_aside(ended, produced, base, segment)
-            going_on = [place for place in self.places if not self._row(place).finish_reason]
-            pending = segment.drawn[-1]
-            if ended and going_on:
-                index = torch.tensor(going_on, device=self.device)
-                pending = pending.index_select(0, index)
-                self.sampler.select(going_on, index)
-                self.cache = self.cache.select(going_on)
-                self._step = self._make_step()
-            self.active = [self.active[place] for place in going_on]
-            produced += steps
-        self._gather()
+        told: _Segment | None = None  # whose tokens the caller is being given
+        try:
+            while self.active:
+                steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
+                base = self.cache.select(self.places) if steps > 1 and self.can_stop else None
+                segment = self._segment(steps, logits, pending)
+                told = segment
+                yield from self._read(segment)
+                told = None
+                pending = self._go_on(segment, base, produced)
+                produced += steps
+        finally:
+            self._gather(told)
 
+    @ordinary
+    @torch.no_grad()
+    def _go_on(
+        self, segment: "_Segment", base: NemotronHybridCache | None, produced: int
+    ) -> Tensor:
+        """Let the rows that ended in a segment leave; the unfed token `[R]` of those that go on.
+
+        `base` and `produced` are `_set_aside`'s.
+        """
+        ended = [place for place in self.places if self._row(place).finish_reason]
+        pending = segment.drawn[-1]
+        if not ended:
+            return pending
+        going_on = [place for place in self.places if not self._row(place).finish_reason]
+        active, cache = [self.active[place] for place in going_on], self.cache
+        if going_on:
+            index = torch.tensor(going_on, device=self.device)
+            pending = pending.index_select(0, index)
+            self.sampler.select(going_on, index)
+            cache = self.cache.select(going_on)
+        self._set_aside(ended, produced, base, segment)
+        self.active, self.cache = active, cache
+        if going_on:
+            self._step = self._make_step()
+            if self._in_place:
+                self.given.withhold(
+                    "a stream over the cache is still open, and the cache behind what it has "
+                    "yielded: exhaust or close() the iterator first"
+                )
+        return pending
+
+    @ordinary
     @torch.no_grad()
     def _prefill(self) -> Tensor:
         """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
@@ -261,6 +300,7 @@ class _Run:
             logits_to_keep=last.to(self.device),
         ).logits
 
+    @ordinary
     def _make_step(self) -> Callable[[Tensor], Tensor]:
         """What feeds one token to each row of the present cache: `[R]` -> `[R, V]`."""
         if DecodeStep.fits(self.model, self.cache):
@@ -269,17 +309,22 @@ class _Run:
         layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
         return lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
 
+    @ordinary
     @torch.no_grad()
     def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
         """Some steps without a look at what comes out."""
         segment = _Segment(pending, [], [])
-        for _ in range(steps):
-            if pending is not None:
-                logits = self._step(pending)
-            pending, logprob = self.sampler(logits)
-            segment.drawn.append(pending)
-            if logprob is not None:
-                segment.logprobs.append(logprob)
+        try:
+            for _ in range(steps):
+                if pending is not None:
+                    logits = self._step(pending)
+                pending, logprob = self.sampler(logits)
+                segment.drawn.append(pending)
+                if logprob is not None:
+                    segment.logprobs.append(logprob)
+        except BaseException:  # such as a KeyboardInterrupt: it may hold tokens nobody was given
+            self.cache.withhold(_STOPPED)
+            raise
         return segment
 
     def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:
@@ -334,8 +379,26 @@ class _Run:
     def _keep(self, places: Sequence[int], cache: NemotronHybridCache) -> None:
         self.complete.append(([self.active[place] for place in places], cache))
 
-    def _gather(self) -> None:
-        """One cache of all rows, in order, in the caller's own where there is one."""
+    @property
+    def _in_place(self) -> bool:
+        """Whether the caller's cache is to hold what comes out."""
+        return self.given is not None and self.options.num_return_sequences == 1
+
+    @ordinary
+    @torch.no_grad()
+    def _gather(self, told: "_Segment | None") -> None:
+        """One cache of all rows, in order, in the caller's own where there is one.
+
+        With rows still active the run was left: between two tokens of the segment that is `told`,
+        if it has one step, the cache holds what the caller knows, and otherwise it does not.
+        """
+        if self.active:
+            if not self._in_place:
+                return  # nobody will ask for it
+            if self.cache.withheld or told is None or len(told.drawn) > 1:
+                self.given.withhold(self.cache.withheld or _STOPPED)
+                return
+            self._keep(self.places, self.cache)
         numbers = [number for rows, _ in self.complete for number in rows]
         self.cache = self.complete[0][1]
         if len(self.complete) > 1:
@@ -343,13 +406,13 @@ class _Run:
         if numbers != sorted(numbers):
             place = {number: place for place, number in enumerate(numbers)}
             self.cache = self.cache.select([place[number] for number in sorted(numbers)])
-        own = self.given is not None and self.options.num_return_sequences == 1
-        if own and self.cache is not self.given:
+        if self._in_place and self.cache is not self.given:
             self.given.restore(self.cache.snapshot())
             self.cache = self.given
 
     # --- the result -----------------------------------------------------------------------------
 
+    @ordinary
     def output(self) -> GenerationOutput:
         """What came out, once `tokens` is exhausted."""
         whole = [

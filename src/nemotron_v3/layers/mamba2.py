@@ -15,7 +15,7 @@ from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
 from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
@@ -112,12 +112,12 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         """
         cache = as_cache(past_key_values)
         layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
-        zxbcdt = self.in_proj(layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
+        zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         if cache is None:
             y, _, _ = self._scan(zxbcdt, layout=layout)
         else:
             y = self._follow(zxbcdt, *cache.begin(self.layer_idx, layout))
-        return layout.unpack(self.out_proj(y))
+        return layout.unpack(project(self.out_proj, y))
 
     def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
@@ -135,7 +135,7 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         differentiable = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in seen
         )
-        if step.is_decode and not differentiable:
+        if step.is_decode and not differentiable and not state.has_graph:
             if step.window:
                 state.remember(step.layout.seq_idx.long(), step.positions)
             return ops.mamba2_step(

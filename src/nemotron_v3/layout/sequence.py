@@ -29,6 +29,7 @@ from nemotron_v3.layout.checks import (
     read_offsets,
     shortened,
 )
+from nemotron_v3.layout.modes import capturing, ordinary
 
 PADDING = -1
 
@@ -40,9 +41,12 @@ def _once(function: Callable) -> property:
     def get(self: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(self)
-        if name not in self.__dict__:
-            self.__dict__[name] = function(self)
-        return self.__dict__[name]
+        if name in self.__dict__:
+            return self.__dict__[name]
+        value = ordinary(function)(self)
+        if not (isinstance(value, Tensor) and capturing(self.device)):
+            self.__dict__[name] = value
+        return value
 
     return property(get, doc=function.__doc__)
 
@@ -89,6 +93,7 @@ class SequenceLayout:
         return cls._build((sum(lengths),), lengths, None, device)
 
     @classmethod
+    @ordinary
     def from_cu_seqlens(
         cls,
         cu_seqlens: Tensor,
@@ -134,6 +139,7 @@ class SequenceLayout:
         return cls._build(shape, lengths, torch.cat([none, *runs]), device)
 
     @classmethod
+    @ordinary
     def from_seq_idx(cls, seq_idx: Tensor) -> Self:
         """Documents given by a number per token: a new one starts where the number changes.
 
@@ -171,6 +177,7 @@ class SequenceLayout:
         return cls._build(tuple(seq_idx.shape), lengths, index, seq_idx.device)
 
     @classmethod
+    @ordinary
     def from_padding_mask(cls, mask: Tensor) -> Self:
         """One document a row, made of the tokens the mask marks as real.
 
@@ -274,6 +281,7 @@ class SequenceLayout:
         return chosen.to(device)
 
     @classmethod
+    @ordinary
     def _build(
         cls,
         shape: tuple[int, ...],
@@ -371,6 +379,7 @@ class SequenceLayout:
             return y
         return y.reshape(*self.shape, *y.shape[1:])
 
+    @ordinary
     def to(self, device: torch.device | str) -> "SequenceLayout":
         """The same layout with its tensors on `device`; itself where they are there already."""
         if self.device == torch.device(device):
@@ -379,13 +388,19 @@ class SequenceLayout:
         return SequenceLayout(self.shape, self.lengths, self.cu_seqlens.to(device), index)
 
     def derived(self, key: Hashable, build: Callable[["SequenceLayout"], Any]) -> Any:
-        """`build(self)`, computed once for this layout: index tables that an op works out."""
+        """`build(self)`, computed once for this layout: index tables that an op works out.
+
+        Tables that are built while a graph is captured hold nothing before its first replay: they
+        serve that capture alone.
+        """
         if torch.compiler.is_compiling():  # which finds equal parts of a graph by itself
             return build(self)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # the layout may serve training afterwards
-                self._tables[key] = build(self)
-        return self._tables[key]
+        if key in self._tables:
+            return self._tables[key]
+        tables = ordinary(build)(self)  # the layout may serve training afterwards
+        if not capturing(self.device):
+            self._tables[key] = tables
+        return tables
 
     @_once
     def _tables(self) -> dict[Hashable, Any]:

@@ -1,0 +1,64 @@
+"""Fresh states: what a row holds before its first token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState
+from nemotron_v3.config import NemotronV3Config
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a cache, as `NemotronHybridCache` takes them."""
+
+    config: NemotronV3Config
+    rows: int
+    dtype: torch.dtype
+    device: torch.device | str | None
+    max_length: int | None
+    window: int
+
+
+def fresh_states(sizes: Sizes) -> dict[int, LayerState]:
+    """By layer, of those that have a state."""
+    return {
+        layer: make(sizes)
+        for layer, block in enumerate(sizes.config.layers_block_type)
+        if (make := _MAKERS.get(block)) is not None
+    }
+
+
+def _key_value_state(sizes: Sizes) -> KeyValueState:
+    config = sizes.config
+    keys = torch.zeros(
+        sizes.rows,
+        config.num_key_value_heads,
+        sizes.max_length or 0,
+        config.head_dim,
+        dtype=sizes.dtype,
+        device=sizes.device,
+    )
+    return KeyValueState(keys, torch.zeros_like(keys))
+
+
+def _mamba_state(sizes: Sizes) -> MambaState:
+    config, rows, window = sizes.config, sizes.rows, sizes.window
+    conv = (config.conv_dim, config.conv_kernel)
+    ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    kind = {"dtype": sizes.dtype, "device": sizes.device}
+    exact = sizes.dtype == torch.float64  # a model in fp64 is there to be exact
+    ssm_kind = kind | {"dtype": sizes.dtype if exact else config.mamba_ssm_cache_dtype}
+    return MambaState(
+        torch.zeros(rows, *conv, **kind),
+        torch.zeros(rows, *ssm, **ssm_kind),
+        torch.zeros(rows, window, *conv, **kind),
+        torch.zeros(rows, window, *ssm, **ssm_kind),
+    )
+
+
+_MAKERS: dict[str, Callable[[Sizes], LayerState]] = {
+    "attention": _key_value_state,
+    "mamba": _mamba_state,
+}

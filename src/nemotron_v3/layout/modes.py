@@ -1,0 +1,29 @@
+"""The mode a caller is in, where tensors are made that outlive it."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def ordinary(function: Callable) -> Callable:
+    """`function`, the tensors it makes being ordinary ones even in inference mode.
+
+    A tensor made in inference mode can be neither written to nor saved for a backward pass outside
+    of it. What is kept beyond a call must not depend on where the call came from.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        # A compiler, which cannot ask for the mode, keeps nothing itself.
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work on `device` is recorded into a graph now, so that it is done at a replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
