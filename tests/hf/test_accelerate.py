@@ -101,6 +101,23 @@ def test_every_way_to_say_where_documents_lie_gives_the_same(how):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_pack_with_a_4d_mask_is_one_in_the_scans_too(additive):
+    """The mask speaks of attention; where a document starts, the positions say."""
+    model, lengths = accelerated(transformers_model()), (20, 1, 30)
+    docs = documents(lengths)
+    number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    mask = ((number[:, None] == number) & torch.ones(51, 51, dtype=torch.bool).tril())[None, None]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    ids = torch.cat(docs, 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    found = model(ids, labels=ids, position_ids=positions, attention_mask=mask)
+    expected = together(model, docs, "position_ids")
+    assert close(found.logits[0], expected["logits"])
+    assert close(found.loss, expected["loss"])
+
+
 def test_one_document_does_not_see_another():
     model = accelerated(transformers_model())
     a, b, c = documents((20, 30, 10))

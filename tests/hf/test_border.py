@@ -44,6 +44,15 @@ def test_positions_say_nothing_beside_a_mask():
     assert found.lengths == (4,) and found.token_index.tolist() == [2, 3, 4, 5]
 
 
+def test_positions_beside_a_4d_mask_say_where_scans_start():
+    said = {
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]]),
+        "attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool).tril(),
+    }
+    assert layout(**said).lengths == (3, 2, 1)
+    assert layout(**said, cached=True).lengths == (6,)  # it holds one sequence a row
+
+
 def test_nor_once_a_cache_holds_tokens():
     said = {"position_ids": torch.tensor([[4, 5, 6, 0, 1, 2]]), "follows": True, "cached": True}
     assert layout(**said).lengths == (6,)

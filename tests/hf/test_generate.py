@@ -50,6 +50,27 @@ def test_left_padding_is_as_each_prompt_alone(pair, cache):
     assert torch.equal(found, torch.cat(expected))
 
 
+@pytest.mark.parametrize("pieces", [[1] * 11, [2, 1, 1, 4, 1, 2]])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_may_come_one_token_at_a_time(pair, left, pieces):
+    """Behind a cache, where a mask says so, a token is not real."""
+    _, ours = pair
+    docs = documents((3, 11, 6))
+    batch = right_padded(docs, left=left)
+    cache = DynamicCache(config=ours.config)
+    logits, end = [], 0
+    with torch.no_grad():
+        for piece in batch["input_ids"].split(pieces, dim=1):
+            end += piece.shape[1]
+            mask = batch["attention_mask"][:, :end]
+            logits.append(ours(piece, attention_mask=mask, past_key_values=cache).logits)
+        logits = torch.cat(logits, 1)
+        for row, doc in enumerate(docs):
+            real = batch["attention_mask"][row] == 1
+            assert close(logits[row, real], ours(doc).logits[0])
+            assert not logits[row, ~real].any()
+
+
 def test_beams_reorder_the_states(pair):
     plain, ours = pair
     options = GREEDY | {"num_beams": 3, "max_new_tokens": 15, "num_return_sequences": 2}

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from nemotron_v3.hf import is_accelerated, undo
 from tests.hf.models import accelerated, close, tokens, transformers_model
@@ -66,3 +71,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, loss):
     with torch.autocast("cpu", torch.bfloat16):
         reference = plain.eval()(ids).logits
     assert close(undone(ids).logits, reference, 0.0)
+
+
+class Equal(Dataset):
+    """Of one length, with labels."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        ids = tokens(9, seed=n)
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("loss", ["logits", "linear"])
+def test_evaluation_and_prediction_get_the_logits(tmp_path, loss):
+    plain = transformers_model().eval()
+    model = accelerated(plain, loss=loss)
+    seen = []
+    options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    run = Trainer(
+        model,
+        TrainingArguments(per_device_eval_batch_size=2, **options),
+        eval_dataset=Equal(),
+        data_collator=default_data_collator,
+        compute_metrics=lambda found: seen.append(found) or {"rows": len(found.label_ids)},
+    )
+    batch = torch.stack([Equal()[n]["input_ids"] for n in range(5)])
+    with torch.no_grad():
+        expected = plain(batch, labels=batch)
+    metrics = run.evaluate()
+    predicted = run.predict(Equal())
+    assert metrics["eval_rows"] == 5
+    assert metrics["eval_loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    for logits in (seen[0].predictions, predicted.predictions):
+        assert close(torch.tensor(logits), expected.logits)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import capturing
 
 # What transformers' data collators and generate() say about where sequences lie.
 PACKING_NAMES = (
@@ -70,8 +71,8 @@ class Border:
             device: where they are.
             attention_mask: a padding mask `[B, S]`, or `[B, past + S]` with a cache; a 4-D mask; or
                 a dict of both by kind of layer, as `create_masks_for_generate` makes them.
-            position_ids: `[B or 1, S]`; without a mask, a document starts where they do not go on
-                by one.
+            position_ids: `[B or 1, S]`; without a padding mask, a document starts where they do not
+                go on by one.
             follows: whether a cache holds tokens already.
             cached: whether a cache is there at all: it holds one sequence a row.
             router_logits: whether the caller wants them.
@@ -85,10 +86,13 @@ class Border:
         padding, mask = _split_masks(attention_mask, shape)
         new = padding
         if padding is not None and follows:
-            # In a step of one token the token is real: nothing needs to be read from the device.
-            new = None if shape[1] == 1 else padding[:, -shape[1] :]
+            # A graph that is captured cannot ask whether the one token of a row is real: it is.
+            blind = shape[1] == 1 and capturing(padding.device)
+            new = None if blind else padding[:, -shape[1] :]
         explicit = _explicit(packing, shape)
-        if not explicit and padding is None and mask is None and not follows:
+        # A 4-D mask speaks of attention alone: scans go by the positions, without a cache.
+        counted = padding is None and (mask is None or not cached)
+        if not explicit and counted and not follows:
             explicit = _from_positions(position_ids, shape)
         layout = _resolve(shape, device, new, explicit)
         if cached and layout.num_documents != shape[0]:

@@ -23,6 +23,7 @@ from nemotron_v3.config import BackendConfig, NemotronV3Config, canonical_block_
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.border import Border
 from nemotron_v3.hf.states import mamba_states, write_mamba_states
+from nemotron_v3.layers.linear import project
 from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
 
@@ -82,11 +83,10 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
     def forward(self, x: Tensor, border: Border | None = None) -> Tensor:
         """`[..., D]` -> `[..., D]`; with a `border`, padding is left out and comes back 0."""
         if border is None or border.layout.token_index is None:
-            return self.down_proj(ops.relu2(self.up_proj(x), impl=self.impl))
+            return project(self.down_proj, ops.relu2(project(self.up_proj, x), impl=self.impl))
         layout = border.on(x.device)
-        return layout.unpack(
-            self.down_proj(ops.relu2(self.up_proj(layout.pack(x)), impl=self.impl))
-        )
+        h = ops.relu2(project(self.up_proj, layout.pack(x)), impl=self.impl)
+        return layout.unpack(project(self.down_proj, h))
 
 
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
@@ -148,7 +148,8 @@ class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
         logits, weights, indices = self.gate(x, return_logits=wanted)  # [T, E], [T, K] twice
         if wanted:
             border.router_logits[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B * S, E]
-        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x), indices, weights))
+        routed = self.experts(project(self.fc1_latent_proj, x), indices, weights)
+        routed = project(self.fc2_latent_proj, routed)
         return layout.unpack(routed + self.shared_experts(x))
 
 
@@ -166,14 +167,14 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))  # [T, H, P], [T, J, P] twice
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(layer, x).unflatten(-1, (-1, self.head_dim))  # [T, H, P], [T, J, P] twice
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if past_key_values is None:
             y = self._attend(q, k, v, layout, border.mask)
         else:
             y = self._follow(q, k, v, layout, past_key_values, border)
-        return layout.unpack(self.o_proj(y.flatten(-2))), None
+        return layout.unpack(project(self.o_proj, y.flatten(-2))), None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None
@@ -244,13 +245,13 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         """`[B, S, D]` -> `[B, S, D]`, along each document from its first token or the cache."""
         border = Border.of(border, hidden_states, attention_mask)
         layout = border.on(hidden_states.device)
-        zxbcdt = self.in_proj(layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
+        zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         weights = self._weights()
         if cache_params is None:
             y, _, _ = self._scan(zxbcdt, weights, layout)
         else:
             y = self._follow(zxbcdt, weights, layout, cache_params)
-        return layout.unpack(self.out_proj(y))
+        return layout.unpack(project(self.out_proj, y))
 
     def _follow(
         self,

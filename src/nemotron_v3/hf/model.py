@@ -133,8 +133,8 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
             input_ids: int64 `[B, S]`.
             attention_mask: `[B, S]`, 1 = real; `[B, past + S]` with a cache; a 4-D mask; or a dict
                 of both by kind of layer.
-            position_ids: `[B or 1, S]`; where no mask is given, a document starts where they do
-                not go on by one.
+            position_ids: `[B or 1, S]`; where no padding mask is given, a document starts where
+                they do not go on by one.
             past_key_values: a cache of transformers, updated in place.
             inputs_embeds: `[B, S, D]` in place of `input_ids`.
             labels: int64 `[B, S]`, shifted by one inside and never across a document's border.
