@@ -14,7 +14,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.transformer_engine import make_te_attention
 from nemotron_v3.layout import SequenceLayout
 
@@ -97,9 +97,13 @@ class NemotronV3Attention(nn.Module):
         padding_mask = attention_mask if mask is None else None
         layout = enter(hidden_states, self.hidden_size, padding_mask, attn_kwargs, cache)
         x = layout.pack(hidden_states)  # [T, D]
-        q = self.q_proj(x).unflatten(-1, (self.num_attention_heads, self.head_dim))  # [T, H, P]
-        k = self.k_proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim))  # [T, J, P]
-        v = self.v_proj(x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        q = project(self.q_proj, x).unflatten(
+            -1, (self.num_attention_heads, self.head_dim)
+        )  # [T, H, P]
+        k = project(self.k_proj, x).unflatten(
+            -1, (self.num_key_value_heads, self.head_dim)
+        )  # [T, J, P]
+        v = project(self.v_proj, x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         if cache is not None:
             y = self._follow(q, k, v, layout, cache, layer_idx)
         else:
@@ -112,7 +116,7 @@ class NemotronV3Attention(nn.Module):
                 dropout_p=self.attention_dropout if self.training else 0.0,
                 impl=self.impl,
             )
-        return layout.unpack(self.o_proj(y.flatten(-2)))
+        return layout.unpack(project(self.o_proj, y.flatten(-2)))
 
     def _follow(
         self,

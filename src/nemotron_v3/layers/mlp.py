@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.ops import relu2
 
 
@@ -76,7 +76,7 @@ class NemotronV3MLP(nn.Module):
                 f"hidden size {hidden_states.shape[-1]} does not match the layer's "
                 f"{self.hidden_size}: give hidden states of shape (..., {self.hidden_size})"
             )
-        return self.down_proj(relu2(self.up_proj(hidden_states), impl=self.impl))
+        return project(self.down_proj, relu2(project(self.up_proj, hidden_states), impl=self.impl))
 
     def init_weights(
         self,

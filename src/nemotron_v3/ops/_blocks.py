@@ -29,6 +29,18 @@ def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[in
         yield start, min(rows, start + step)
 
 
+def rows_for(array: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Where to write rows of an array: there, if they are computed in its dtype; see `put_rows`."""
+    rows = array[start:end]
+    return rows if array.dtype == dtype else torch.empty_like(rows, dtype=dtype)
+
+
+def put_rows(array: Tensor, start: int, written: Tensor) -> None:
+    """Store rows that `rows_for` gave, once they are written."""
+    if array.dtype != written.dtype:
+        array[start : start + len(written)] = written
+
+
 class Workspace:
     """Arrays by name that every block writes anew.
 

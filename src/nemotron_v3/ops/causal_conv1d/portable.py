@@ -32,18 +32,21 @@ def causal_conv1d(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    W = weight.shape[1]
-    borders = layout.derived(("causal_conv1d", W), lambda it: Borders.of(it, W))
-    states = initial_states
-    if states is None and return_final_states:
-        states = x.new_zeros(layout.num_documents, x.shape[1], W)
+    borders = borders_of(layout, weight.shape[1])
     y = _Conv.apply(x, weight, bias, initial_states, borders, activation)
-    return y, _final_states(x, states, borders) if return_final_states else None
+    return y, final_states(x, initial_states, borders) if return_final_states else None
 
 
-def _final_states(x: Tensor, states: Tensor, borders: Borders) -> Tensor:
-    """The last W inputs of each document, `[D, C, W]`."""
-    D, C, W = states.shape
+def borders_of(layout: SequenceLayout, W: int) -> Borders:
+    return layout.derived(("causal_conv1d", W), lambda it: Borders.of(it, W))
+
+
+def final_states(x: Tensor, states: Tensor | None, borders: Borders) -> Tensor:
+    """The last W inputs of each document, `[D, C, W]`, after its initial state."""
+    D, W = borders.final_shape
+    C = x.shape[1]
+    if states is None:
+        states = x.new_zeros(D, C, W)
     rows = x.new_zeros(D * W, C)
     from_x, from_states = borders.final_tokens, borders.final_states
     rows = rows.index_copy(0, from_x.places, x.index_select(0, from_x.sources))
@@ -64,22 +67,7 @@ class _Conv(torch.autograd.Function):
         borders: Borders,
         activation: str | None,
     ) -> Tensor:
-        dtype = wide(x.dtype)
-        taps = weight.t().to(dtype).contiguous()  # [W, C]
-        shift = None if bias is None else bias.to(dtype)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        W = len(taps)
-        activate_ = _silu_ if activation == "silu" else _identity
-        for start, end in row_blocks(x.shape[0] - (W - 1), x.shape[1], x.device):
-            rows = y[start + W - 1 : end + W - 1]
-            inputs = x[start : end + W - 1].to(dtype)
-            if y.dtype == dtype:
-                activate_(sum_of_taps(inputs, taps, shift, out=rows))
-            else:
-                rows.copy_(activate_(sum_of_taps(inputs, taps, shift)))
-        for _, heads, inputs in head_inputs(x, initial_states, borders, W):
-            u = sum_of_taps(inputs, taps, shift).flatten(0, 1).index_select(0, heads.places)
-            y.index_copy_(0, heads.sources, activate_(u).to(y.dtype))
+        y = convolve(x, weight, bias, initial_states, borders, activation)
         ctx.save_for_backward(x, weight, bias, initial_states)
         ctx.borders, ctx.activation = borders, activation
         return y
@@ -87,7 +75,38 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*backward(*ctx.saved_tensors, ctx.borders, ctx.activation, dy), None, None)
+        saved = ctx.saved_tensors
+        dx = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
+        others = backward(*saved, ctx.borders, ctx.activation, dy, dx)
+        return (dx, *others, None, None)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    borders: Borders,
+    activation: str | None,
+) -> Tensor:
+    """The forward pass, outside autograd."""
+    dtype = wide(x.dtype)
+    taps = weight.t().to(dtype).contiguous()  # [W, C]
+    shift = None if bias is None else bias.to(dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    W = len(taps)
+    activate_ = _silu_ if activation == "silu" else _identity
+    for start, end in row_blocks(x.shape[0] - (W - 1), x.shape[1], x.device):
+        rows = y[start + W - 1 : end + W - 1]
+        inputs = x[start : end + W - 1].to(dtype)
+        if y.dtype == dtype:
+            activate_(sum_of_taps(inputs, taps, shift, out=rows))
+        else:
+            rows.copy_(activate_(sum_of_taps(inputs, taps, shift)))
+    for _, heads, inputs in head_inputs(x, initial_states, borders, W):
+        u = sum_of_taps(inputs, taps, shift).flatten(0, 1).index_select(0, heads.places)
+        y.index_copy_(0, heads.sources, activate_(u).to(y.dtype))
+    return y
 
 
 def _silu_(u: Tensor) -> Tensor:

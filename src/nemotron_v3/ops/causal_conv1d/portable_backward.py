@@ -11,6 +11,9 @@ from nemotron_v3.ops._dispatch import wide
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
 
+# Rows of partial sums over tokens: a pass over fewer is mostly the call.
+SUMMED = 128
+
 
 def backward(
     x: Tensor,
@@ -20,13 +23,14 @@ def backward(
     borders: Borders,
     activation: str | None,
     dy: Tensor,
+    dx: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and the initial states."""
-    gradients = _Gradients(x, weight, bias, activation)
+    """Gradients of weight, bias and the initial states; that of x is written to `dx`."""
+    gradients = _Gradients(x, weight, bias, activation, dx)
     gradients.add_stream(borders, dy)
     dstates = gradients.add_heads(initial_states, borders, dy)
     dbias = None if bias is None else gradients.dbias.to(bias.dtype)
-    return gradients.dx, gradients.dtaps.t().to(weight.dtype), dbias, dstates
+    return gradients.dtaps.t().to(weight.dtype), dbias, dstates
 
 
 class _Gradients:
@@ -35,13 +39,14 @@ class _Gradients:
     dinputs[i + j] += taps[j] du_i,   dtaps[j] = sum_i du_i inputs[i + j],   dbias = sum_i du_i.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None):
-        self.x, self.silu = x, activation == "silu"
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dx: Tensor
+    ):
+        self.x, self.dx, self.silu = x, dx, activation == "silu"
         self.dtype = wide(x.dtype)
         self.taps = weight.t().to(self.dtype).contiguous()  # [W, C]
         self.bias = None if bias is None else bias.to(self.dtype)
         self.work = Workspace(x, self.dtype)
-        self.dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.dtaps = torch.zeros_like(self.taps)
         self.dbias = torch.zeros_like(self.taps[0])
 
@@ -55,9 +60,16 @@ class _Gradients:
     def add_sums(self, du: Tensor, inputs: Tensor) -> None:
         """`[n, C]`, `[n + W - 1, C]`: the sums over tokens."""
         self.dbias += du.sum(0)
+        rows = min(SUMMED, len(du))
+        whole = len(du) - len(du) % rows
         for j, dtap in enumerate(self.dtaps):
-            product = torch.mul(du, inputs[j : j + len(du)], out=self.work("product", *du.shape))
-            dtap += product.sum(0)
+            # Rows are multiplied and added in one pass onto few rows, which stay in a cache.
+            sums = self.work("sums", rows, du.shape[1]).zero_()
+            for i in range(0, whole, rows):
+                sums.addcmul_(du[i : i + rows], inputs[i + j : i + j + rows])
+            dtap += sums.sum(0)
+            if whole < len(du):
+                dtap += (du[whole:] * inputs[whole + j : len(du) + j]).sum(0)
 
     def add_stream(self, borders: Borders, dy: Tensor) -> None:
         """All tokens but the heads, whose du is left out; the heads' dx so far is what later

@@ -38,6 +38,7 @@ class Borders:
         head_counts: how many of them lie before each document's, `[D + 1]` on the host.
         final_tokens: the table `[D, W]` of the last W inputs of each document, from its tokens.
         final_states: the same, from its initial state; sources are rows of `[D * W]`.
+        final_shape: `(D, W)`.
     """
 
     heads: Places
@@ -45,6 +46,7 @@ class Borders:
     head_counts: tuple[int, ...]
     final_tokens: Places
     final_states: Places
+    final_shape: tuple[int, int]
 
     @classmethod
     def of(cls, layout: SequenceLayout, W: int) -> "Borders":
@@ -67,6 +69,7 @@ class Borders:
             tuple(head_counts),
             _places(tokens, layout.device),
             _places(states, layout.device),
+            (layout.num_documents, W),
         )
 
     def heads_of_documents(self, first: int, last: int, W: int) -> Places:

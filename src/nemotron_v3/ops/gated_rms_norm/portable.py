@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import block_elements, row_blocks
+from nemotron_v3.ops._blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
 from nemotron_v3.ops._dispatch import needs_grad, wide
 
 
@@ -36,16 +36,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float
     ) -> Tensor:
-        dtype = wide(y.dtype)
-        out = torch.empty_like(y, memory_format=torch.contiguous_format)
-        for start, end in row_blocks(*y.shape, y.device):
-            rows = slice(start, end)
-            v = y[rows].to(dtype)
-            if z is not None:
-                v = F.silu(z[rows].to(dtype)).mul_(v)
-            n = v.unflatten(1, (-1, group_size))
-            n = (n * _inverse_rms(n, eps)).flatten(1)
-            out[rows] = n.mul_(weight.to(dtype))
+        out = normalise(y, z, weight, group_size, eps)
         ctx.save_for_backward(y, z, weight)
         ctx.group_size, ctx.eps = group_size, eps
         return out
@@ -54,35 +45,72 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
-        dtype = wide(y.dtype)
         dy = torch.empty_like(y, memory_format=torch.contiguous_format)
         dz = None if z is None else torch.empty_like(dy)
-        dweight = weight.new_zeros(weight.shape, dtype=dtype)
-        for start, end in row_blocks(*y.shape, y.device):
-            rows = slice(start, end)
-            y_rows = y[rows].to(dtype)
-            z_rows = None if z is None else z[rows].to(dtype)
-            gate = None if z is None else F.silu(z_rows)
-            v = y_rows if z is None else gate * y_rows
-            dn = dout[rows].to(dtype)
+        dweight = backward(y, z, weight, ctx.group_size, ctx.eps, dout, dy, dz)
+        return dy, dz, dweight, None, None
 
-            groups = v.unflatten(1, (-1, ctx.group_size))
-            r = _inverse_rms(groups, ctx.eps)
-            n = groups * r
-            product = dn * n.flatten(1)
-            dweight += product.sum(0)
-            # dv = r (dn - n mean(dn n)), with the weight inside dn
-            mean = product.mul_(weight.to(dtype)).unflatten(1, (-1, ctx.group_size))
-            mean = mean.mean(-1, keepdim=True)
-            dv = torch.mul(dn, weight.to(dtype), out=product).view_as(n)
-            dv = dv.addcmul_(n, mean, value=-1).mul_(r).flatten(1)
-            if z is None:
-                dy[rows] = dv
-            else:
-                torch.mul(dv, gate, out=gate)
-                dy[rows] = gate
-                dz[rows] = torch.ops.aten.silu_backward(dv.mul_(y_rows), z_rows)
-        return dy, dz, dweight.to(weight.dtype), None, None
+
+def normalise(y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float) -> Tensor:
+    """The forward pass on `[T, D]`, outside autograd."""
+    dtype = wide(y.dtype)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    work, weight = Workspace(y, dtype), weight.to(dtype)
+    for start, end in row_blocks(*y.shape, y.device):
+        y_rows = y[start:end].to(dtype)
+        v = y_rows if z is None else _silu(z[start:end].to(dtype), work).mul_(y_rows)
+        groups = v.unflatten(1, (-1, group_size))
+        n = torch.mul(groups, _inverse_rms(groups, eps), out=work("n", *groups.shape)).flatten(1)
+        put_rows(out, start, torch.mul(n, weight, out=rows_for(out, start, end, dtype)))
+    return out
+
+
+def backward(
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    group_size: int,
+    eps: float,
+    dout: Tensor,
+    dy: Tensor,
+    dz: Tensor | None,
+) -> Tensor:
+    """The gradient of the weight; those of y and z are written to `dy` and `dz`."""
+    dtype, given = wide(y.dtype), weight.dtype
+    dweight = weight.new_zeros(weight.shape, dtype=dtype)
+    work, weight = Workspace(y, dtype), weight.to(dtype)
+    for start, end in row_blocks(*y.shape, y.device):
+        y_rows = y[start:end].to(dtype)
+        dn = dout[start:end].to(dtype)
+        shape = y_rows.shape
+        v = y_rows
+        if z is not None:
+            z_rows = z[start:end].to(dtype)
+            gate = _silu(z_rows, work)
+            v = torch.mul(gate, y_rows, out=work("v", *shape))
+
+        groups = v.unflatten(1, (-1, group_size))
+        r = _inverse_rms(groups, eps)
+        n = torch.mul(groups, r, out=work("n", *groups.shape))
+        product = torch.mul(dn, n.flatten(1), out=work("product", *shape))
+        dweight += product.sum(0)
+        # dv = r (dn - n mean(dn n)), with the weight inside dn
+        mean = product.mul_(weight).unflatten(1, (-1, group_size)).mean(-1, keepdim=True)
+        dv = torch.mul(dn, weight, out=product).view_as(n)
+        dv = dv.addcmul_(n, mean, value=-1).mul_(r).flatten(1)
+        target = rows_for(dy, start, end, dtype)
+        if z is None:
+            put_rows(dy, start, target.copy_(dv))
+        else:
+            put_rows(dy, start, torch.mul(dv, gate, out=target))
+            target = rows_for(dz, start, end, dtype)
+            torch.ops.aten.silu_backward(dv.mul_(y_rows), z_rows, grad_input=target)
+            put_rows(dz, start, target)
+    return dweight.to(given)
+
+
+def _silu(z: Tensor, work: Workspace) -> Tensor:
+    return torch.ops.aten.silu.out(z, out=work("gate", *z.shape))
 
 
 def _inverse_rms(groups: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import block_elements, row_blocks
+from nemotron_v3.ops._blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
 from nemotron_v3.ops._dispatch import needs_grad, wide
 
 
@@ -32,8 +32,9 @@ class _Norm(torch.autograd.Function):
         out = x.new_empty(x.shape, dtype=out_dtype)
         for start, end in row_blocks(*x.shape, x.device):
             x_rows = x[start:end].to(dtype)
-            n = x_rows * _inverse_rms(x_rows, eps)
-            out[start:end] = n.mul_(weight.to(dtype))
+            n = rows_for(out, start, end, dtype)
+            torch.mul(x_rows, _inverse_rms(x_rows, eps), out=n)
+            put_rows(out, start, n.mul_(weight.to(dtype)))
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return out
@@ -45,16 +46,18 @@ class _Norm(torch.autograd.Function):
         dtype = wide(x.dtype)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dweight = weight.new_zeros(weight.shape, dtype=dtype)
+        work = Workspace(x, dtype)
         for start, end in row_blocks(*x.shape, x.device):
             x_rows, dn = x[start:end].to(dtype), dout[start:end].to(dtype)
             r = _inverse_rms(x_rows, ctx.eps)
-            n = x_rows * r
-            product = dn * n
+            n = torch.mul(x_rows, r, out=work("n", *dn.shape))
+            product = torch.mul(dn, n, out=work("product", *dn.shape))
             dweight += product.sum(0)
             # dx = r (dn - n mean(dn n)), with the weight inside dn
             mean = product.mul_(weight.to(dtype)).mean(-1, keepdim=True)
-            torch.mul(dn, weight.to(dtype), out=product)
-            dx[start:end] = product.addcmul_(n, mean, value=-1).mul_(r)
+            target = rows_for(dx, start, end, dtype)
+            torch.mul(dn, weight.to(dtype), out=target)
+            put_rows(dx, start, target.addcmul_(n, mean, value=-1).mul_(r))
         return dx, dweight.to(weight.dtype), None, None
 
 

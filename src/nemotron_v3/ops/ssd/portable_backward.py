@@ -29,19 +29,25 @@ def backward(
     C: Tensor,
     D: Tensor | None,
     initial_states: Tensor | None,
-    states: Tensor,
-    tiles: Tiles,
+    kept: tuple[Tensor, list[Tensor], Tiles],
     dy: Tensor | None,
     dfinal: Tensor | None,
+    streams: list[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D and the initial states."""
+    """Gradients of dt, A, D and the initial states.
+
+    Args:
+        kept: of the forward pass, states and `S_in C_i` (see `scan`), and the tiles.
+        streams: where the gradients of x, B and C are written.
+    """
+    states, carried, tiles = kept
     if dy is None:
         dy = torch.zeros_like(x)
     decays = [Decays(slab, dt, A) for slab in tiles.slabs]
     dstates = _dstates(C, states, tiles, decays, dy, dfinal)
-    gradients = _Gradients(x, dt, A, B, C, D)
-    for slab, decay in zip(tiles.slabs, decays, strict=True):
-        gradients.add(slab, decay, states, dstates, dy)
+    gradients = _Gradients(x, dt, A, B, C, D, streams)
+    for slab, decay, of_slab in zip(tiles.slabs, decays, carried, strict=True):
+        gradients.add(slab, decay, states, of_slab, dstates, dy)
     dinitial = None
     if initial_states is not None:
         dinitial = take(dstates, tiles.initial).to(initial_states.dtype, copy=True)
@@ -87,21 +93,36 @@ class _Gradients:
     """Gradients of the streams, written slab by slab, and sums for A and D."""
 
     def __init__(
-        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        streams: list[Tensor],
     ) -> None:
         self.x, self.dt, self.A, self.B, self.C, self.D = x, dt, A, B, C, D
         self.sizes, self.work = Sizes(x, B), Workspace(x, dt.dtype)
-        self.dx, self.dB, self.dC, self.ddt = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C, dt)
-        )
+        self.work64 = Workspace(x, torch.float64)
+        self.dx, self.dB, self.dC = streams
+        self.ddt = torch.empty_like(dt, memory_format=torch.contiguous_format)
         self.dA = A.new_zeros(A.shape, dtype=torch.float64)
         self.dD = None if D is None else torch.zeros_like(self.dA)
 
     def results(self) -> tuple[Tensor | None, ...]:
         dD = None if self.D is None else self.dD.to(self.D.dtype)
-        return self.dx, self.ddt, self.dA.to(self.A.dtype), self.dB, self.dC, dD
+        return self.ddt, self.dA.to(self.A.dtype), dD
 
-    def add(self, slab: Slab, decays: Decays, states: Tensor, dstates: Tensor, dy: Tensor) -> None:
+    def add(
+        self,
+        slab: Slab,
+        decays: Decays,
+        states: Tensor,
+        carried: Tensor,
+        dstates: Tensor,
+        dy: Tensor,
+    ) -> None:
         n, q, sizes, work = slab.count, slab.size, self.sizes, self.work
         H, P, N, G, R = sizes.H, sizes.P, sizes.N, sizes.G, sizes.R
         x, dy_part = slab.take(self.x).to(self.dt.dtype), _real(slab, dy, self.dt.dtype)
@@ -115,8 +136,9 @@ class _Gradients:
         from_start = by_group(decays.from_start()[..., None], sizes)
         torch.mul(by_group(dy_part, sizes), from_start, out=dy_decayed)
         dC = torch.bmm(dy_decayed.view(n * G, q, R * P), S_in, out=work("dC", n * G, q, N))
-        read = torch.bmm(Cg, S_in.transpose(1, 2), out=work("read", n * G, q, R * P))
-        read = read.view(n, G, q, R, P).mul_(dy_decayed).sum(-1)  # <exp(a_i) dy_i, S_in C_i>
+        read = torch.mul(
+            carried.view(n, G, q, R, P), dy_decayed, out=work("product", n, G, q, R, P)
+        ).sum(-1)  # <exp(a_i) dy_i, S_in C_i>
 
         to_end = by_group(decays.to_end()[..., None], sizes)
         step = by_group(decays.dt[..., None], sizes)
@@ -146,8 +168,10 @@ class _Gradients:
         pairs.diagonal(dim1=-2, dim2=-1).zero_()
         ddtx.add_(within.view(n, G, R, q, P).transpose(2, 3))
 
-        kept_whole = torch.linalg.vecdot(S_in.view(n, H, P * N), dS_out.view(n, H, P * N))
-        whole = decays.whole * kept_whole
+        # Not as a product of a row and a column: BLAS adds up the P N terms one by one, and misses
+        # the accuracy rule.
+        terms = torch.mul(S_in, dS_out, out=work("states", *S_in.shape))
+        whole = decays.whole * terms.view(n, H, P * N).sum(-1)
         through = self._through(pairs, read, trace, whole)  # [n, q, H]
         self._store(slab, x, dy_part, ddtx, decays, through)
         for stream, part in ((self.dB, dB), (self.dC, dC)):
@@ -170,7 +194,8 @@ class _Gradients:
         """
         read, trace = (t.transpose(1, 2).flatten(2).double() for t in (read, trace))
         # Where decays are strong these two cancel almost wholly: they have to be of the same pairs.
-        ends, starts = (pairs.sum(dim, dtype=torch.float64) for dim in (-1, -2))
+        pairs = self.work64("pairs", *pairs.shape).copy_(pairs)
+        ends, starts = pairs.sum(-1), pairs.sum(-2)
         ends_less_starts = (ends - starts).transpose(1, 2)
         from_here = (read + ends_less_starts).flip(1).cumsum(1).flip(1)
         until_here = trace.cumsum(1) - trace

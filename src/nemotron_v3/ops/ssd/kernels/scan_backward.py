@@ -142,7 +142,6 @@ def _dB(
     m_j = o + o_t < length
     # [HALF, BLOCK_N]
     HALF: tl.constexpr = BLOCK_P // 2
-    o_p = tl.arange(0, BLOCK_P)
     o_half = i_m * HALF + tl.arange(0, HALF)
     o_n = tl.arange(0, BLOCK_N)
     o_rows = o_half[:, None] * N + o_n[None, :]
@@ -161,11 +160,10 @@ def _dB(
         b_w = decay(a_last - tl.load(p_steps)) * tl.load(p_steps + 1).to(tl.float32)
         b_xw = (b_x.to(tl.float32) * b_w[:, None]).to(dtype)
         b_dB = add_product(b_dB, b_xw, b_dS, PRECISION)
-        # <dS, S> row by row: the diagonal of a product, whose operands need not be widened.
-        b_S = tl.load(states + o_S + o_rows, mask=m_rows, other=0.0)
-        b_SS = tl.dot(b_dS, tl.trans(b_S), input_precision=PRECISION)
-        b_through = tl.sum(tl.where(o_p[:, None] == o_half[None, :], b_SS, 0.0), 1) * decay(a_last)
-        tl.store(through + (i_c * H + h) * BLOCK_P + o_p, b_through, mask=o_p // HALF == i_m)
+        b_S = tl.load(states + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
+        b_dS = tl.load(dstates + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
+        b_through = tl.sum(b_S * b_dS, 1) * decay(a_last)
+        tl.store(through + (i_c * H + h) * BLOCK_P + o_half, b_through)
 
     # [TILE, TILE], [TILE, BLOCK_N]: the tile itself, and the one after it
     o_tile = o_t[:, None] * TILE + o_t[None, :]
