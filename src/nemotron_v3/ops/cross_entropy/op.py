@@ -5,9 +5,8 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import pick, wide, without_autocast
+from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.cross_entropy import portable, reference
-
-IGNORE_INDEX = -100
 
 
 @without_autocast
@@ -20,7 +19,7 @@ def cross_entropy(
 
     Args:
         logits: `[T, V]`, any float dtype; the loss is computed in fp32 or wider.
-        targets: `[T]` int64; `ignore_index` does not count.
+        targets: `[T]` int64 in [0, V); `ignore_index` does not count.
         impl: see `nemotron_v3.ops`.
 
     Returns:
@@ -28,12 +27,14 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit.
+        IndexError: on a CPU, a target outside the vocabulary.
     """
     if logits.dim() != 2 or tuple(targets.shape) != tuple(logits.shape[:1]):
         raise ValueError(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit: "
             "(tokens, vocabulary) and (tokens,)"
         )
+    refuse_outside(targets, logits.shape[1], ignore_index)
     run = pick(
         "cross_entropy", impl, reference=reference.cross_entropy, portable=portable.cross_entropy
     )

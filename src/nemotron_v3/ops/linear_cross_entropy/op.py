@@ -13,10 +13,9 @@ from nemotron_v3.ops._dispatch import (
     wide,
     without_autocast,
 )
+from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.linear_cross_entropy import portable, reference
-
-IGNORE_INDEX = -100
 
 
 class TokenLosses(NamedTuple):
@@ -68,7 +67,9 @@ def linear_cross_entropy(
         IndexError: on a CPU, a target outside the vocabulary. On a GPU nothing is read back: that
             token's log-probability is NaN, and so is the loss.
     """
-    run, hidden, weight = _prepare("linear_cross_entropy", hidden, weight, targets, impl)
+    run, hidden, weight = _prepare(
+        "linear_cross_entropy", hidden, weight, targets, ignore_index, impl
+    )
     results = without_autocast(run)(
         hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, per_token=per_token
     )
@@ -101,14 +102,16 @@ def linear_log_probabilities(
     Raises:
         ValueError, IndexError: see `linear_cross_entropy`.
     """
-    run, hidden, weight = _prepare("linear_log_probabilities", hidden, weight, targets, impl)
+    run, hidden, weight = _prepare(
+        "linear_log_probabilities", hidden, weight, targets, ignore_index, impl
+    )
     results = without_autocast(run)(hidden, weight, targets, ignore_index=ignore_index)
     dtype = wide(hidden.dtype)
     return as_promised(results, dtype, dtype)
 
 
 def _prepare(
-    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, impl: str
+    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, impl: str
 ) -> tuple[Callable[..., Any], Tensor, Tensor]:
     """The form that runs, and what it multiplies."""
     if (
@@ -121,6 +124,7 @@ def _prepare(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit: (tokens, width), (vocabulary, width), (tokens,)"
         )
+    refuse_outside(targets, weight.shape[0], ignore_index)
     dtype = autocast_matmul_dtype(hidden)
     if dtype == hidden.dtype and weight.dtype != dtype:
         raise ValueError(
