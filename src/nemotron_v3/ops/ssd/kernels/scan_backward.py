@@ -254,6 +254,7 @@ def _dx(
     n_m = load_sum(steps, row, middle)
     n_last = load_sum(steps, row, length - 1)
     for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
+        # Known to be 0: here the wide blocks are kept, there is room for them.
         zero = tl.minimum(h, 0).to(tl.int32)
         row = h * T + start
         # [TILE]
