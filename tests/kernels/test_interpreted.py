@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
 
 F32, F16 = torch.float32, torch.float16
+STRONG = ssd_cases.Case("strong", (70,), 8, 8, 1, 16, decay="strong")
 PACK = ssd_cases.Case("tiles", (1, 0, 70), 64, 8, 64, 8, initial_states=True)
 MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
 
@@ -44,6 +45,7 @@ MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
         ),
         ("causal_conv1d", conv_cases.Case("wide", (9, 2), 70, 8, activation=None), F16),
         ("ssd", PACK, F32),
+        ("ssd", STRONG, F32),
         ("mamba2", MIXER, F16),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "name", str(value)[6:]),

@@ -170,9 +170,9 @@ def backward_kernel(
         else:
             b_across = tl.load(across + o, mask=m, other=0.0)
             b_q += tl.cumsum(b_across, 1, reverse=True) + b_earlier[:, None]
-        # pairs in the tile
+        # Pairs in the tile: what they cancel was multiplied by dt as fp32.
         b_pairs = tl.load(rows + o, mask=m, other=0.0)
-        b_pairs -= tl.load(columns + o, mask=m, other=0.0) * b_dt
+        b_pairs -= tl.load(columns + o, mask=m, other=0.0) * b_dt.to(tl.float32)
         b_q += tl.cumsum(b_pairs, 1, reverse=True)
         b_q += tl.cumsum(tl.load(from_state + o, mask=m, other=0.0), 1, reverse=True)
         b_dt = b_dt.to(tl.float32)
