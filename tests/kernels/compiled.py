@@ -28,7 +28,7 @@ FP32 = {
     *("D", "steps", "first", "last", "through", "partial", "dweight", "dskip"),
     *("rows", "columns", "across", "from_state", "to_state", "skip", "own"),
 }
-NUMBERS = {"T", "H", "tiles"}
+NUMBERS = {"T", "H", "tiles", "sweeps"}
 
 
 def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
@@ -76,12 +76,13 @@ def main() -> None:
     b = Blocks.of(torch.bfloat16, 64, 128, 8)
     wide, inner, packed = 6144, 4096, 10304  # columns of x B C, of y, and of the projection
     tile = {"P": 64, "N": 128, "HEADS_OF_GROUP": 8, "TILE": b.tile, "BLOCK_P": b.p, "BLOCK_N": b.n}
-    tile |= {"PRECISION": b.precision, "HEADS": b.heads, "SKIP": True}
-    tile |= dict.fromkeys(("stride_x", "stride_B", "stride_C", "stride_u", "stride_v"), wide)
+    tile |= {"PRECISION": b.precision, "HEADS": b.heads, "Q": b.chunk}
+    tile |= dict.fromkeys(("stride_x", "stride_B", "stride_C"), wide)
     tile |= {"stride_y": inner, "stride_dy": packed}
     tile |= dict.fromkeys(("stride_dx", "stride_dB", "stride_dC"), wide)
-    sweep = tile | {"Q": b.chunk, "SLICE": b.slice, "SLICES": 128 // b.slice, "STARTED": False}
-    sweep |= {"ENDS": False, "STAGES": b.sweep.stages}
+    tile |= dict.fromkeys(("first", "last", "dfinal", "dinitial"))
+    tile |= {"SLICE": b.back_sweep.slice, "STAGES_sweep": b.back_sweep.stages}
+    sweep = tile | {"SLICE": b.sweep.slice, "STAGES": b.sweep.stages}
     conv = {"W": 4, "SILU": True, "BIASED": True, "CONTINUED": False, "CONTINUES": False}
     conv |= {"stride_x": packed, "stride_dy": wide, "stride_dx": packed}
     forward = conv | {"BLOCK_T": 32, "BLOCK_C": 128, "BLOCK_W": 4}
@@ -94,8 +95,7 @@ def main() -> None:
         "conv backward": (taps.backward_kernel, backward, 1),
         "norm forward": (norm.forward_kernel, group, 2),
         "norm backward": (norm.backward_kernel, group, 2),
-        "sweep": (states.sweep_kernel, sweep | {"REVERSE": False}, b.sweep.warps),
-        "sweep back": (states.sweep_kernel, sweep | {"REVERSE": True}, b.sweep.warps),
+        "sweep": (states.sweep_kernel, sweep, b.sweep.warps),
         "scan": (scan.forward_kernel, tile | {"STAGES": b.scan.stages}, b.scan.warps),
         "pairs": (pairs.pairs_kernel, tile | {"STAGES": b.pairs.stages}, b.pairs.warps),
         "gradients": (

@@ -1,7 +1,5 @@
 """What launches kernels, apart from a GPU."""
 
-import threading
-
 import pytest
 import torch
 from triton.compiler import CompiledKernel
@@ -9,34 +7,6 @@ from triton.knobs import runtime
 from triton.runtime import driver
 
 from nemotron_v3.ops import _launch
-
-
-def test_each_thread_has_a_second_stream_of_its_own_for_each_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, object()))
-    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    found = {}
-
-    def ask(name):
-        found[name] = [[_launch.Beside(device).stream for device in devices] for _ in range(2)]
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for first, again in found.values():
-        assert all(a is b for a, b in zip(first, again, strict=True))
-        assert [device for device, _ in first] == devices
-    streams = [stream for first, _ in found.values() for _, stream in first]
-    assert len(set(map(id, streams))) == 4
-
-
-def test_elsewhere_than_on_a_gpu_launches_simply_follow_each_other():
-    beside = _launch.Beside(torch.device("cpu"))
-    with beside:
-        pass
-    beside.join()
-    assert beside.stream is None
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ HELD = {
     "norm forward": (2, 16, 0, True, False),
     "norm backward": (2, 6, 0, True, False),
     "sweep": (8, 1, 0, True, True),
-    "sweep back": (8, 1, 0, True, True),
     "scan": (4, 2, 80, True, True),
     "pairs": (4, 2, 0, True, True),
     "gradients": (4, 2, 96, True, True),

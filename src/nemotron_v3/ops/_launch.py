@@ -5,7 +5,6 @@ twenty microseconds. Here most of that is known from the order of the parameters
 kernel is found by what is left.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -78,48 +77,3 @@ def _watched() -> bool:
     """Whether someone, a profiler, has hooked Triton's launches."""
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-class Beside:
-    """Launches inside `with` run beside those that follow it, until `join`.
-
-    On a second stream of the thread's own, which begins behind what the current one was given
-    before and which the current one waits for at `join`: what is allocated on the current stream
-    before and freed on it afterwards is safe, and a graph capture takes both.
-    """
-
-    def __init__(self, device: torch.device):
-        self.stream = None if device.type != "cuda" else _second_stream(device)
-
-    def __enter__(self) -> None:
-        if self.stream is not None:
-            self.first = torch.cuda.current_stream(self.stream.device)
-            self.stream.wait_stream(self.first)
-            torch.cuda.set_stream(self.stream)
-
-    def __exit__(self, *error: object) -> None:
-        if self.stream is not None:
-            torch.cuda.set_stream(self.first)
-
-    def join(self) -> None:
-        if self.stream is not None:
-            self.first.wait_stream(self.stream)
-
-
-class _SecondStreams(threading.local):
-    """By device: with one for all threads each would wait for the others' work, and a graph that
-    one captures would take in what another launches."""
-
-    def __init__(self) -> None:
-        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
-
-
-_second_streams = _SecondStreams()
-
-
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    streams = _second_streams.by_device
-    stream = streams.get(device)
-    if stream is None:
-        stream = streams[device] = torch.cuda.Stream(device)
-    return stream

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._launch import Beside, Launcher
+from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops._sums import sum_partials
 from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states, steps
-from nemotron_v3.ops.ssd.kernels.tables import Blocks
+from nemotron_v3.ops.ssd.kernels.tables import Blocks, Sweep
 
 BLOCK_H = 4  # heads of a program of the steps: few, for many programs in flight
 SHORT = 4  # chunks of a usual document: with fewer, a sweep's pipeline does not pay
@@ -40,6 +40,11 @@ class Plan:
     @property
     def documents(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def sweep(self) -> Sweep:
+        long = self.chunks >= SHORT * self.documents
+        return self.blocks.sweep if long else self.blocks.short_sweep
 
     @property
     def heads_of_group(self) -> int:
@@ -93,7 +98,17 @@ def forward(
     )
     before = torch.empty(plan.chunks, H, P, N, dtype=x.dtype, device=x.device)
     final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    _sweep(plan, x, B, running, initial, before, final)
+    sweep = plan.sweep
+    _sweeps(
+        plan.documents * H * -(-N // sweep.slice),
+        (x, B, running, initial, before, final, plan.cu_seqlens, plan.first),
+        (T, H),
+        (
+            *(x.stride(0), B.stride(0), P, N, plan.heads_of_group),
+            *(b.chunk, b.p, sweep.slice, sweep.stages, b.precision),
+        ),
+        sweep.warps,
+    )
     _scan(
         plan.chunks * 2 * (H // b.heads),
         (x, B, C, D, running, before, y, plan.start, plan.end),
@@ -101,7 +116,7 @@ def forward(
         (
             *(x.stride(0), B.stride(0), C.stride(0), y.stride(0)),
             *(P, N, plan.heads_of_group, b.heads, b.tile, b.p, b.n),
-            *(D is not None, b.scan.stages, b.precision),
+            *(b.scan.stages, b.precision),
         ),
         b.scan.warps,
     )
@@ -132,25 +147,25 @@ def backward(
     dinitial = None
     if started:
         dinitial = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    # The sweep is one long chain of steps with few programs; the pairs need nothing of it.
-    beside = Beside(x.device)
-    with beside:
-        _sweep(plan, dy, C, running, dfinal, after, dinitial, reverse=True)
     per_token = torch.empty(6, H, T, dtype=running.dtype, device=x.device)
     rows, columns, across, from_state, to_state, skip = per_token.unbind()
     own = torch.empty(plan.groups, T, dtype=running.dtype, device=x.device)
     dM = torch.empty(plan.chunks, 3, plan.groups, b.tile, b.tile, dtype=x.dtype, device=x.device)
+    sweeps = plan.documents * H * -(-N // b.back_sweep.slice)
     _pairs(
-        plan.chunks * 3 * plan.groups,
-        (x, B, C, running, dy, dM, rows, columns, across, own, plan.start, plan.end),
-        (T, H),
+        sweeps + plan.chunks * 3 * plan.groups,
+        (
+            *(x, B, C, running, dy, dfinal, after, dinitial, dM, rows, columns, across, own),
+            *(plan.start, plan.end, plan.cu_seqlens, plan.first),
+        ),
+        (T, H, sweeps),
         (
             *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
-            *(P, N, plan.heads_of_group, b.tile, b.p, b.n, b.pairs.stages, b.precision),
+            *(P, N, plan.heads_of_group, b.tile, b.p, b.n, b.back_sweep.slice),
+            *(b.back_sweep.stages, b.pairs.stages, b.precision),
         ),
         b.pairs.warps,
     )
-    beside.join()
     through = torch.empty(plan.chunks, H, b.p, dtype=torch.float32, device=x.device)
     _gradients(
         plan.chunks * 2 * (H // b.heads + 2 * plan.groups),
@@ -182,30 +197,3 @@ def backward(
     )
     kinds = (given.A, given.A if given.bias is None else given.bias, given.A if D is None else D)
     return sum_partials(sums, *(((H,), t.dtype) for t in kinds)), dinitial
-
-
-def _sweep(
-    plan: Plan,
-    u: Tensor,
-    v: Tensor,
-    running: Tensor,
-    first: Tensor | None,
-    states_out: Tensor,
-    last: Tensor | None,
-    reverse: bool = False,
-) -> None:
-    H, T, _ = running.shape
-    b = plan.blocks
-    slices = -(-plan.state // b.slice)
-    tuning = b.sweep if plan.chunks >= SHORT * plan.documents else b.short_sweep
-    _sweeps(
-        plan.documents * H * slices,
-        (u, v, running, first, states_out, last, plan.cu_seqlens, plan.first),
-        (T, H),
-        (
-            *(u.stride(0), v.stride(0), plan.head_dim, plan.state, plan.heads_of_group),
-            *(b.chunk, b.p, b.slice, slices, first is not None, last is not None, reverse),
-            *(tuning.stages, b.precision),
-        ),
-        tuning.warps,
-    )

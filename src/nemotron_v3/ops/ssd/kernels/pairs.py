@@ -6,6 +6,7 @@ Letters as in scan.py. dB and dC then multiply each block of pairs once, and not
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops.ssd.kernels.states import sweep
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay_down,
     load_steps,
@@ -23,11 +24,119 @@ def pairs_kernel(
     C,
     steps,
     dy,
+    dfinal,
+    dstates,
+    dinitial,
     dM,
     rows,
     columns,
     across,
     own,
+    chunk_start,
+    chunk_end,
+    cu_seqlens,
+    document_chunks,
+    T,
+    H,
+    sweeps,
+    stride_x: tl.constexpr,
+    stride_B: tl.constexpr,
+    stride_C: tl.constexpr,
+    stride_dy: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    HEADS_OF_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    STAGES_sweep: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first `sweeps` programs leave the gradients of the states, which nothing else here needs.
+
+    The pairs come in the order of those sweeps, with which they share the loads of dy.
+    """
+    i = tl.program_id(0)
+    if i < sweeps:
+        sweep(
+            i,
+            dy,
+            C,
+            steps,
+            dfinal,
+            dstates,
+            dinitial,
+            cu_seqlens,
+            document_chunks,
+            T,
+            H,
+            stride_dy,
+            stride_C,
+            P,
+            N,
+            HEADS_OF_GROUP,
+            2 * TILE,
+            BLOCK_P,
+            SLICE,
+            True,
+            STAGES_sweep,
+            PRECISION,
+        )
+    else:
+        i -= sweeps
+        n_g = H // HEADS_OF_GROUP
+        n_c = (tl.num_programs(0) - sweeps) // (3 * n_g)
+        i_c = (n_c - 1 - i // n_g // 3).to(tl.int64)
+        _pairs(
+            x,
+            B,
+            C,
+            steps,
+            dy,
+            dM,
+            rows,
+            columns,
+            across,
+            own,
+            i_c,
+            (i // n_g) % 3,
+            (i % n_g).to(tl.int64),
+            chunk_start,
+            chunk_end,
+            T,
+            H,
+            stride_x,
+            stride_B,
+            stride_C,
+            stride_dy,
+            P,
+            N,
+            HEADS_OF_GROUP,
+            TILE,
+            BLOCK_P,
+            BLOCK_N,
+            STAGES,
+            PRECISION,
+        )
+
+
+@triton.jit
+def _pairs(
+    x,
+    B,
+    C,
+    steps,
+    dy,
+    dM,
+    rows,
+    columns,
+    across,
+    own,
+    i_c,
+    i_b,
+    i_g,
     chunk_start,
     chunk_end,
     T,
@@ -56,9 +165,6 @@ def pairs_kernel(
     itself are left out: what the steps' backward subtracts would cancel them, not quite.
     """
     n_g = H // HEADS_OF_GROUP
-    i_g = (tl.program_id(0) % n_g).to(tl.int64)
-    i_b = (tl.program_id(0) // n_g) % 3
-    i_c = (tl.program_id(0) // n_g // 3).to(tl.int64)
     dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
     length = (tl.load(chunk_end + i_c) - start).to(tl.int32)

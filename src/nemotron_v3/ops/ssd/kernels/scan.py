@@ -51,74 +51,174 @@ def forward_kernel(
     TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SKIP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Chunks from the last, where the sweep of the states has ended: the second-level cache still
+    holds what it read and stored there.
+    """
     n_programs = H // HEADS
     n_c = tl.num_programs(0) // n_programs // 2
     i_h = (tl.program_id(0) % n_programs).to(tl.int64) * HEADS
     i_m = (tl.program_id(0) // n_programs) % 2
     i_c = (n_c - 1 - tl.program_id(0) // n_programs // 2).to(tl.int64)
-    i_g = i_h // HEADS_OF_GROUP
-    dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
     length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
-    o = i_m * TILE
-    if o < length:
-        o_t = tl.arange(0, TILE)
-        m_i = o + o_t < length
-        m_j = o_t < o  # the tile before, where there is one
-        x += start * stride_x
-        y += (start + o) * stride_y
-        B += start * stride_B + i_g * N
-        C += (start + o) * stride_C + i_g * N
+    if i_m == 0:
+        _outputs(
+            x,
+            B,
+            C,
+            D,
+            steps,
+            states,
+            y,
+            i_c,
+            i_h,
+            start,
+            length,
+            T,
+            H,
+            stride_x,
+            stride_B,
+            stride_C,
+            stride_y,
+            P,
+            N,
+            HEADS_OF_GROUP,
+            HEADS,
+            TILE,
+            BLOCK_P,
+            BLOCK_N,
+            STAGES,
+            PRECISION,
+            True,
+        )
+    elif length > TILE:
+        _outputs(
+            x,
+            B,
+            C,
+            D,
+            steps,
+            states,
+            y,
+            i_c,
+            i_h,
+            start,
+            length,
+            T,
+            H,
+            stride_x,
+            stride_B,
+            stride_C,
+            stride_y,
+            P,
+            N,
+            HEADS_OF_GROUP,
+            HEADS,
+            TILE,
+            BLOCK_P,
+            BLOCK_N,
+            STAGES,
+            PRECISION,
+            False,
+        )
 
-        # [TILE, BLOCK_N]
-        b_C = load_tile(C, stride_C, o_t, m_i, N, BLOCK_N)
-        b_B = load_tile(B + o * stride_B, stride_B, o_t, m_i, N, BLOCK_N)
-        # [TILE, TILE]
-        b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
-        b_CB = narrow(tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0), dtype)
-        b_B = load_tile(B, stride_B, o_t, m_j, N, BLOCK_N)
+
+@triton.jit
+def _outputs(
+    x,
+    B,
+    C,
+    D,
+    steps,
+    states,
+    y,
+    i_c,
+    i_h,
+    start,
+    length,
+    T,
+    H,
+    stride_x: tl.constexpr,
+    stride_B: tl.constexpr,
+    stride_C: tl.constexpr,
+    stride_y: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    HEADS_OF_GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """FIRST: of the two tiles."""
+    i_g = i_h // HEADS_OF_GROUP
+    dtype = x.dtype.element_ty
+    o: tl.constexpr = 0 if FIRST else TILE
+    o_t = tl.arange(0, TILE)
+    m_i = o + o_t < length
+    x += start * stride_x
+    y += (start + o) * stride_y
+    B += start * stride_B + i_g * N
+    C += (start + o) * stride_C + i_g * N
+
+    # [TILE, BLOCK_N]
+    b_C = load_tile(C, stride_C, o_t, m_i, N, BLOCK_N)
+    b_B = load_tile(B + o * stride_B, stride_B, o_t, m_i, N, BLOCK_N)
+    # [TILE, TILE]
+    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
+    b_CB = narrow(tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0), dtype)
+    if not FIRST:
+        b_B = load_tile(B, stride_B, o_t, o_t < TILE, N, BLOCK_N)
         b_CB_before = narrow(tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION), dtype)
 
-        # What the weights of pairs need is loaded a head ahead, into registers: they are computed
-        # while the tiles of the head come.
-        row = i_h * T + start
+    # What the weights of pairs need is loaded a head ahead, into registers: they are computed
+    # while the tiles of the head come.
+    row = i_h * T + start
+    n_steps = load_steps(steps + row * 2, o, 0, length, TILE)
+    n_m = 0.0
+    if not FIRST:
+        n_m = load_sum(steps, row, o - 1)
+    n_D = 0.0
+    if D is not None:
+        n_D = tl.load(D + i_h).to(tl.float32)
+    for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
+        # [TILE]
+        b_a, b_dt, b_ab, b_dtb = split_steps(n_steps)
+        a_m = n_m
+        b_D = n_D
+        n_h = tl.minimum(h + 1, i_h + HEADS - 1)
+        row = n_h * T + start
         n_steps = load_steps(steps + row * 2, o, 0, length, TILE)
-        n_m = load_sum(steps, row, tl.maximum(o, 1) - 1)
-        n_D = 0.0
-        if SKIP:
-            n_D = tl.load(D + i_h).to(tl.float32)
-        for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
-            # [TILE]
-            b_a, b_dt, b_ab, b_dtb = split_steps(n_steps)
-            a_m = tl.where(o > 0, n_m, 0.0)
-            b_D = n_D
-            n_h = tl.minimum(h + 1, i_h + HEADS - 1)
-            row = n_h * T + start
-            n_steps = load_steps(steps + row * 2, o, 0, length, TILE)
-            n_m = load_sum(steps, row, tl.maximum(o, 1) - 1)
-            if SKIP:
-                n_D = tl.load(D + n_h).to(tl.float32)
+        if not FIRST:
+            n_m = load_sum(steps, row, o - 1)
+        if D is not None:
+            n_D = tl.load(D + n_h).to(tl.float32)
 
-            zero = tl.minimum(row, 0).to(tl.int32)
-            # [TILE, TILE]
-            b_c = decay(tl.where(o > 0, a_m, -1e30) - b_ab) * b_dtb
+        zero = tl.minimum(row, 0).to(tl.int32)
+        # [TILE, TILE]
+        b_W = widen(b_CB, zero) * decay_down(b_a[:, None] - b_a[None, :]) * b_dt[None, :]
+        if D is not None:
+            b_W += tl.where(o_t[:, None] == o_t[None, :], b_D, 0.0)
+        b_W = b_W.to(dtype)
+
+        # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N]
+        p_S = states + (i_c * H + h) * (P * N)
+        b_S = load_matrix(p_S, N, P, BLOCK_P, N, BLOCK_N)
+        b_x = load_tile(x + o * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
+        b_y = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION)
+        if FIRST:
+            b_y *= decay(b_a)[:, None]
+        else:
+            b_c = decay(a_m - b_ab) * b_dtb
             b_W_before = (widen(b_CB_before, zero) * b_c[None, :]).to(dtype)
-            b_W = widen(b_CB, zero) * decay_down(b_a[:, None] - b_a[None, :]) * b_dt[None, :]
-            if SKIP:
-                b_W += tl.where(o_t[:, None] == o_t[None, :], b_D, 0.0)
-            b_W = b_W.to(dtype)
-
-            # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N]
-            p_S = states + (i_c * H + h) * (P * N)
-            b_S = load_matrix(p_S, N, P, BLOCK_P, N, BLOCK_N)
-            b_xb = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
-            b_x = load_tile(x + o * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
-            b_y = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION) * decay(a_m)
-            b_y = tl.dot(b_W_before, b_xb, acc=b_y, input_precision=PRECISION)
+            b_xb = load_tile(x + h * P, stride_x, o_t, o_t < TILE, P, BLOCK_P)
+            b_y = tl.dot(b_W_before, b_xb, acc=b_y * decay(a_m), input_precision=PRECISION)
             b_y *= decay(b_a - a_m)[:, None]
-            b_y = tl.dot(b_W, b_x, acc=b_y, input_precision=PRECISION)
-            store_tile(y + h * P, stride_y, o_t, m_i, b_y, P, BLOCK_P)
+        b_y = tl.dot(b_W, b_x, acc=b_y, input_precision=PRECISION)
+        store_tile(y + h * P, stride_y, o_t, m_i, b_y, P, BLOCK_P)

@@ -192,7 +192,6 @@ def _dx(
     to_state,
     skip,
     i_c,
-    i_m,
     i_h,
     start,
     length,
@@ -213,6 +212,7 @@ def _dx(
     SKIP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """dx of a tile of tokens j, from the tokens i of the same tile and of the one after.
 
@@ -224,15 +224,16 @@ def _dx(
                             + e^(a_last - a_m) dS B_j )
 
     and dx_j = dt_j v_j + D dy_j. For the steps it leaves the weight of what j leaves in the state,
-    over dt_j (`to_state`), and dy_j . x_j (`skip`).
+    over dt_j (`to_state`), and dy_j . x_j (`skip`). FIRST: of the two tiles; the second has none
+    after it.
     """
     i_g = i_h // HEADS_OF_GROUP
     dtype = x.dtype.element_ty
-    o = i_m * TILE
+    o: tl.constexpr = 0 if FIRST else TILE
     o_t = tl.arange(0, TILE)
     m_j = o + o_t < length
-    m_i = o + TILE + o_t < tl.where(i_m == 0, length, 0)  # the tile after
-    middle = tl.minimum(o + TILE, length) - 1
+    m_i = TILE + o_t < length  # the tile after
+    middle = tl.minimum(TILE, length) - 1
     x += (start + o) * stride_x
     dy += (start + o) * stride_dy
     dx += (start + o) * stride_dx
@@ -245,14 +246,15 @@ def _dx(
     # [TILE, TILE]
     b_BC = tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION)
     b_BC = narrow(tl.where(o_t[:, None] <= o_t[None, :], b_BC, 0.0), dtype)
-    b_C = load_tile(C + TILE * stride_C, stride_C, o_t, m_i, N, BLOCK_N)
-    b_BC_after = narrow(tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), dtype)
+    if FIRST:
+        b_C = load_tile(C + TILE * stride_C, stride_C, o_t, m_i, N, BLOCK_N)
+        b_BC_after = narrow(tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), dtype)
 
     # What the weights of pairs need is loaded a head ahead, as in scan.py.
     row = i_h * T + start
     n_steps = load_steps(steps + row * 2, o, o + TILE, length, TILE)
-    n_m = load_sum(steps, row, middle)
     n_last = load_sum(steps, row, length - 1)
+    n_m = load_sum(steps, row, middle) if FIRST else n_last
     for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
         # Known to be 0: here the wide blocks are kept, there is room for them.
         zero = tl.minimum(h, 0).to(tl.int32)
@@ -263,11 +265,10 @@ def _dx(
         a_last = n_last
         n_row = tl.minimum(h + 1, i_h + HEADS - 1) * T + start
         n_steps = load_steps(steps + n_row * 2, o, o + TILE, length, TILE)
-        n_m = load_sum(steps, n_row, middle)
         n_last = load_sum(steps, n_row, length - 1)
+        n_m = load_sum(steps, n_row, middle) if FIRST else n_last
 
         # [TILE, TILE]
-        b_W_after = (widen(b_BC_after, zero) * decay(b_aa - a_m)[None, :]).to(dtype)
         b_W = (widen(b_BC, zero) * decay_down(b_a[None, :] - b_a[:, None])).to(dtype)
 
         # the state
@@ -277,10 +278,11 @@ def _dx(
         b_to = tl.sum(b_dx * b_x, 1) * decay(a_last - b_a)
         tl.store(to_state + row + o + o_t, b_to, mask=m_j)
 
-        # the tile after
-        b_dx *= decay(a_last - a_m)
-        b_dy = load_tile(dy + TILE * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
-        b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=PRECISION)
+        if FIRST:  # the tile after
+            b_W_after = (widen(b_BC_after, zero) * decay(b_aa - a_m)[None, :]).to(dtype)
+            b_dy = load_tile(dy + TILE * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
+            b_dx *= decay(a_last - a_m)
+            b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=PRECISION)
         b_dx *= decay(a_m - b_a)[:, None]
 
         # the tile itself
@@ -336,51 +338,86 @@ def gradients_kernel(
     STAGES_dC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Chunk by chunk from the last: programs of dx, dB and dC."""
+    """Chunk by chunk from the first, where the pairs end: programs of dx, dB and dC."""
     n_g = H // HEADS_OF_GROUP
     n_h = H // HEADS
     n_of_chunk = 2 * (n_h + 2 * n_g)
-    n_c = tl.num_programs(0) // n_of_chunk
-    i_c = (n_c - 1 - tl.program_id(0) // n_of_chunk).to(tl.int64)
+    i_c = (tl.program_id(0) // n_of_chunk).to(tl.int64)
     i = tl.program_id(0) % n_of_chunk
     start = tl.load(chunk_start + i_c)
     length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
     if i < 2 * n_h:
         i_h = (i % n_h).to(tl.int64) * HEADS
-        _dx(
-            x,
-            B,
-            C,
-            D,
-            steps,
-            dstates,
-            dy,
-            dx,
-            to_state,
-            skip,
-            i_c,
-            i // n_h,
-            i_h,
-            start,
-            length,
-            T,
-            H,
-            stride_x,
-            stride_B,
-            stride_C,
-            stride_dy,
-            stride_dx,
-            P,
-            N,
-            HEADS_OF_GROUP,
-            HEADS,
-            TILE,
-            BLOCK_P,
-            BLOCK_N,
-            SKIP,
-            STAGES_dx,
-            PRECISION,
-        )
+        if i < n_h:
+            _dx(
+                x,
+                B,
+                C,
+                D,
+                steps,
+                dstates,
+                dy,
+                dx,
+                to_state,
+                skip,
+                i_c,
+                i_h,
+                start,
+                length,
+                T,
+                H,
+                stride_x,
+                stride_B,
+                stride_C,
+                stride_dy,
+                stride_dx,
+                P,
+                N,
+                HEADS_OF_GROUP,
+                HEADS,
+                TILE,
+                BLOCK_P,
+                BLOCK_N,
+                SKIP,
+                STAGES_dx,
+                PRECISION,
+                True,
+            )
+        elif length > TILE:
+            _dx(
+                x,
+                B,
+                C,
+                D,
+                steps,
+                dstates,
+                dy,
+                dx,
+                to_state,
+                skip,
+                i_c,
+                i_h,
+                start,
+                length,
+                T,
+                H,
+                stride_x,
+                stride_B,
+                stride_C,
+                stride_dy,
+                stride_dx,
+                P,
+                N,
+                HEADS_OF_GROUP,
+                HEADS,
+                TILE,
+                BLOCK_P,
+                BLOCK_N,
+                SKIP,
+                STAGES_dx,
+                PRECISION,
+                False,
+            )
     elif i < 2 * (n_h + n_g):
         i -= 2 * n_h
         _dB(

@@ -30,6 +30,19 @@ class Tuning(NamedTuple):
     warps: int = 4
 
 
+class Sweep(NamedTuple):
+    """How a sweep of the states, whose pipeline is over chunks, is cut and compiled.
+
+    Attributes:
+        slice: columns of the state that one program carries.
+        stages, warps: as of `Tuning`.
+    """
+
+    slice: int
+    stages: int = 1
+    warps: int = 4
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Sizes of tiles: a chunk is two tiles of `tile` tokens.
@@ -37,11 +50,10 @@ class Blocks:
     Attributes:
         tile: tokens of a tile; Q is twice as many.
         p, n: head width and state, as the powers of two that hold them.
-        slice: columns of the state that one program of the state sweep carries.
         heads: heads that a program of the scan or of dx takes, a divisor of a group's.
         precision: of `tl.dot` on fp32 operands.
-        sweep, short_sweep: of the sweeps over long and short documents, whose pipeline is over
-            chunks.
+        sweep, short_sweep: of the states, over long and short documents.
+        back_sweep: of their gradients, in one launch with the pairs and with their warps.
         scan, pairs, dx, dB, dC: of these kernels, whose pipelines are over heads; the last three
             are one launch, with the warps of dx.
     """
@@ -49,11 +61,11 @@ class Blocks:
     tile: int
     p: int
     n: int
-    slice: int
     heads: int
     precision: str
-    sweep: Tuning = Tuning()
-    short_sweep: Tuning = Tuning()
+    sweep: Sweep
+    short_sweep: Sweep
+    back_sweep: Sweep
     scan: Tuning = Tuning()
     pairs: Tuning = Tuning()
     dx: Tuning = Tuning()
@@ -77,17 +89,20 @@ class Blocks:
         p, n = max(least, power_of_two(head_dim)), max(least, power_of_two(state))
         heads = max(h for h in range(1, 9) if heads_of_group % h == 0)
         if dtype == torch.float32:
-            return cls(32, p, n, min(n, 32), heads, "ieee")
+            return cls(32, p, n, heads, "ieee", *[Sweep(min(n, 32))] * 3)
         if p * n > 64 * 128:
             return cls(
-                *(64, p, n, min(n, 64), heads, "tf32"),
-                sweep=Tuning(2, 8),
+                *(64, p, n, heads, "tf32"),
+                sweep=Sweep(min(n, 64), 2, 8),
+                short_sweep=Sweep(min(n, 64)),
+                back_sweep=Sweep(min(n, 64)),
                 **dict.fromkeys(("scan", "pairs", "dx", "dB", "dC"), Tuning(1, 8)),
             )
         return cls(
-            *(64, p, n, min(n, 64), heads, "tf32"),
-            sweep=Tuning(5, 8),
-            short_sweep=Tuning(2),
+            *(64, p, n, heads, "tf32"),
+            sweep=Sweep(min(n, 64), 5, 8),
+            short_sweep=Sweep(min(n, 64), 2),
+            back_sweep=Sweep(n, 2),
             scan=Tuning(2),
             pairs=Tuning(3),
             dx=Tuning(2),

@@ -78,9 +78,15 @@ def decay_down(b_d):
 
 @triton.jit
 def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """`b_sum + b_left b_right`, in fp32 each product by itself: `tl.dot` chains its additions."""
+    """`b_sum + b_left b_right`; in fp32 as two products: `tl.dot` chains its additions."""
     if b_left.dtype == tl.float32:
-        b_sum += tl.dot(b_left, b_right, input_precision=PRECISION)
+        R: tl.constexpr = b_left.shape[0]
+        K: tl.constexpr = b_left.shape[1] // 2
+        b_left_1, b_left_2 = tl.split(tl.permute(tl.reshape(b_left, [R, 2, K]), (0, 2, 1)))
+        right: tl.constexpr = [2, K, b_right.shape[1]]
+        b_right_1, b_right_2 = tl.split(tl.permute(tl.reshape(b_right, right), (1, 2, 0)))
+        b_sum += tl.dot(b_left_1, b_right_1, input_precision=PRECISION)
+        b_sum += tl.dot(b_left_2, b_right_2, input_precision=PRECISION)
     else:
         b_sum = tl.dot(b_left, b_right, acc=b_sum, input_precision=PRECISION)
     return b_sum
