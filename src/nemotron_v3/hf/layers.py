@@ -248,7 +248,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         weights = self._weights()
         if cache_params is None:
-            y, _, _ = self._scan(zxbcdt, weights, layout)
+            y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
         else:
             y = self._follow(zxbcdt, weights, layout, cache_params)
         return layout.unpack(project(self.out_proj, y))
@@ -286,8 +286,8 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         zxbcdt: Tensor,
         weights: tuple[Tensor | None, ...],
         layout: SequenceLayout,
-        **states: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        **states: Any,
+    ) -> tuple[Any, ...]:
         return opaque.mamba2(
             zxbcdt,
             *weights,

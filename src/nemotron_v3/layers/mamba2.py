@@ -114,12 +114,12 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         if cache is None:
-            y, _, _ = self._scan(zxbcdt, layout=layout)
+            y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
         else:
             y = self._follow(zxbcdt, *cache.begin(self.layer_idx, layout))
         return layout.unpack(project(self.out_proj, y))
 
-    def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Any, ...]:
         """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
         return ops.mamba2(
             zxbcdt,

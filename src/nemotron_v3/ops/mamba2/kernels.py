@@ -89,6 +89,7 @@ def _forward(
     eps,
     conv_states,
     ssm_states,
+    final,
     *tables,
 ):
     zxbcdt, tables = unit_stride(zxbcdt), _Tables(*tables)
@@ -115,9 +116,12 @@ def _forward(
         D.contiguous(),
         _contiguous(ssm_states),
         y,
+        final,
     )
     out = torch.empty_like(y)
     norm.launch_forward(y, given.z, norm_weight.contiguous(), out, inner // G, eps)
+    if ssm_final is None:
+        ssm_final = y.new_empty(0, dtype=torch.float32)
     return out, conv_final, ssm_final, xBC, y, states, running
 
 
@@ -137,6 +141,7 @@ def _forward_fake(
     eps,
     conv_states,
     ssm_states,
+    final,
     *tables,
 ):
     tables = _Tables(*tables)
@@ -149,7 +154,7 @@ def _forward_fake(
     return (
         empty(T, H * P),
         empty(documents, channels, W),
-        empty(documents, H, P, N, dtype=torch.float32),
+        empty(*((documents, H, P, N) if final else (0,)), dtype=torch.float32),
         empty(T, channels),
         empty(T, H * P),
         empty(tables.start.shape[0], H, P, N),
@@ -290,12 +295,13 @@ def _scan_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *parameters, G, P, N, low, high, eps, conv_states, ssm_states = inputs[:-6]
-    _, _, _, xBC, y, states, running = output
+    *parameters, G, P, N, low, high, eps, conv_states, ssm_states, final = inputs[:-6]
+    _, conv_final, ssm_final, xBC, y, states, running = output
     ctx.sizes, ctx.limits, ctx.eps = (G, P, N), (low, high), eps
     ctx.ssm_dtype = None if ssm_states is None else ssm_states.dtype
     ctx.save_for_backward(y, *parameters, conv_states, xBC, states, running, *inputs[-6:])
-    ctx.mark_non_differentiable(xBC, y, states, running)
+    absent = () if final else (conv_final, ssm_final)
+    ctx.mark_non_differentiable(xBC, y, states, running, *absent)
     ctx.set_materialize_grads(False)
 
 
@@ -341,7 +347,7 @@ def _autograd(ctx, dout, dconv_final, dssm_final, *_):
         *(None,) * 6,
         None if conv_states is None else dconv_states,
         None if ctx.ssm_dtype is None else dssm_states.to(ctx.ssm_dtype),
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -364,7 +370,7 @@ _scan_backward_op = register(
 )
 _forward_op = register(
     f"mamba2(Tensor zxbcdt, {_PARAMETERS}, Tensor norm_weight, {_SIZES}, float eps, "
-    f"Tensor? conv_states, Tensor? ssm_states, {_TABLES}) -> "
+    f"Tensor? conv_states, Tensor? ssm_states, bool final, {_TABLES}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -391,7 +397,8 @@ def mamba2(
     layout: SequenceLayout,
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_final_states: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if conv_states is not None:
         conv_states = conv_states.to(zxbcdt.dtype)
     blocks = Blocks.of(zxbcdt.dtype, head_dim, state_size, A_log.shape[0] // n_groups)
@@ -410,8 +417,9 @@ def mamba2(
         eps,
         conv_states,
         ssm_states,
+        return_final_states,
         *conv.tables(layout),
         *chunk_tables(layout, blocks.chunk),
         layout.cu_seqlens,
     )
-    return out, conv_final, ssm_final
+    return (out, conv_final, ssm_final) if return_final_states else (out, None, None)

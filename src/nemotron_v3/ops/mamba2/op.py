@@ -29,8 +29,9 @@ def mamba2(
     layout: SequenceLayout,
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
+    return_final_states: bool = True,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution + SiLU, scan, skip, gate and grouped norm on the packed projection.
 
     Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps,
@@ -47,11 +48,13 @@ def mamba2(
         layout: where the documents start.
         conv_states: `[D, C, W]`, ssm_states: `[D, H, P, N]`: the states before each document, zeros
             by default.
+        return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 
     Returns:
         `y` `[T, H*P]` in `zxbcdt`'s dtype, and both states after each document: the conv's in
-        `zxbcdt`'s dtype, the SSM's in fp32 or wider. All are differentiable.
+        `zxbcdt`'s dtype, the SSM's in fp32 or wider; or None twice. All are
+        differentiable.
 
     Raises:
         ValueError: a projection whose width is not the one these sizes give, and what
@@ -94,6 +97,7 @@ def mamba2(
         layout=layout,
         conv_states=conv_states,
         ssm_states=ssm_states,
+        return_final_states=return_final_states,
     )
     return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))
 

@@ -42,7 +42,8 @@ def mamba2(
     layout: SequenceLayout,
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_final_states: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     sizes = _Sizes(A_log.shape[0], head_dim, n_groups, state_size)
     _, xBC, _ = sizes.split(zxbcdt)
     borders = conv.borders_of(layout, conv_weight.shape[1])
@@ -51,6 +52,8 @@ def mamba2(
     tensors = zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states
     settings = _Settings(sizes, borders, tiles, dt_limit, eps, needs_grad(*tensors))
     y, final_ssm = _Core.apply(*tensors, settings)
+    if not return_final_states:
+        return y, None, None
     return y, conv.final_states(xBC, conv_states, borders), final_ssm
 
 

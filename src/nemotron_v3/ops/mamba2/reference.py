@@ -33,9 +33,10 @@ def mamba2(
     layout: SequenceLayout,
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
+    return_final_states: bool = True,
     dtype: torch.dtype = torch.float64,
     activation_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Split, convolve xBC, run the recurrence, gate and normalise.
 
     Args:
@@ -51,12 +52,13 @@ def mamba2(
         layout: where documents start; only `layout.lengths` is read.
         conv_states: `[D, C, W]` or None.
         ssm_states: `[D, H, P, N]` or None.
+        return_final_states: whether the second and the third result are wanted.
         dtype: what everything is computed and returned in; float64 is the truth.
         activation_dtype: what tensors are rounded to on the way from one part to the next, which a
             model in bf16 does and the truth does not; None is `dtype`.
 
     Returns:
-        y `[T, HP]` and the two final states, in `dtype`.
+        y `[T, HP]` and the two final states or None twice, in `dtype`.
     """
     heads = A_log.shape[0]
     inner, group_width = heads * head_dim, n_groups * state_size
@@ -86,4 +88,4 @@ def mamba2(
     )
     y = y.to(activation_dtype or dtype).flatten(1)
     y = gated_rms_norm(y, z, norm_weight, inner // n_groups, eps, dtype=dtype)
-    return y, conv_states, ssm_states
+    return (y, conv_states, ssm_states) if return_final_states else (y, None, None)

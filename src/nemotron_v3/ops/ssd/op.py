@@ -24,8 +24,9 @@ def ssd(
     layout: SequenceLayout,
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
+    return_final_states: bool = True,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The Mamba-2 recurrence, each document from its own initial state (arXiv 2405.21060).
 
     `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T` and `y_t = S_t C_t + D x_t`, with
@@ -44,11 +45,12 @@ def ssd(
         layout: where the documents start.
         chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
         initial_states: `[D, H, P, N]`; zeros by default.
+        return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 
     Returns:
         `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[D, H, P, N]` in fp32 or
-        wider (dt, decays and states are). Both are differentiable in every tensor given.
+        wider (dt, decays and states are), or None. Both are differentiable in every tensor given.
 
     Raises:
         ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size below
@@ -79,6 +81,7 @@ def ssd(
         layout=layout,
         chunk_size=chunk_size,
         initial_states=initial_states,
+        return_final_states=return_final_states,
     )
     return as_promised(results, x.dtype, wide(x.dtype))
 

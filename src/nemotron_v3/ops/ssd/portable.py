@@ -56,11 +56,13 @@ def ssd(
     layout: SequenceLayout,
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_final_states: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     tiles = tiles_of(layout, x, chunk_size)
     dt = step_sizes(dt, dt_bias, dt_limit).to(wide(x.dtype))
     keep = needs_grad(x, dt, A, B, C, D, initial_states)
-    return _Scan.apply(x, dt, A, B, C, D, initial_states, tiles, keep)
+    y, final = _Scan.apply(x, dt, A, B, C, D, initial_states, tiles, keep)
+    return y, final if return_final_states else None
 
 
 class _Scan(torch.autograd.Function):

@@ -25,8 +25,9 @@ def ssd(
     layout: SequenceLayout,
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
+    return_final_states: bool = True,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`S_t = exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t` and `y_t = S_t C_t + D x_t` in each document.
 
     A document starts from its initial state (zeros without one) and ends in its final state; a
@@ -43,10 +44,11 @@ def ssd(
         layout: where documents start; only `layout.lengths` is read.
         chunk_size: no effect: it changes the rounding of other forms, never the mathematics.
         initial_states: `[D, H, P, N]` or None.
+        return_final_states: whether the second result is wanted.
         dtype: what everything is computed and returned in; float64 is the truth.
 
     Returns:
-        y `[T, H, P]` and the final states `[D, H, P, N]`, both in `dtype`.
+        y `[T, H, P]` and the final states `[D, H, P, N]` or None, both in `dtype`.
     """
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     D, dt_bias, initial_states = (
@@ -73,6 +75,8 @@ def ssd(
             outputs.append(y_t if D is None else y_t + D[:, None] * x_t)
         final_states.append(S)
     y = torch.stack(outputs) if outputs else x
+    if not return_final_states:
+        return y, None
     if not final_states:
         return y, x.new_zeros(0, heads, head_dim, state)
     return y, torch.stack(final_states)

@@ -85,8 +85,9 @@ def forward(
     D: Tensor | None,
     initial: Tensor | None,
     y: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes y; returns final states, the states before the chunks, and `steps` of steps.py."""
+    wanted: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Writes y; returns the final states, if `wanted`, those before the chunks, and `steps`."""
     T, H = given.raw.shape
     P, N, b = plan.head_dim, plan.state, plan.blocks
     running = torch.empty(H, T, 2, dtype=sums_dtype(x.dtype), device=x.device)
@@ -97,7 +98,9 @@ def forward(
         (given.raw.stride(0), b.chunk, BLOCK_H, given.bias is not None, given.log),
     )
     before = torch.empty(plan.chunks, H, P, N, dtype=x.dtype, device=x.device)
-    final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
+    final = None
+    if wanted:
+        final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
     sweep = plan.sweep
     _sweeps(
         plan.documents * H * -(-N // sweep.slice),

@@ -28,10 +28,10 @@ def _steps(dt, dt_bias, A, low, high) -> launch.Steps:
     return launch.Steps(unit_stride(dt), bias, A.contiguous(), False, low, high)
 
 
-def _forward(x, dt, A, B, C, D, dt_bias, low, high, initial, start, end, first, cu_seqlens):
+def _forward(x, dt, A, B, C, D, dt_bias, low, high, initial, final, start, end, first, cu_seqlens):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     plan = _plan(x, B, [start, end, first, cu_seqlens])
-    final, states, running = launch.forward(
+    final_states, states, running = launch.forward(
         plan,
         _steps(dt, dt_bias, A, low, high),
         _flat(x),
@@ -40,16 +40,24 @@ def _forward(x, dt, A, B, C, D, dt_bias, low, high, initial, start, end, first, 
         None if D is None else D.contiguous(),
         None if initial is None else initial.contiguous(),
         y.flatten(1),
+        final,
     )
-    return y, final, states, running
+    absent = y.new_empty(0, dtype=torch.float32)
+    return y, absent if final_states is None else final_states, states, running
 
 
-def _forward_fake(x, dt, A, B, C, D, dt_bias, low, high, initial, start, end, first, cu_seqlens):
+def _forward_fake(
+    x, dt, A, B, C, D, dt_bias, low, high, initial, final, start, end, first, cu_seqlens
+):
     T, H, P = x.shape
     N = B.shape[2]
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty((cu_seqlens.shape[0] - 1, H, P, N), dtype=torch.float32, device=x.device),
+        torch.empty(
+            (cu_seqlens.shape[0] - 1, H, P, N) if final else (0,),
+            dtype=torch.float32,
+            device=x.device,
+        ),
         torch.empty((start.shape[0], H, P, N), dtype=x.dtype, device=x.device),
         torch.empty((H, T, 2), dtype=launch.sums_dtype(x.dtype), device=x.device),
     )
@@ -129,11 +137,12 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high, initial, *tables = inputs
-    _, _, states, running = output
+    x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high, initial, final, *tables = inputs
+    _, final_states, states, running = output
     ctx.initial_dtype = None if initial is None else initial.dtype
     ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, running, states, *tables)
-    ctx.mark_non_differentiable(states, running)
+    absent = () if final else (final_states,)
+    ctx.mark_non_differentiable(states, running, *absent)
     ctx.set_materialize_grads(False)
 
 
@@ -151,7 +160,7 @@ def _autograd(ctx, dy, dfinal, *_):
     dD = None if D is None else dD
     dbias = None if dt_bias is None else dbias
     dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return dx, ddt, dA, dB, dC, dD, dbias, None, None, dinitial, None, None, None, None
+    return dx, ddt, dA, dB, dC, dD, dbias, None, None, dinitial, None, None, None, None, None
 
 
 _INPUTS = (
@@ -167,7 +176,7 @@ _backward_op = register(
     _backward_fake,
 )
 _forward_op = register(
-    f"ssd({_INPUTS}, Tensor? initial, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"ssd({_INPUTS}, Tensor? initial, bool final, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -188,7 +197,8 @@ def ssd(
     layout: SequenceLayout,
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_final_states: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     blocks = Blocks.of(x.dtype, x.shape[2], B.shape[2], x.shape[1] // B.shape[1])
     tables = chunk_tables(layout, blocks.chunk)
     y, final, *_ = _forward_op(
@@ -201,7 +211,8 @@ def ssd(
         dt_bias,
         *map(float, dt_limit),
         initial_states,
+        return_final_states,
         *tables,
         layout.cu_seqlens,
     )
-    return y, final
+    return y, final if return_final_states else None
