@@ -7,6 +7,16 @@ from typing import Any, Self
 import torch
 from torch import LongTensor, Tensor
 
+from nemotron_v3.cache.checks import (
+    at_least,
+    check_keys,
+    check_layer,
+    check_no_step_missed,
+    check_room,
+    check_rows,
+    check_snapshot,
+    shape_of,
+)
 from nemotron_v3.cache.file import read_states, write_states
 from nemotron_v3.cache.make import Sizes, fresh_states
 from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState, join
@@ -14,6 +24,11 @@ from nemotron_v3.cache.step import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
+
+_HALF_WAY = (
+    "a forward pass failed half-way: some layers of the cache hold its tokens, others do not; "
+    "restore a snapshot, or make a new cache"
+)
 
 
 class NemotronHybridCache:
@@ -51,10 +66,10 @@ class NemotronHybridCache:
         rollback_window: int = 0,
     ):
         self.config = NemotronV3Config.from_any(config)
-        _at_least("batch_size", batch_size, 1)
-        _at_least("rollback_window", rollback_window, 0)
+        at_least("batch_size", batch_size, 1)
+        at_least("rollback_window", rollback_window, 0)
         if max_length is not None:
-            _at_least("max_length", max_length, 1)
+            at_least("max_length", max_length, 1)
         self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
         self.max_length = max_length
         self.rollback_window = rollback_window
@@ -62,6 +77,8 @@ class NemotronHybridCache:
         self._floors = [0] * batch_size  # the earliest position whose mamba state is kept, or 0
         self._step: Step | None = None
         self._updated: set[int] = set()
+        self._behind: frozenset[int] = frozenset()  # layers that a step has passed by
+        self.begun = 0  # times that a layer has begun a step, less those that were undone
         self.withheld: str | None = None
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.states: dict[int, LayerState] = fresh_states(
@@ -119,10 +136,10 @@ class NemotronHybridCache:
                 pass `max_length`.
             RuntimeError: a forward pass that stopped half-way has left the layers at odds.
         """
-        if config is not self.config and _shape_of(config) != _shape_of(self.config):
+        if config is not self.config and shape_of(config) != shape_of(self.config):
             raise ValueError(
-                f"the cache was made for another config ({_shape_of(self.config)}) than the "
-                f"model's ({_shape_of(config)}): make one from the model's config"
+                f"the cache was made for another config ({shape_of(self.config)}) than the "
+                f"model's ({shape_of(config)}): make one from the model's config"
             )
         if dtype != self.dtype:
             raise ValueError(
@@ -130,24 +147,7 @@ class NemotronHybridCache:
                 "model's dtype"
             )
         self._settle()
-        self._check_rows(layout)
-
-    def _check_rows(self, layout: SequenceLayout) -> None:
-        if layout.num_documents != self.batch_size:
-            raise ValueError(
-                f"{layout.num_documents} documents do not fit a cache of {self.batch_size} rows: "
-                "one document a row is needed"
-            )
-        if layout.device != self.device:
-            raise ValueError(f"tokens on {layout.device}, cache on {self.device}: move one of them")
-        if self.max_length is None:
-            return
-        for row, (held, new) in enumerate(zip(self.lengths, layout.lengths, strict=True)):
-            if held + new > self.max_length:
-                raise ValueError(
-                    f"row {row} holds {held} tokens and gets {new}: more than the cache's "
-                    f"max_length {self.max_length}"
-                )
+        check_rows(layout, self.lengths, self.device, self.max_length)
 
     def begin(self, layer_idx: int | None, layout: SequenceLayout) -> tuple[LayerState, Step]:
         """The state of a layer, and the step its new tokens belong to.
@@ -156,19 +156,16 @@ class NemotronHybridCache:
 
         Raises:
             ValueError: a layer without state, or tokens that do not fit.
-            RuntimeError: the cache is withheld.
+            RuntimeError: the cache is withheld, or a step has gone by without this layer.
         """
-        if layer_idx not in self.states:
-            raise ValueError(
-                f"layer {layer_idx} has no state in this cache, whose layers are "
-                f"{list(self.states)}: give the layer_idx it has in the config"
-            )
+        check_layer(layer_idx, self.states)
         if self.withheld is not None:
             raise RuntimeError(self.withheld)
         if layer_idx in self._updated:
             self.finish()
+        check_no_step_missed(layer_idx, self._behind, self._lengths)
         if self._step is None:
-            self._check_rows(layout)
+            check_rows(layout, self.lengths, self.device, self.max_length)
             self._step = Step(
                 layout.packed, tuple(self._lengths), self.positions.clone(), self.rollback_window
             )
@@ -178,7 +175,10 @@ class NemotronHybridCache:
                 f"this pass got {list(self._step.lengths)}: give all the same"
             )
         self._updated.add(layer_idx)
-        return self.states[layer_idx], self._step
+        self.begun += 1
+        state = self.states[layer_idx]
+        state.touched = False
+        return state, self._step
 
     def finish(self, layout: SequenceLayout | None = None) -> None:
         """End the forward pass, of `layout` where no layer has a state: the positions move on."""
@@ -190,6 +190,8 @@ class NemotronHybridCache:
             self.positions.add_(uniform)
         else:
             self.positions.add_(self._step.layout.cu_seqlens.diff())
+        if any(self._step.lengths):
+            self._behind |= self.states.keys() - self._updated
         self._lengths = list(self._step.ends)
         self._floors = [
             max(floor, end - self.rollback_window)
@@ -202,23 +204,46 @@ class NemotronHybridCache:
         """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
         self.withheld = reason
 
-    def interrupted(self) -> None:
-        """Withhold what a forward pass that failed has left: some layers moved on, others not."""
-        if self._step is not None:
-            self.withhold(
-                "a forward pass failed half-way: some layers of the cache hold its tokens, others "
-                "do not; restore a snapshot, or make a new cache"
-            )
+    def interrupted(self, since: int) -> None:
+        """Withhold what a pass that failed has left, if layers moved on since `begun` was that."""
+        if self.begun != since:
+            self.withhold(_HALF_WAY)
+
+    @torch.no_grad()
+    def abandon(self, layer_idx: int, before: tuple[Tensor, Tensor]) -> None:
+        """Undo what a layer that failed after `begin` has written; withhold where that cannot be.
+
+        Args:
+            layer_idx: the layer.
+            before: both tensors of its state as `begin` gave them.
+        """
+        self.withhold(_HALF_WAY)  # first, should this fail in its turn
+        if self.states[layer_idx].undo(before, self._step.positions):
+            self.withheld = None
+            self.begun -= 1
+            self._updated.discard(layer_idx)
+            if not self._updated:
+                self._step = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[rows, J, S, P]` of a layer; all that it holds, in that shape."""
+        """Append keys and values `[rows, J, S, P]` of a layer; all that it holds, in that shape.
+
+        Raises:
+            ValueError: a layer without keys and values, or tensors of another shape.
+        """
         rows, _, seq_len, _ = key_states.shape
         layout = layout or SequenceLayout.plain(rows, seq_len, key_states.device)
-        state, step = self.begin(layer_idx, layout)
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
-        return state.append(k, v, step)
+        check_keys(self.states.get(layer_idx), layer_idx, k, v)
+        state, step = self.begin(layer_idx, layout)
+        before = (state.keys, state.values)
+        try:
+            return state.append(k, v, step)
+        except BaseException:
+            self.abandon(layer_idx, before)
+            raise
 
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None
@@ -238,7 +263,7 @@ class NemotronHybridCache:
         self._settle()
         length = self.get_seq_length()
         states = {i: s.held(length).map(torch.clone) for i, s in self.states.items()}
-        return CacheSnapshot(tuple(self._lengths), tuple(self._floors), states)
+        return CacheSnapshot(tuple(self._lengths), tuple(self._floors), states, self._behind)
 
     @torch.no_grad()
     def restore(self, snapshot: CacheSnapshot) -> None:
@@ -249,14 +274,7 @@ class NemotronHybridCache:
         Raises:
             ValueError: a snapshot of another batch or config.
         """
-        if len(snapshot.lengths) != self.batch_size or snapshot.states.keys() != self.states.keys():
-            raise ValueError(
-                f"the snapshot has {len(snapshot.lengths)} rows and layers "
-                f"{list(snapshot.states)}, the cache {self.batch_size} and {list(self.states)}"
-            )
-        self._check_room("the snapshot", max(snapshot.lengths))
-        for layer, state in self.states.items():
-            state.check_like(snapshot.states[layer], layer)
+        check_snapshot(snapshot, self.states, self.batch_size, self.max_length)
         self._step = self.withheld = None
         self._updated.clear()
         self._cut()
@@ -264,6 +282,7 @@ class NemotronHybridCache:
             state.load(snapshot.states[layer], max(snapshot.lengths))
         self._set_lengths(snapshot.lengths)
         self._floors = list(snapshot.floors)
+        self._behind = snapshot.behind
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
         """Take back the last tokens of every row: as many each, or as many as a list says.
@@ -304,7 +323,7 @@ class NemotronHybridCache:
         Raises:
             ValueError: a negative length, or what `rollback` raises.
         """
-        _at_least("length", length, 0)
+        at_least("length", length, 0)
         self.rollback([max(0, held - length) for held in self.lengths])
 
     def clear(self, row: int) -> None:
@@ -343,7 +362,7 @@ class NemotronHybridCache:
 
     def repeat(self, n: int) -> Self:
         """A new cache with each row `n` times in a row, for several samples of one prompt."""
-        _at_least("n", n, 1)
+        at_least("n", n, 1)
         return self.select([row for row in range(self.batch_size) for _ in range(n)])
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
@@ -382,12 +401,13 @@ class NemotronHybridCache:
                 mine, its = getattr(first, name), getattr(cache, name)
                 if mine != its:
                     raise ValueError(f"cache {number} has {name} {its}, cache 0 {mine}")
-            if _shape_of(cache.config) != _shape_of(first.config):
+            if shape_of(cache.config) != shape_of(first.config):
                 raise ValueError(f"cache {number} belongs to another config than cache 0")
         joined = object.__new__(cls)
         joined.__dict__.update(first.__dict__)
         joined.states = {i: join([cache.states[i] for cache in caches]) for i in first.states}
         joined._updated = set()
+        joined._behind = frozenset().union(*(cache._behind for cache in caches))
         joined.positions = torch.cat([cache.positions for cache in caches])
         joined._lengths = [n for cache in caches for n in cache._lengths]
         joined._floors = [n for cache in caches for n in cache._floors]
@@ -408,10 +428,11 @@ class NemotronHybridCache:
         self._settle()
         snapshot = self.snapshot()
         header = {
-            "config": _shape_of(self.config),
+            "config": shape_of(self.config),
             "dtype": str(self.dtype).removeprefix("torch."),
             "lengths": snapshot.lengths,
             "floors": snapshot.floors,
+            "behind": sorted(snapshot.behind),
             "rollback_window": self.rollback_window,
         }
         write_states(path, snapshot.states, header)
@@ -424,13 +445,15 @@ class NemotronHybridCache:
                 or longer than `max_length`; the cache is as it was then.
         """
         expected = {
-            "config": _shape_of(self.config),
+            "config": shape_of(self.config),
             "dtype": str(self.dtype).removeprefix("torch."),
             "rollback_window": self.rollback_window,
         }
         header, states = read_states(path, self.states, expected, self.batch_size)
-        self._check_room(path, max(header["lengths"]))
-        self.restore(CacheSnapshot(tuple(header["lengths"]), tuple(header["floors"]), states))
+        check_room(path, max(header["lengths"]), self.max_length)
+        behind = frozenset(header.get("behind", ()))
+        lengths, floors = tuple(header["lengths"]), tuple(header["floors"])
+        self.restore(CacheSnapshot(lengths, floors, states, behind))
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -451,18 +474,13 @@ class NemotronHybridCache:
         for layer, state in self.states.items():
             self.states[layer] = state.map(lambda t: t.detach().clone() if t.requires_grad else t)
 
-    def _check_room(self, source: Any, length: int) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"{source} holds {length} tokens a row: more than the cache's max_length "
-                f"{self.max_length}"
-            )
-
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
+        if not any(self._lengths):
+            self._behind = frozenset()
         self.positions.copy_(torch.tensor(self._lengths, device="cpu"))
 
     @ordinary
@@ -479,18 +497,3 @@ class NemotronHybridCache:
         copy._updated = set()
         copy._lengths, copy._floors = list(lengths), list(floors)
         return copy
-
-
-def _shape_of(config: NemotronV3Config) -> dict[str, Any]:
-    """What of a config a cache depends on."""
-    names = (
-        "hybrid_override_pattern num_key_value_heads head_dim conv_dim conv_kernel "
-        "mamba_num_heads mamba_head_dim ssm_state_size"
-    )
-    ssm_dtype = str(config.mamba_ssm_cache_dtype).removeprefix("torch.")
-    return {name: getattr(config, name) for name in names.split()} | {"ssm_dtype": ssm_dtype}
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -20,7 +20,13 @@ SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at ev
 
 @dataclass
 class LayerState:
-    """Tensors whose first dimension is the batch's rows."""
+    """Tensors whose first dimension is the batch's rows.
+
+    Attributes:
+        touched: whether something was written in this step that `undo` cannot take back.
+    """
+
+    touched = False  # no field: not among the tensors
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -51,6 +57,15 @@ class LayerState:
         self.reserve(length)
         for name, tensor in self.held(length).tensors().items():
             tensor.copy_(getattr(other, name))
+
+    def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
+        """Take back what a step has written, unless nothing knows what was there: False.
+
+        Args:
+            before: the two tensors that it began with; both kinds of state have two.
+            positions: int64 `[rows]`, tokens each row held then.
+        """
+        raise NotImplementedError
 
     def clear(self, rows: Tensor) -> None:
         """Make `rows` (int64 `[n]`) fresh."""
@@ -84,9 +99,19 @@ class KeyValueState(LayerState):
             self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
 
     def load(self, other: Self, length: int) -> None:
+        length = min(length, other.capacity)  # of a layer that was left out
         super().load(other, length)
         for tensor in self.tensors().values():
             tensor[:, :, length:] = 0
+
+    def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
+        self.keys, self.values = before
+        places = torch.arange(self.capacity, device=positions.device)
+        new = (places >= positions[:, None])[:, None, :, None]  # [rows, 1, capacity, 1]
+        for tensor in before:
+            if not tensor.requires_grad:  # which is never written into
+                tensor.masked_fill_(new, 0)
+        return True
 
     def clear(self, rows: Tensor) -> None:
         self.take_back(rows, torch.zeros_like(rows))
@@ -152,6 +177,7 @@ class MambaState(LayerState):
         if tracked or self.has_graph:
             self.conv, self.ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
         else:
+            self.touched = True
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
 
@@ -165,9 +191,16 @@ class MambaState(LayerState):
 
     def remember(self, rows: Tensor, positions: Tensor) -> None:
         """Keep the present states of `rows` as those after `positions` tokens."""
+        self.touched = True
         place = positions % self.window
         self.past_conv[rows, place] = self.conv.detach()[rows]
         self.past_ssm[rows, place] = self.ssm.detach()[rows]
+
+    def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
+        if self.touched:
+            return False
+        self.conv, self.ssm = before
+        return True
 
     def clear(self, rows: Tensor) -> None:
         self.conv.index_fill_(0, rows, 0)
@@ -199,3 +232,4 @@ class CacheSnapshot:
     lengths: tuple[int, ...]
     floors: tuple[int, ...]
     states: dict[int, LayerState]
+    behind: frozenset[int] = frozenset()

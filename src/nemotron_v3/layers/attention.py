@@ -105,17 +105,16 @@ class NemotronV3Attention(nn.Module):
         )  # [T, J, P]
         v = project(self.v_proj, x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         if cache is not None:
-            y = self._follow(q, k, v, layout, cache, layer_idx)
-        else:
-            y = self.core(
-                q,
-                k,
-                v,
-                layout=layout,
-                mask=mask,
-                dropout_p=self.attention_dropout if self.training else 0.0,
-                impl=self.impl,
-            )
+            return self._follow(q, k, v, layout, cache, layer_idx)
+        y = self.core(
+            q,
+            k,
+            v,
+            layout=layout,
+            mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            impl=self.impl,
+        )
         return layout.unpack(project(self.o_proj, y.flatten(-2)))
 
     def _follow(
@@ -129,16 +128,22 @@ class NemotronV3Attention(nn.Module):
     ) -> Tensor:
         """Store the new keys and values, and attend to all that each row holds."""
         state, step = cache.begin(layer_idx, layout)
-        keys, values = state.append(k, v, step)
-        return ops.cached_attention(
-            q,
-            keys,
-            values,
-            layout=step.layout,
-            starts=step.starts,
-            positions=step.positions,
-            impl=self.backend.impl,
-        )
+        before = (state.keys, state.values)
+        try:
+            keys, values = state.append(k, v, step)
+            y = ops.cached_attention(
+                q,
+                keys,
+                values,
+                layout=step.layout,
+                starts=step.starts,
+                positions=step.positions,
+                impl=self.backend.impl,
+            )
+            return layout.unpack(project(self.o_proj, y.flatten(-2)))
+        except BaseException:
+            cache.abandon(layer_idx, before)
+            raise
 
     def init_weights(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from nemotron_v3 import ops
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.states import MambaState
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
@@ -113,10 +114,9 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         cache = as_cache(past_key_values)
         layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
-        if cache is None:
-            y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
-        else:
-            y = self._follow(zxbcdt, *cache.begin(self.layer_idx, layout))
+        if cache is not None:
+            return self._follow(zxbcdt, layout, cache)
+        y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
         return layout.unpack(project(self.out_proj, y))
 
     def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Any, ...]:
@@ -129,7 +129,17 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
             **layout_and_states,
         )
 
-    def _follow(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
+    def _follow(self, zxbcdt: Tensor, layout: SequenceLayout, cache: NemotronHybridCache) -> Tensor:
+        """From the states of a cache, which holds the next ones afterwards."""
+        state, step = cache.begin(self.layer_idx, layout)
+        before = (state.conv, state.ssm)
+        try:
+            return layout.unpack(project(self.out_proj, self._core(zxbcdt, state, step)))
+        except BaseException:
+            cache.abandon(self.layer_idx, before)
+            raise
+
+    def _core(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
         """The core on tokens that follow a state, which moves on: y `[T, H*P]`."""
         seen = (zxbcdt, state.ssm, state.conv, *self._weights())
         differentiable = torch.is_grad_enabled() and any(
@@ -138,6 +148,7 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
         if step.is_decode and not differentiable and not state.has_graph:
             if step.window:
                 state.remember(step.layout.seq_idx.long(), step.positions)
+            state.touched = True
             return ops.mamba2_step(
                 zxbcdt,
                 *self._weights(),

@@ -99,11 +99,12 @@ class NemotronV3Model(nn.Module):
         if cache is None:
             hidden = self._run_all(hidden, layout, None, kept)
         else:
+            begun = cache.begun
             try:
                 hidden = self._run_all(hidden, layout, cache, kept)
                 cache.finish(layout)
             except BaseException:
-                cache.interrupted()
+                cache.interrupted(begun)
                 raise
         hidden = restore(self.norm_f(hidden))
         if kept is None:
