@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import (
     BackendConfig,
     MoEConfig,
@@ -12,12 +13,13 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
+from nemotron_v3.layers.border import as_cache, check_names, enter
 from nemotron_v3.layers.init import place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3MoE
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.layout import SequenceLayout
 
 
 class NemotronV3Block(nn.Module):
@@ -91,8 +93,8 @@ class NemotronV3Block(nn.Module):
 
         Args:
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
-            attention_mask: as the mixer takes it: attention a 4-D or a padding mask, mamba and moe
-                a padding mask. An mlp looks at none.
+            attention_mask: a padding mask, whose padding keeps its stream as it is and is in no
+                gradient of a weight; attention also takes a 4-D mask, an mlp ignores one.
             past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
                 updated in place.
             cache_position: without effect: the cache knows the position of each row.
@@ -107,19 +109,53 @@ class NemotronV3Block(nn.Module):
         """
         cache = as_cache(past_key_values)
         check_names(attn_kwargs)
-        attention_mask = of_new_tokens(attention_mask, tuple(hidden_states.shape[:-1]), cache)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
                 torch.promote_types(hidden_states.dtype, torch.float32)
             )
-        x = self.norm(hidden_states)
-        if self.block_type == "mlp":
-            return hidden_states + self.mixer(x)
-        if self.block_type in ("attention", "mamba"):
-            attn_kwargs["past_key_values"] = past_key_values
-        if self.block_type == "attention":
-            attn_kwargs["layer_idx"] = self.layer_idx
-        return hidden_states + self.mixer(x, attention_mask=attention_mask, **attn_kwargs)
+        mask = None
+        if self.block_type in ("attention", "mlp") and _is_4d(attention_mask):
+            mask, attention_mask = attention_mask, None
+        if self.block_type == "mlp" and attention_mask is None and not attn_kwargs:
+            return hidden_states + self.mixer(self.norm(hidden_states))
+        layout = enter(hidden_states, self.config.hidden_size, attention_mask, attn_kwargs, cache)
+        if cache is None:
+            return self._add(hidden_states, layout, mask, None)
+        begun = cache.begun
+        try:
+            return self._add(hidden_states, layout, mask, cache)
+        except BaseException:  # after the mixer has finished, such as in a hook on it
+            cache.interrupted(begun)
+            raise
+
+    def _add(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        mask: Tensor | None,
+        cache: NemotronHybridCache | None,
+    ) -> Tensor:
+        """`x + mixer(norm(x))`; padding is in neither, nor in any gradient of their weights."""
+        if layout.token_index is None or mask is not None:
+            return hidden_states + self._mix(self.norm(hidden_states), layout, mask, cache)
+        x = self.norm(layout.pack(hidden_states))  # [T, D]
+        return hidden_states + layout.unpack(self._mix(x, layout.packed, None, cache))
+
+    def _mix(
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        mask: Tensor | None,
+        cache: NemotronHybridCache | None,
+    ) -> Tensor:
+        match self.block_type:
+            case "mlp":
+                return self.mixer(x)
+            case "moe":
+                return self.mixer(x, layout=layout)
+            case "mamba":
+                return self.mixer(x, past_key_values=cache, layout=layout)
+        return self.mixer(x, mask, cache, self.layer_idx, layout=layout)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`).
@@ -130,6 +166,10 @@ class NemotronV3Block(nn.Module):
         place_on(self, buffer_device)
         nn.init.ones_(self.norm.weight)
         self.mixer.init_weights(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
+
+
+def _is_4d(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 4
 
 
 def _make_mixer(
