@@ -54,6 +54,7 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
             )
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
+        hidden = _without_padding(hidden, border)  # which is in the norms' gradients otherwise
         for block in self.layers:
             hidden = block(hidden, past_key_values=past_key_values, border=border)
             if kept is not None:
@@ -299,7 +300,7 @@ def enter(
     cache = as_cache(past_key_values)
     packing = {name: kwargs.get(name) for name in PACKING_NAMES}
     wanted = cache is not None or bool(use_cache)
-    follows = holds_tokens(cache, model.settings.config)
+    follows = holds_tokens(cache, model.settings.config, shape[0])
     border = Border.enter(
         shape,
         tokens.device,

@@ -5,13 +5,20 @@ between two passes (reordering for beams, cropping, offloading) acts on them, an
 from an accelerated model to a plain one and back.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+)
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layout.modes import capturing
 
 
 def as_cache(past_key_values: Any) -> Cache | None:
@@ -20,7 +27,8 @@ def as_cache(past_key_values: Any) -> Cache | None:
         return past_key_values
     raise TypeError(
         f"past_key_values is a {type(past_key_values).__name__}: an accelerated model takes "
-        "transformers' caches, such as DynamicCache(config=model.config)"
+        "transformers' caches, such as DynamicCache(config=model.config), whose "
+        "update(keys, values, layer_idx) takes a prefix for each attention layer"
     )
 
 
@@ -29,31 +37,73 @@ def fresh_cache(hf_config: Any) -> Cache:
     return DynamicCache(config=hf_config)
 
 
-def holds_tokens(cache: Cache | None, config: NemotronV3Config) -> bool:
-    """Whether a pass has been through the cache, without reading the device where possible.
+def holds_tokens(cache: Cache | None, config: NemotronV3Config, rows: int) -> bool:
+    """Whether there is anything in the cache, without reading the device where possible.
+
+    Tokens of a pass, or keys and values alone: a prefix that attention sees and no scan.
+
+    Args:
+        rows: of the new tokens.
 
     Raises:
-        ValueError: a cache that was not made from the model's config.
+        ValueError: a cache that was not made from the model's config, or one of another batch.
     """
     if cache is None:
         return False
     blocks = config.layers_block_type
-    if "mamba" in blocks:
-        layer = blocks.index("mamba")
-        _check_fits(cache, layer)
-        return bool(cache.has_previous_state(layer))
-    if "attention" in blocks:
-        return bool(cache.get_seq_length(blocks.index("attention")) > 0)
-    return False
+    mamba, attention = (
+        [i for i, block in enumerate(blocks) if block == kind] for kind in ("mamba", "attention")
+    )
+    for layer in mamba:
+        _check_fits(cache, layer, attention)
+        if cache.has_previous_state(layer):
+            _check_rows(rows, cache.layers[layer].conv_states[0], layer)
+            return True
+    return any(_holds_keys(cache, layer, rows) for layer in attention)
 
 
-def _check_fits(cache: Cache, layer: int) -> None:
-    if layer >= len(cache.layers) or not isinstance(
-        cache.layers[layer], LinearAttentionCacheLayerMixin
-    ):
+def _check_fits(cache: Cache, layer: int, attention: Sequence[int] = ()) -> None:
+    """Raises ValueError unless the cache has a place for the states of a mamba layer."""
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    if isinstance(held, LinearAttentionCacheLayerMixin):
+        return
+    own = f"{type(cache).__name__}(config=model.config)"
+    if isinstance(held, CacheLayerMixin) and held.get_seq_length() > 0:
         raise ValueError(
-            f"the cache holds no state for the mamba layer {layer}: make it from the model's "
-            f"config, such as {type(cache).__name__}(config=model.config)"
+            f"the cache holds keys and values of {int(held.get_seq_length())} tokens for layer "
+            f"{layer}, a mamba layer, which has none; PEFT's prefix tuning makes such caches: tune "
+            f"a prompt or LoRA, or give a {own} whose attention layers {list(attention)} alone "
+            "hold the prefix"
+        )
+    raise ValueError(
+        f"the cache holds no state for the mamba layer {layer}: make it from the model's "
+        f"config, such as {own}"
+    )
+
+
+def _holds_keys(cache: Cache, layer: int, rows: int) -> bool:
+    """Whether the cache holds keys of an attention layer."""
+    if layer >= len(cache.layers):
+        return False
+    if not isinstance(cache.layers[layer], CacheLayerMixin):
+        raise ValueError(
+            f"the cache has no place for keys of the attention layer {layer}: make it from the "
+            f"model's config, such as {type(cache).__name__}(config=model.config)"
+        )
+    length = cache.get_seq_length(layer)
+    if isinstance(length, Tensor) and capturing(length.device):
+        return False  # a graph cannot ask; it is one of a fresh cache
+    if not length > 0:
+        return False
+    _check_rows(rows, cache.layers[layer].keys, layer)
+    return True
+
+
+def _check_rows(rows: int, held: Tensor, layer: int) -> None:
+    if held.shape[0] != rows:
+        raise ValueError(
+            f"the cache holds {held.shape[0]} rows in layer {layer}, the tokens have {rows}: give "
+            "one row of tokens a row of the cache (cache.batch_repeat_interleave repeats its rows)"
         )
 
 
