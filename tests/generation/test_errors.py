@@ -44,12 +44,29 @@ MISTAKES = {
     "stop strings": ({"stop_strings": "."}, "need a tokenizer"),
     "empty stop string": ({"stop_strings": ["a", ""], "tokenizer": Bytes()}, "is empty"),
 }  # fmt: skip
+MISTAKES |= {
+    "an eos token of no vocabulary": ({"eos_token_id": 97}, "97 is outside the vocabulary of 97"),
+    "a negative eos token": ({"eos_token_id": [1, -1]}, "eos_token_id -1 is outside"),
+    "tokens without values": ({"input_ids": tokens(1, 3).to("meta")}, "on the meta device"),
+}
 TYPE_MISTAKES = {
+    "mask that is a list": (
+        {"input_ids": tokens(1, 3), "attention_mask": [[1, 1, 1]]}, "attention_mask is a list",
+    ),
+    "text for a number": ({"temperature": "1"}, "temperature must be a number, got '1'"),
+    "no number": ({"top_p": None}, "top_p must be a number, got None"),
+    "a truth for a number": ({"repetition_penalty": True}, "must be a number, got True"),
+    "a word for a truth": ({"do_sample": "yes"}, "do_sample must be True or False, got 'yes'"),
+    "a seed of text": ({"do_sample": True, "seed": "a"}, "seed must be integers, got 'a'"),
+    "a fractional seed": ({"do_sample": True, "seed": [1.5]}, "seed must be integers, got 1.5"),
+    "an eos token of text": ({"eos_token_id": "</s>"}, "eos_token_id must be integers, got '<'"),
+    "a fractional eos token": ({"eos_token_id": 1.5}, "eos_token_id must be integers, got 1.5"),
+    "pad tokens": ({"pad_token_id": [0]}, r"pad_token_id must be integers, got \[0\]"),
     "unknown option": ({"top_kk": 3}, "'top_kk'"),
     "float tokens": ({"input_ids": torch.ones(1, 3)}, "torch.float32"),
     "a dict": ({"input_ids": {"input_ids": [1]}}, "is a dict"),
     "fraction of a token": ({"max_new_tokens": 2.5}, "must be an int, got 2.5"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,7 @@ def test_presets_have_exactly_the_published_number_of_parameters(preset):
 BAD_CALLS = [
     ({}, "exactly one of input_ids and inputs_embeds, got neither"),
     ({"input_ids": (2, 3), "inputs_embeds": (2, 3, 48)}, "got both"),
-    ({"inputs_embeds": (2, 3, 40)}, "hidden size 40, the model 48"),
+    ({"inputs_embeds": (2, 3, 40)}, "shape \\(2, 3, 40\\), the model's hidden size is 48"),
     ({"input_ids": (1, 2, 3)}, r"shape \(1, 2, 3\)"),
     ({"input_ids": (2, 3), "attention_mask": (2, 4)}, r"shape \(2, 4\), the tokens \(2, 3\)"),
     ({"input_ids": (2, 3), "labels": (2, 2)}, r"labels have shape \(2, 2\), the tokens \(2, 3\)"),

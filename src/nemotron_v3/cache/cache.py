@@ -8,13 +8,19 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemotron_v3.cache.checks import (
+    amounts_of,
     at_least,
+    check_alike,
+    check_conv,
+    check_dtype,
     check_keys,
     check_layer,
     check_no_step_missed,
     check_room,
     check_rows,
     check_snapshot,
+    check_whole,
+    row_numbers,
     shape_of,
 )
 from nemotron_v3.cache.file import read_states, write_states
@@ -66,11 +72,11 @@ class NemotronHybridCache:
         rollback_window: int = 0,
     ):
         self.config = NemotronV3Config.from_any(config)
-        at_least("batch_size", batch_size, 1)
-        at_least("rollback_window", rollback_window, 0)
-        if max_length is not None:
-            at_least("max_length", max_length, 1)
+        batch_size = at_least("batch_size", batch_size, 1)
+        rollback_window = at_least("rollback_window", rollback_window, 0)
+        max_length = None if max_length is None else at_least("max_length", max_length, 1)
         self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
+        check_dtype(self.dtype)
         self.max_length = max_length
         self.rollback_window = rollback_window
         self._lengths = [0] * batch_size
@@ -248,7 +254,12 @@ class NemotronHybridCache:
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None
     ) -> Tensor:
-        """Replace a layer's conv state `[rows, C, W]`, or push one column `[rows, C]` into it."""
+        """Replace a layer's conv state `[rows, C, W]`, or push one column `[rows, C]` into it.
+
+        Raises:
+            ValueError: a layer without a conv state, or a tensor of another shape.
+        """
+        check_conv(self.states.get(layer_idx), layer_idx, new_conv_state)
         state = self.states[layer_idx].conv
         if new_conv_state.dim() == 2 or new_conv_state.shape[-1] == 1:
             column = new_conv_state.reshape(*state.shape[:2], 1).to(state.dtype)
@@ -291,9 +302,7 @@ class NemotronHybridCache:
             ValueError: further back than the row has tokens, or than `rollback_window` reaches.
         """
         self._settle()
-        amounts = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
-        if len(amounts) != self.batch_size:
-            raise ValueError(f"{len(amounts)} amounts for {self.batch_size} rows: give one a row")
+        amounts = amounts_of(tokens, self.batch_size)
         mamba = any(isinstance(state, MambaState) for state in self.states.values())
         for row, (held, back) in enumerate(zip(self._lengths, amounts, strict=True)):
             if not 0 <= back <= held:
@@ -329,6 +338,7 @@ class NemotronHybridCache:
     def clear(self, row: int) -> None:
         """Make one row fresh."""
         self._settle()
+        check_whole("row", [row])
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows")
         self.rollback([held if r == row else 0 for r, held in enumerate(self._lengths)])
@@ -348,11 +358,7 @@ class NemotronHybridCache:
             ValueError: a row outside the cache, or none.
         """
         self._settle()
-        numbers = torch.as_tensor(rows).flatten().tolist()
-        if any(isinstance(number, bool) for number in numbers):
-            raise ValueError(f"rows {numbers} are a mask: give row numbers, mask.nonzero()")
-        if not numbers or not all(0 <= row < self.batch_size for row in numbers):
-            raise ValueError(f"rows {numbers} are not all among the cache's {self.batch_size}")
+        numbers = row_numbers(rows, self.batch_size)
         index = self._index(numbers)
         return self._with(
             lambda tensor: tensor.index_select(0, index),
@@ -367,6 +373,7 @@ class NemotronHybridCache:
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put rows in another order, in place (beam search)."""
+        beam_idx = torch.as_tensor(beam_idx)
         if tuple(beam_idx.shape) != (self.batch_size,):
             raise ValueError(
                 f"beam_idx has shape {tuple(beam_idx.shape)}, the cache {self.batch_size} rows"
@@ -396,13 +403,7 @@ class NemotronHybridCache:
             raise ValueError("cat needs at least one cache")
         first = caches[0]
         for number, cache in enumerate(caches):
-            cache._settle()
-            for name in ("dtype", "device", "max_length", "rollback_window"):
-                mine, its = getattr(first, name), getattr(cache, name)
-                if mine != its:
-                    raise ValueError(f"cache {number} has {name} {its}, cache 0 {mine}")
-            if shape_of(cache.config) != shape_of(first.config):
-                raise ValueError(f"cache {number} belongs to another config than cache 0")
+            check_alike(number, cache, first, cls)._settle()
         joined = object.__new__(cls)
         joined.__dict__.update(first.__dict__)
         joined.states = {i: join([cache.states[i] for cache in caches]) for i in first.states}

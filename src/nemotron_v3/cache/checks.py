@@ -1,12 +1,13 @@
 """What a cache checks before it takes tokens or states: sizes, rows, room."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState
+from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState, MambaState
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
 
@@ -21,9 +22,48 @@ def shape_of(config: NemotronV3Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names.split()} | {"ssm_dtype": ssm_dtype}
 
 
-def at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> int:
+    """`value`; raises TypeError for what is no integer, ValueError for one below `least`."""
+    check_whole(name, [value])
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises TypeError unless keys, values and conv states can have a dtype."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"a cache cannot hold {dtype!r}: give a floating-point torch.dtype, the model's"
+        )
+
+
+def check_whole(name: str, values: Iterable[Any]) -> None:
+    """Raises TypeError unless all are integers."""
+    for value in values:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: give an integer")
+
+
+def amounts_of(tokens: int | Sequence[int] | Tensor, rows: int) -> list[int]:
+    """How many tokens to take back from each row."""
+    given = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    amounts = list(given) if isinstance(given, Sequence) else [given] * rows
+    check_whole("an amount of tokens", amounts)
+    if len(amounts) != rows:
+        raise ValueError(f"{len(amounts)} amounts for {rows} rows: give one a row")
+    return amounts
+
+
+def row_numbers(rows: Tensor | Sequence[int], held: int) -> list[int]:
+    """`rows` as a list, each of them among the rows of a cache."""
+    numbers = torch.as_tensor(rows).flatten().tolist()
+    if any(isinstance(number, bool) for number in numbers):
+        raise ValueError(f"rows {numbers} are a mask: give row numbers, mask.nonzero()")
+    check_whole("a row", numbers)
+    if not numbers or not all(0 <= row < held for row in numbers):
+        raise ValueError(f"rows {numbers} are not all among the cache's {held}")
+    return numbers
 
 
 def check_rows(
@@ -58,6 +98,10 @@ def check_snapshot(
     snapshot: CacheSnapshot, states: Mapping[int, LayerState], rows: int, max_length: int | None
 ) -> None:
     """Raises ValueError unless a snapshot can take the place of `states` in a cache."""
+    if not isinstance(snapshot, CacheSnapshot):
+        raise TypeError(
+            f"the snapshot is a {type(snapshot).__name__}: give what snapshot() returned"
+        )
     if len(snapshot.lengths) != rows or snapshot.states.keys() != states.keys():
         raise ValueError(
             f"the snapshot has {len(snapshot.lengths)} rows and layers "
@@ -89,7 +133,7 @@ def check_keys(state: LayerState | None, layer: int | None, k: Tensor, v: Tensor
     """Raises ValueError unless packed keys and values `[T, J, P]` can stand in a layer's state."""
     if not isinstance(state, KeyValueState):
         raise ValueError(
-            f"layer {layer} holds no keys and values: give the layer_idx of an attention layer"
+            f"layer {layer!r} holds no keys and values: give the layer_idx of an attention layer"
         )
     heads, width = state.keys.shape[1], state.keys.shape[3]
     if k.shape != v.shape or tuple(k.shape[1:]) != (heads, width):
@@ -97,3 +141,47 @@ def check_keys(state: LayerState | None, layer: int | None, k: Tensor, v: Tensor
             f"keys {tuple(k.shape)} and values {tuple(v.shape)} of the new tokens do not fit the "
             f"cache: (tokens, {heads} heads, {width}) each"
         )
+
+
+def check_states(
+    state: LayerState | None, layer: int, conv_dim: int, heads: int, width: int, size: int
+) -> None:
+    """Raises ValueError unless a mixer of these sizes can move a layer's state on."""
+    if not isinstance(state, MambaState):
+        raise ValueError(
+            f"layer {layer!r} holds no mamba states in this cache: give the mixer the layer_idx it "
+            "has in the config the cache was made from"
+        )
+    found = (state.conv.shape[1], *state.ssm.shape[1:])
+    if found != (conv_dim, heads, width, size):
+        raise ValueError(
+            f"the cache's layer {layer} has {found[0]} channels and states {found[1:]}, the mixer "
+            f"{conv_dim} and {(heads, width, size)}: make the cache from the mixer's config"
+        )
+
+
+def check_conv(state: LayerState | None, layer: int, new: Tensor) -> None:
+    """Raises ValueError unless `new` can be a layer's conv state, or its newest column."""
+    if not isinstance(state, MambaState):
+        raise ValueError(
+            f"layer {layer!r} holds no conv state: give the layer_idx of a mamba layer"
+        )
+    rows, channels, taps = state.conv.shape
+    if tuple(new.shape) not in ((rows, channels), (rows, channels, 1), (rows, channels, taps)):
+        raise ValueError(
+            f"a conv state {tuple(new.shape)} does not fit layer {layer}: give "
+            f"{(rows, channels, taps)}, or the newest column {(rows, channels)}"
+        )
+
+
+def check_alike(number: int, cache: Any, first: Any, kind: type) -> Any:
+    """`cache`; raises ValueError or TypeError unless its rows can stand behind the first's."""
+    if not isinstance(cache, kind):
+        raise TypeError(f"cache {number} is a {type(cache).__name__}: give caches")
+    for name in ("dtype", "device", "max_length", "rollback_window"):
+        mine, its = getattr(first, name), getattr(cache, name)
+        if mine != its:
+            raise ValueError(f"cache {number} has {name} {its}, cache 0 {mine}")
+    if shape_of(cache.config) != shape_of(first.config):
+        raise ValueError(f"cache {number} belongs to another config than cache 0")
+    return cache

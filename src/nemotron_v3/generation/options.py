@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Self
 
 from nemotron_v3.config import NemotronV3Config
@@ -73,6 +74,7 @@ class GenerationOptions:
             if not (name == "prefill_chunk" and self.prefill_chunk is None):
                 _whole(name, getattr(self, name), least=1)
         _whole("top_k", self.top_k, least=0, way_out=" (0 for no limit)")
+        self._check_types()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -86,6 +88,21 @@ class GenerationOptions:
             raise ValueError("stop_strings need a tokenizer, which says what tokens read: give one")
         if "" in self.stops:
             raise ValueError("a stop string is empty, which would stop everything: leave it out")
+
+    def _check_types(self) -> None:
+        for name in ("do_sample", "return_logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        for name in ("eos_token_id", "pad_token_id", "seed"):
+            value = getattr(self, name)
+            given = value if isinstance(value, Sequence) and name != "pad_token_id" else [value]
+            for number in () if value is None else given:
+                if isinstance(number, bool) or not isinstance(number, Integral):
+                    raise TypeError(f"{name} must be integers, got {number!r}")
 
     def _check_temperature(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -109,11 +126,22 @@ class GenerationOptions:
         return tuple(self.stop_strings or ())
 
     def eos(self, config: NemotronV3Config) -> frozenset[int]:
-        """The tokens that end a row."""
+        """The tokens that end a row.
+
+        Raises:
+            ValueError: a given one that no model of this vocabulary can draw.
+        """
         ids = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
         if ids is None:
             return frozenset()
-        return frozenset([ids] if isinstance(ids, int) else ids)
+        ids = frozenset([ids] if isinstance(ids, Integral) else ids)
+        for token in ids if self.eos_token_id is not None else ():
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"eos_token_id {token} is outside the vocabulary of {config.vocab_size}, so "
+                    "nothing would end a row: give a token of it, or [] for none"
+                )
+        return ids
 
     def pad(self, config: NemotronV3Config) -> int:
         """The token that fills up `sequences`."""
@@ -130,7 +158,7 @@ class GenerationOptions:
         """
         if self.seed is None:
             return None
-        if isinstance(self.seed, int):
+        if isinstance(self.seed, Integral):
             return [self.seed + row for row in range(rows)]
         if len(self.seed) != rows:
             raise ValueError(

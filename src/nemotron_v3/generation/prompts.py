@@ -54,6 +54,10 @@ def read_prompts(
 def _of_tensor(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must be integers, got {input_ids.dtype}")
+    if input_ids.device.type == "meta":
+        raise ValueError("input_ids are on the meta device, and their values are needed: give them")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask is a {type(mask).__name__}: give a tensor")
     if input_ids.dim() == 1:
         input_ids = input_ids[None]
         mask = mask[None] if mask is not None and mask.dim() == 1 else mask

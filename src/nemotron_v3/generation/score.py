@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
-from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight, token_grid
+from nemotron_v3.model.checks import token_grid
+from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.cache.checks import check_keys
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.init import init_module, on_meta
@@ -88,7 +89,8 @@ class NemotronV3Attention(nn.Module):
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)
-        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        is_4d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        mask = attention_mask if is_4d else None
         if mask is not None and cache is not None:
             raise ValueError(
                 f"a 4-D attention_mask {tuple(mask.shape)} cannot be given with a cache, which "
@@ -127,6 +129,7 @@ class NemotronV3Attention(nn.Module):
         layer_idx: int | None,
     ) -> Tensor:
         """Store the new keys and values, and attend to all that each row holds."""
+        check_keys(cache.states.get(layer_idx), layer_idx, k, v)
         state, step = cache.begin(layer_idx, layout)
         before = (state.keys, state.values)
         try:

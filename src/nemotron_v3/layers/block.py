@@ -13,7 +13,7 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import as_cache, check_names, enter
+from nemotron_v3.layers.border import as_cache, check_floats, check_names, enter
 from nemotron_v3.layers.init import place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
@@ -109,6 +109,7 @@ class NemotronV3Block(nn.Module):
         """
         cache = as_cache(past_key_values)
         check_names(attn_kwargs)
+        check_floats(hidden_states)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
                 torch.promote_types(hidden_states.dtype, torch.float32)
@@ -169,7 +170,7 @@ class NemotronV3Block(nn.Module):
 
 
 def _is_4d(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dim() == 4
+    return isinstance(mask, Tensor) and mask.dim() == 4
 
 
 def _make_mixer(

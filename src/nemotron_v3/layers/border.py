@@ -26,21 +26,40 @@ def enter(
 
     Raises:
         ValueError: another rank or width, or a layout that does not fit.
-        TypeError: a keyword argument no layer understands.
+        TypeError: a keyword argument no layer understands, or what is no tensor of floats.
     """
     check_names(layout_kwargs)
+    check_floats(hidden_states)
     if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != width:
         raise ValueError(
-            f"hidden size {hidden_states.shape[-1]} of hidden states {tuple(hidden_states.shape)} "
-            f"does not fit: this layer takes (batch, seq_len, {width}) or (tokens, {width})"
+            f"hidden size {hidden_states.shape[-1:].numel()} of hidden states "
+            f"{tuple(hidden_states.shape)} does not fit: this layer takes (batch, seq_len, "
+            f"{width}) or (tokens, {width})"
         )
     shape = tuple(hidden_states.shape[:-1])
     if attention_mask is None and layout_kwargs.keys() == {"layout"}:
         layout = layout_kwargs["layout"]
-        if layout is not None and (layout.shape, layout.device) == (shape, hidden_states.device):
+        if isinstance(layout, SequenceLayout) and (layout.shape, layout.device) == (
+            shape,
+            hidden_states.device,
+        ):
             return layout  # as a model hands it to its blocks, many times a token
     attention_mask = of_new_tokens(attention_mask, shape, cache)
     return SequenceLayout.resolve(shape, hidden_states.device, attention_mask, **layout_kwargs)
+
+
+def check_floats(hidden_states: Any) -> None:
+    """Raises TypeError for anything but a tensor of real floating-point numbers."""
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(
+            f"hidden states are a {type(hidden_states).__name__}: give a tensor (batch, seq_len, "
+            "hidden_size) or (tokens, hidden_size)"
+        )
+    if not hidden_states.is_floating_point():
+        raise TypeError(
+            f"hidden states are {hidden_states.dtype}: give floating-point numbers in the dtype of "
+            "the layer; token ids belong to a model's input_ids"
+        )
 
 
 def of_new_tokens(
@@ -51,17 +70,21 @@ def of_new_tokens(
     With a cache a caller may go on giving the mask of the whole sequence: what the cache holds is
     settled, only the last columns say anything.
     """
-    if mask is None or cache is None or not cache.has_previous_state or mask.dim() > 2:
+    if mask is None or cache is None or not cache.has_previous_state or not _up_to_2d(mask):
         return mask
     return mask[..., -shape[-1] :] if mask.shape[-1] > shape[-1] else mask
 
 
-def check_names(layout_kwargs: dict[str, Any]) -> None:
+def _up_to_2d(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and 1 <= mask.dim() <= 2
+
+
+def check_names(layout_kwargs: dict[str, Any], who: str = "a layer") -> None:
     """Raises TypeError for a keyword argument no layer understands."""
     for name in layout_kwargs:
         if name not in _LAYOUT_NAMES:
             raise TypeError(
-                f"unexpected keyword argument {name!r}: a layer takes {', '.join(_LAYOUT_NAMES)}"
+                f"unexpected keyword argument {name!r}: {who} takes {', '.join(_LAYOUT_NAMES)}"
             )
 
 

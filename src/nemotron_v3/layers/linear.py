@@ -47,11 +47,26 @@ def make_linear(
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`; a plain linear layer that nobody looks into may run on a faster product."""
+    """`layer(x)`; a plain linear layer that nobody looks into may run on a faster product.
+
+    Raises:
+        TypeError: `x` has another dtype than the weights, and no autocast brings them together.
+    """
     if torch.compiler.is_compiling() or type(layer) is not nn.Linear or is_watched(layer):
         return layer(x)
+    if x.dtype != layer.weight.dtype:
+        _check_dtype(layer, x)
     y = _products.linear(layer, x)
     return layer(x) if y is None else y
+
+
+def _check_dtype(layer: nn.Linear, x: Tensor) -> None:
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        raise TypeError(
+            f"hidden states are {x.dtype}, the layer's weights {layer.weight.dtype}: cast the "
+            f"hidden states, or the layer by .to({x.dtype}), or use torch.autocast"
+        )
 
 
 def is_watched(module: nn.Module) -> bool:

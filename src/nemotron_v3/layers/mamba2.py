@@ -11,6 +11,7 @@ from torch import LongTensor, Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.cache.checks import check_states
 from nemotron_v3.cache.states import MambaState
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
@@ -131,6 +132,8 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def _follow(self, zxbcdt: Tensor, layout: SequenceLayout, cache: NemotronHybridCache) -> Tensor:
         """From the states of a cache, which holds the next ones afterwards."""
+        sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
+        check_states(cache.states.get(self.layer_idx), self.layer_idx, *sizes)
         state, step = cache.begin(self.layer_idx, layout)
         before = (state.conv, state.ssm)
         try:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers.border import check_floats
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.ops import relu2
@@ -70,10 +71,12 @@ class NemotronV3MLP(nn.Module):
 
         Raises:
             ValueError: another hidden size.
+            TypeError: no tensor of floats, or one of another dtype than the layer's.
         """
-        if hidden_states.shape[-1] != self.hidden_size:
+        check_floats(hidden_states)
+        if hidden_states.shape[-1:] != (self.hidden_size,):
             raise ValueError(
-                f"hidden size {hidden_states.shape[-1]} does not match the layer's "
+                f"hidden size {hidden_states.shape[-1:].numel()} does not match the layer's "
                 f"{self.hidden_size}: give hidden states of shape (..., {self.hidden_size})"
             )
         return project(self.down_proj, relu2(project(self.up_proj, hidden_states), impl=self.impl))

@@ -1,6 +1,7 @@
 """What a layout checks where it is built: offsets, grids and masks that must fit each other."""
 
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,16 @@ def shortened(values: tuple[int, ...], most: int = 8) -> str:
     return f"[{shown}, ... {len(values)} in all]" if len(values) > most else f"[{shown}]"
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """Raises TypeError for what is no tensor, ValueError for one without values."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: give a tensor")
+    if x.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, and its values are needed: give them")
+
+
 def read_offsets(name: str, offsets: Tensor) -> list[int]:
+    check_tensor(name, offsets)
     if offsets.dim() == 2 and offsets.shape[0] == 1:
         offsets = offsets[0]
     if offsets.dim() != 1 or offsets.numel() < 2 or offsets.is_floating_point():
@@ -84,6 +94,7 @@ def check_max_seqlen(max_seqlen: int | Tensor | None, lengths: tuple[int, ...]) 
 
 
 def fit_grid(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check_tensor(name, x)
     if tuple(x.shape) == tuple(shape):
         return x
     if x.numel() == grid_size(shape) and tuple(x.shape) == (1, *shape):
@@ -96,6 +107,7 @@ def fit_grid(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check_tensor("attention_mask", mask)
     if mask.dim() > 2:
         raise ValueError(
             f"a padding mask has shape (batch, seq_len), got {tuple(mask.shape)}: only an "

@@ -22,6 +22,7 @@ from nemotron_v3.layout.checks import (
     check_qkv_format,
     check_row_borders,
     check_slots,
+    check_tensor,
     fit_grid,
     fit_mask,
     grid_rows,
@@ -150,6 +151,7 @@ class SequenceLayout:
         Raises:
             ValueError: not integers, or not 1-D or 2-D.
         """
+        check_tensor("seq_idx", seq_idx)
         if (
             seq_idx.is_floating_point()
             or seq_idx.dtype == torch.bool
@@ -188,6 +190,7 @@ class SequenceLayout:
         Raises:
             ValueError: not 2-D, or a value other than 0 and 1.
         """
+        check_tensor("a padding mask", mask)
         if mask.dim() != 2:
             raise ValueError(f"a padding mask has shape (batch, seq_len), got {tuple(mask.shape)}")
         values = mask.detach().cpu()
@@ -246,6 +249,8 @@ class SequenceLayout:
         check_qkv_format(qkv_format, shape)
         candidates: list[tuple[str, SequenceLayout]] = []
         if layout is not None:
+            if not isinstance(layout, SequenceLayout):
+                raise TypeError(f"layout is a {type(layout).__name__}: give a SequenceLayout")
             candidates.append(("layout", layout))
         if cu_seqlens is not None:
             built = cls.from_cu_seqlens(cu_seqlens, shape, cu_seqlens_padded)

@@ -15,12 +15,13 @@ from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.block import NemotronV3Block
-from nemotron_v3.layers.border import as_cache, of_new_tokens
+from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.checks import check_kept, check_labels, token_grid
 from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
 
 
@@ -82,14 +83,20 @@ class NemotronV3Model(nn.Module):
         """
         cache = as_cache(past_key_values)
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
+        check_names(layout_kwargs, "the model")
         attention_mask = of_new_tokens(attention_mask, shape, cache)
         layout = SequenceLayout.resolve(
             shape, device, attention_mask, layout=layout, **layout_kwargs
         )
+        if device.type == "meta" != self.embeddings.weight.device.type:
+            raise ValueError(
+                f"the tokens are on the meta device, the model on {self.embeddings.weight.device}: "
+                "move one of them"
+            )
         if cache is not None:
             cache.check(self.config, self.embeddings.weight.dtype, layout)
         if inputs_embeds is None:
-            hidden = self.embeddings(input_ids)
+            hidden = self._embed(input_ids)
         else:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
         restore = _identity
@@ -110,6 +117,19 @@ class NemotronV3Model(nn.Module):
         if kept is None:
             return ModelOutput(hidden, past_key_values=cache)
         return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embeddings(input_ids)
+        except IndexError:  # on a CPU; a GPU says so later, in its own way
+            V = self.embeddings.weight.shape[0]
+            wrong = input_ids[(input_ids < 0) | (input_ids >= V)]
+            if not wrong.numel():
+                raise
+            raise IndexError(
+                f"token id {int(wrong[0])} is outside the vocabulary of {V}: give ids of the "
+                "model's own tokenizer"
+            ) from None
 
     def _run_all(
         self,
@@ -247,13 +267,10 @@ class NemotronV3ForCausalLM(nn.Module):
             ValueError, TypeError: see `NemotronV3Model.forward`; labels of another shape.
         """
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
-        if labels is not None and tuple(labels.shape) != shape:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
-                "labels, one a token"
-            )
-        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise TypeError(f"labels are {labels.dtype}: give token ids as integers")
+        if labels is not None:
+            check_labels(labels, shape, device)
+        check_names(layout_kwargs, "the model")
+        check_kept(logits_to_keep)
         attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
         layout = SequenceLayout.resolve(
             shape,
@@ -357,37 +374,6 @@ def plain_weight(head: nn.Module) -> Tensor | None:
     return weight if type(weight) in (Tensor, nn.Parameter) else None
 
 
-def token_grid(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int
-) -> tuple[tuple[int, ...], torch.device]:
-    """The shape `(B, S)` or `(T,)` of the tokens given, and where they are."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(
-            "give exactly one of input_ids and inputs_embeds, got "
-            + ("neither" if input_ids is None else "both")
-        )
-    name, tokens = "input_ids", input_ids
-    if inputs_embeds is not None:
-        name, tokens = "inputs_embeds", inputs_embeds
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{name} is a {type(tokens).__name__}: give a tensor")
-    if inputs_embeds is None and (tokens.is_floating_point() or tokens.dtype == torch.bool):
-        raise TypeError(
-            f"input_ids are {tokens.dtype}: give token ids as integers, or embeddings as "
-            "inputs_embeds"
-        )
-    if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
-        raise ValueError(
-            f"inputs_embeds has hidden size {inputs_embeds.shape[-1]}, the model {width}"
-        )
-    shape = tokens.shape if inputs_embeds is None else tokens.shape[:-1]
-    if len(shape) not in (1, 2):
-        raise ValueError(
-            f"tokens have shape {tuple(shape)}: (batch, seq_len) or (tokens,) is needed"
-        )
-    return tuple(shape), tokens.device
-
-
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -396,6 +382,4 @@ def _keep(x: Tensor, positions: int | Tensor) -> Tensor:
     """The last `positions` places of the sequence (all for 0), or the places a tensor lists."""
     if isinstance(positions, Tensor):
         return x.index_select(-2, positions)
-    if positions < 0:
-        raise ValueError(f"logits_to_keep must not be negative, got {positions}")
     return x[..., -positions:, :] if positions else x

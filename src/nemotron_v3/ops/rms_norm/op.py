@@ -34,10 +34,10 @@ def rms_norm(
     Raises:
         ValueError: the width of `x` is not `weight`'s.
     """
-    if x.shape[-1] != weight.shape[0]:
+    if x.shape[-1:] != weight.shape:
         raise ValueError(
-            f"width {x.shape[-1]} does not match the norm's {weight.shape[0]}: give hidden states "
-            f"of shape (..., {weight.shape[0]})"
+            f"width {x.shape[-1:].numel()} does not match the norm's {weight.shape[0]}: give "
+            f"hidden states of shape (..., {weight.shape[0]})"
         )
     run = pick(
         "rms_norm",

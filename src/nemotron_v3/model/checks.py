@@ -1,0 +1,79 @@
+"""What a model checks of its arguments before anything runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ID_DTYPES = (torch.int64, torch.int32)  # that an embedding looks up
+
+
+def token_grid(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int
+) -> tuple[tuple[int, ...], torch.device]:
+    """The shape `(B, S)` or `(T,)` of the tokens given, and where they are.
+
+    Raises:
+        ValueError: not exactly one of both, another rank or width.
+        TypeError: no tensor, ids that are no integers, embeddings that are no floats.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "give exactly one of input_ids and inputs_embeds, got "
+            + ("neither" if input_ids is None else "both")
+        )
+    name, tokens = "input_ids", input_ids
+    if inputs_embeds is not None:
+        name, tokens = "inputs_embeds", inputs_embeds
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} is a {type(tokens).__name__}: give a tensor")
+    if inputs_embeds is None and tokens.dtype not in ID_DTYPES:
+        raise TypeError(
+            f"input_ids are {tokens.dtype}: give token ids as integers, int64 or int32, or "
+            "embeddings as inputs_embeds"
+        )
+    if inputs_embeds is not None and not tokens.is_floating_point():
+        raise TypeError(f"inputs_embeds are {tokens.dtype}: give floats, or ids as input_ids")
+    if inputs_embeds is not None and inputs_embeds.shape[-1:] != (width,):
+        raise ValueError(
+            f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, the model's hidden size is "
+            f"{width}: give (batch, seq_len, {width}) or (tokens, {width})"
+        )
+    shape = tokens.shape if inputs_embeds is None else tokens.shape[:-1]
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            f"tokens have shape {tuple(shape)}: (batch, seq_len) or (tokens,) is needed"
+        )
+    return tuple(shape), tokens.device
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError or TypeError unless labels are integers, one a token, where these are."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels are a {type(labels).__name__}: give a tensor of token ids")
+    if tuple(labels.shape) != shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
+            "labels, one a token"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}: give token ids as integers")
+    if labels.device != device:
+        raise ValueError(f"labels are on {labels.device}, the tokens on {device}: move one of them")
+
+
+def check_kept(logits_to_keep: Any) -> None:
+    """Raises ValueError or TypeError unless `logits_to_keep` is a number or a list of places."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dtype not in ID_DTYPES or logits_to_keep.dim() > 1:
+            raise TypeError(
+                f"logits_to_keep is {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}: "
+                "give positions as integers (n,), or how many of the last"
+            )
+    elif not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
+        raise TypeError(
+            f"logits_to_keep is {logits_to_keep!r}: give how many of the last positions (0 for "
+            "all), or a tensor of positions"
+        )
+    elif logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}")
