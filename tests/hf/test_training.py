@@ -209,3 +209,25 @@ def test_bad_arguments_are_refused(plain):
         model(ids[0])
     with pytest.raises(ValueError, match=r"output_attentions=True: .*undo"):
         model(ids, output_attentions=True)
+
+
+WRONG = [
+    ({"input_ids": [[1, 2]]}, TypeError, "input_ids is a list: give a tensor"),
+    ({"input_ids": torch.ones(2, 5)}, TypeError, "input_ids are torch.float32"),
+    ({"input_ids": tokens(2, 5) + 97}, IndexError, "token id .* is outside the vocabulary of 97"),
+    ({"inputs_embeds": torch.ones(2, 5, 40)}, ValueError, r"\(2, 5, 40\), the model's .* is 48"),
+    ({"inputs_embeds": torch.ones(2, 5, 48).long()}, TypeError, "inputs_embeds are torch.int64"),
+    ({"labels": tokens(2, 5).tolist()}, TypeError, "labels are a list"),
+    ({"labels": torch.ones(2, 5)}, TypeError, "labels are torch.float32: give token ids"),
+    ({"shift_labels": tokens(2, 4)}, ValueError, r"shift_labels have shape \(2, 4\)"),
+    ({"position_ids": [[0]]}, TypeError, "position_ids are a list"),
+    ({"cu_seq_lens_q": [0, 5, 10]}, TypeError, "cu_seq_lens_q is a list"),
+    ({"attention_mask": {"full_attention": 3}}, TypeError, "for attention layers is a int"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG, ids=[w[2] for w in WRONG])
+def test_arguments_of_another_kind_are_named(plain, call, error, message):
+    given = {} if call.keys() & {"input_ids", "inputs_embeds"} else {"input_ids": tokens(2, 5)}
+    with pytest.raises(error, match=message):
+        accelerated(plain)(**given, **call)

@@ -144,6 +144,12 @@ def _split_masks(
     if isinstance(attention_mask, Mapping):
         full = attention_mask.get("full_attention", attention_mask.get("attention"))
         padding = attention_mask.get("linear_attention", attention_mask.get("mamba"))
+        for kind, mask in (("attention", full), ("mamba", padding)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(
+                    f"the attention_mask for {kind} layers is a {type(mask).__name__}: give a "
+                    "tensor or None"
+                )
         if full is not None and full.dim() == 2:
             return full, None
         return padding, full
@@ -170,6 +176,9 @@ def _explicit(packing: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]
     if "seq_idx" in packing:
         found["seq_idx"] = packing["seq_idx"]
     q, k = packing.get("cu_seq_lens_q"), packing.get("cu_seq_lens_k")
+    for name, offsets in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)):
+        if offsets is not None and not isinstance(offsets, Tensor):
+            raise TypeError(f"{name} is a {type(offsets).__name__}: give a tensor")
     if q is not None and k is not None and q is not k and not torch.equal(q, k.to(q.device)):
         raise ValueError(
             f"cu_seq_lens_q {q.tolist()} and cu_seq_lens_k {k.tolist()} differ: every token is a "
@@ -187,6 +196,8 @@ def _from_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> dict
     """The documents that positions count, where they count more than one a row."""
     if position_ids is None or shape[1] < 2:
         return {}
+    if not isinstance(position_ids, Tensor):
+        raise TypeError(f"position_ids are a {type(position_ids).__name__}: give a tensor")
     positions = position_ids if position_ids.dim() == 2 else position_ids[None]
     if positions.dim() != 2 or positions.shape[1] != shape[1]:
         raise ValueError(

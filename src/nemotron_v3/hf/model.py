@@ -21,6 +21,7 @@ from nemotron_v3.hf.layers import Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import as_cache, fresh_cache, holds_tokens
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.checks import check_labels, look_up, token_grid
 from nemotron_v3.model.model import plain_weight
 
 IGNORE_INDEX = -100
@@ -52,7 +53,7 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
                 use_cache=use_cache,
                 kwargs=kwargs,
             )
-        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = look_up(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
         hidden = _without_padding(hidden, border)  # which is in the norms' gradients otherwise
         for block in self.layers:
@@ -177,8 +178,10 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
             past_key_values=past_key_values,
             use_cache=use_cache,
             kwargs=kwargs,
-            labels=labels,
         )
+        for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
+            if given is not None and not self._has_own_loss():
+                check_labels(given, border.layout.shape, name=name)
         passed_on = {k: v for k, v in kwargs.items() if k not in PACKING_NAMES}
         out = self.model(
             input_ids=input_ids,
@@ -273,7 +276,6 @@ def enter(
     past_key_values: Any,
     use_cache: bool | None,
     kwargs: dict[str, Any],
-    labels: Tensor | None = None,
 ) -> tuple[Cache | None, Border]:
     """Check the arguments of a pass; its cache, and how its tokens lie.
 
@@ -281,17 +283,9 @@ def enter(
         ValueError, TypeError: see `NemotronHForCausalLM.forward`; nothing has been changed then.
     """
     config = model.config
-    if (input_ids is None) == (inputs_embeds is None):
-        found = "neither" if input_ids is None else "both"
-        raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {found}")
-    tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: (batch, seq_len) is needed")
-    shape = tuple(tokens.shape)
-    if labels is not None and tuple(labels.shape) != shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, the tokens {shape}: one a token"
-        )
+    shape, device = token_grid(input_ids, inputs_embeds, config.hidden_size)
+    if len(shape) != 2:
+        raise ValueError(f"tokens have shape {shape}: (batch, seq_len) is needed")
     if _wanted(config, kwargs, "output_attentions"):
         raise ValueError(
             "output_attentions=True: an accelerated model never holds attention weights; call "
@@ -303,7 +297,7 @@ def enter(
     follows = holds_tokens(cache, model.settings.config, shape[0])
     border = Border.enter(
         shape,
-        tokens.device,
+        device,
         attention_mask=attention_mask,
         position_ids=position_ids,
         follows=follows,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ID_DTYPES = (torch.int64, torch.int32)  # that an embedding looks up
 
@@ -47,19 +47,47 @@ def token_grid(
     return tuple(shape), tokens.device
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises ValueError or TypeError unless labels are integers, one a token, where these are."""
+def look_up(embeddings: nn.Module, input_ids: Tensor) -> Tensor:
+    """The embeddings of token ids.
+
+    Raises:
+        IndexError: an id outside the vocabulary, by its number on a CPU; a GPU says so in its way.
+    """
+    try:
+        return embeddings(input_ids)
+    except IndexError:
+        rows = embeddings.weight.shape[0]
+        wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
+        if not wrong.numel():
+            raise
+        raise IndexError(
+            f"token id {int(wrong[0])} is outside the vocabulary of {rows}: give ids of the "
+            "model's own tokenizer"
+        ) from None
+
+
+def check_labels(
+    labels: Any,
+    shape: tuple[int, ...],
+    device: torch.device | None = None,
+    name: str = "labels",
+) -> None:
+    """Raises ValueError or TypeError unless labels are integers, one a token.
+
+    Args:
+        device: where they have to be; None does not matter.
+    """
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels are a {type(labels).__name__}: give a tensor of token ids")
+        raise TypeError(f"{name} are a {type(labels).__name__}: give a tensor of token ids")
     if tuple(labels.shape) != shape:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, the tokens {shape}: give unshifted "
-            "labels, one a token"
+            f"{name} have shape {tuple(labels.shape)}, the tokens {shape}: give one a "
+            "token; labels are shifted inside, shift_labels were before"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels are {labels.dtype}: give token ids as integers")
-    if labels.device != device:
-        raise ValueError(f"labels are on {labels.device}, the tokens on {device}: move one of them")
+        raise TypeError(f"{name} are {labels.dtype}: give token ids as integers")
+    if device is not None and labels.device != device:
+        raise ValueError(f"{name} are on {labels.device}, the tokens on {device}: move one of them")
 
 
 def check_kept(logits_to_keep: Any) -> None:

@@ -21,7 +21,7 @@ from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_kept, check_labels, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
 from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
 
 
@@ -96,7 +96,7 @@ class NemotronV3Model(nn.Module):
         if cache is not None:
             cache.check(self.config, self.embeddings.weight.dtype, layout)
         if inputs_embeds is None:
-            hidden = self._embed(input_ids)
+            hidden = look_up(self.embeddings, input_ids)
         else:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
         restore = _identity
@@ -117,19 +117,6 @@ class NemotronV3Model(nn.Module):
         if kept is None:
             return ModelOutput(hidden, past_key_values=cache)
         return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        try:
-            return self.embeddings(input_ids)
-        except IndexError:  # on a CPU; a GPU says so later, in its own way
-            V = self.embeddings.weight.shape[0]
-            wrong = input_ids[(input_ids < 0) | (input_ids >= V)]
-            if not wrong.numel():
-                raise
-            raise IndexError(
-                f"token id {int(wrong[0])} is outside the vocabulary of {V}: give ids of the "
-                "model's own tokenizer"
-            ) from None
 
     def _run_all(
         self,
