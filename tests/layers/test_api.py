@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import NemotronHConfig
 
-from nemotron_v3 import BackendConfig, MoEConfig
+from nemotron_v3 import BackendConfig, MoEConfig, parameter_groups, report
 from nemotron_v3.layers import (
     NemotronV3Attention,
     NemotronV3Block,
@@ -15,6 +15,8 @@ from nemotron_v3.layers import (
     NemotronV3MambaRMSNormGated,
     NemotronV3MoE,
 )
+from nemotron_v3.layers.mlp import NemotronV3MLP
+from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from tests.models import tiny_config
 
 SIGNATURES = {
@@ -237,3 +239,35 @@ def test_sizes_that_contradict_each_other_are_refused():
         NemotronV3Attention(tiny_config())(
             torch.randn(1, 5, 48), attention_mask=torch.ones(1, 1, 5, 4, dtype=torch.bool)
         )
+
+
+CONSTRUCTIONS = [
+    (lambda c: NemotronV3Attention(c, 0), TypeError, "backend is 0: give a BackendConfig"),
+    (lambda c: NemotronV3Attention(c, "flex"), TypeError, "backend is 'flex'"),
+    (lambda c: NemotronV3Block(c, "0"), TypeError, "layer_idx is '0'"),
+    (lambda c: NemotronV3Block(c, None), TypeError, "layer_idx is None"),
+    (lambda c: NemotronV3MambaRMSNormGated(0, 1), ValueError, "hidden_size is 0: give at least"),
+    (lambda c: NemotronV3MambaRMSNormGated(8, 2.0), TypeError, "group_size is 2.0"),
+    (lambda c: NemotronV3MambaRMSNormGated(8, 0), ValueError, "group_size is 0"),
+    (lambda c: NemotronV3MLP(0, 4), ValueError, "hidden_size is 0"),
+    (lambda c: NemotronV3MLP(4, 4.5), TypeError, "intermediate_size is 4.5"),
+    (lambda c: parameter_groups(3, 0.1), TypeError, "a int has no parameters"),
+    (lambda c: report(3), TypeError, "a int holds no layers"),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), CONSTRUCTIONS)
+def test_what_cannot_be_built_is_named(build, error, message):
+    with pytest.raises(error, match=message):
+        build(tiny_config())
+
+
+@pytest.mark.parametrize("norm", [NemotronV3RMSNorm(8), NemotronV3MambaRMSNormGated(8, 2)])
+def test_what_a_norm_does_not_take_is_named(norm):
+    with pytest.raises(TypeError, match="hidden states are a list"):
+        norm([1.0])
+    with pytest.raises(TypeError, match="hidden states are torch.int64"):
+        norm(torch.ones(2, 8, dtype=torch.int64))
+    for shape in ((), (2, 7)):
+        with pytest.raises(ValueError, match="8"):
+            norm(torch.ones(shape))

@@ -1,7 +1,8 @@
 """Which implementation the layers use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Self
 
 from nemotron_v3.config import values
@@ -38,6 +39,10 @@ class BackendConfig:
 
         What else a foreign object holds is not looked at, and it stays as it is. One exception: a
         request for `fake_balanced_gate` raises, since the model would silently route for real.
+
+        Raises:
+            TypeError: a plain value, such as a layer's number in the place of a backend.
+            ValueError: a choice that is not offered.
         """
         if source is None:
             return cls()
@@ -45,6 +50,11 @@ class BackendConfig:
             return source
         if isinstance(source, Mapping):
             return cls(**read_mapping(settings_of(cls), source))
+        if isinstance(source, str | bytes | Number | Sequence | Set | type):
+            raise TypeError(
+                f"backend is {source!r}: give a BackendConfig, an object or mapping with its "
+                "fields, or None"
+            )
         if attribute(source, "fake_balanced_gate") is True:
             raise ValueError("fake_balanced_gate is True, which is not offered: set it to False")
         return cls(**read_attributes(settings_of(cls), source))

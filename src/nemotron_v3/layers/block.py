@@ -50,6 +50,8 @@ class NemotronV3Block(nn.Module):
         super().__init__()
         config = NemotronV3Config.from_any(config)
         backend = BackendConfig.from_any(backend)
+        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
+            raise TypeError(f"layer_idx is {layer_idx!r}: give the block's number in the model")
         if block_type is None:
             if not 0 <= layer_idx < config.num_hidden_layers:
                 raise ValueError(

@@ -48,6 +48,14 @@ def enter(
     return SequenceLayout.resolve(shape, hidden_states.device, attention_mask, **layout_kwargs)
 
 
+def check_size(name: str, size: Any) -> None:
+    """Raises ValueError or TypeError unless a width is a whole number of at least 1."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} is {size!r}: give an int")
+    if size < 1:
+        raise ValueError(f"{name} is {size}: give at least 1")
+
+
 def check_floats(hidden_states: Any) -> None:
     """Raises TypeError for anything but a tensor of real floating-point numbers."""
     if not isinstance(hidden_states, Tensor):

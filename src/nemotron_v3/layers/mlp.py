@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import check_floats
+from nemotron_v3.layers.border import check_floats, check_size
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.ops import relu2
@@ -40,6 +40,8 @@ class NemotronV3MLP(nn.Module):
         draw: bool = True,
     ):
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("intermediate_size", intermediate_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.initializer_range = initializer_range

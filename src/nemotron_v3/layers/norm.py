@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig
+from nemotron_v3.layers.border import check_floats, check_size
 from nemotron_v3.layers.transformer_engine import TERMSNorm
 
 
@@ -40,6 +41,7 @@ class NemotronV3RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` of any float dtype -> `[..., D]` in the weight's dtype."""
+        check_floats(hidden_states)
         if self.te_norm is not None:
             return self.te_norm(hidden_states, self.weight)
         impl = "portable" if self.backend.rms_norm == "torch" else self.backend.impl
@@ -65,7 +67,9 @@ class NemotronV3MambaRMSNormGated(nn.Module):
 
     def __init__(self, hidden_size: int, group_size: int, eps: float = 1e-05):
         super().__init__()
-        if group_size < 1 or hidden_size % group_size:
+        check_size("hidden_size", hidden_size)
+        check_size("group_size", group_size)
+        if hidden_size % group_size:
             raise ValueError(
                 f"group_size {group_size} does not divide hidden_size {hidden_size}: it is the "
                 "inner width divided by n_groups"
@@ -76,6 +80,7 @@ class NemotronV3MambaRMSNormGated(nn.Module):
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[..., D]` and a gate like it, or None -> `[..., D]` in `hidden_states`' dtype."""
+        check_floats(hidden_states)
         return ops.gated_rms_norm(
             hidden_states, gate, self.weight, self.group_size, self.variance_epsilon
         )

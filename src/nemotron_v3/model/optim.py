@@ -22,7 +22,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Raises:
         ValueError: a negative weight decay.
+        TypeError: no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(model).__name__} has no parameters to group: give a model")
     if weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     decayed, kept = [], []

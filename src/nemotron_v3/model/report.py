@@ -65,7 +65,10 @@ def report(model: nn.Module) -> Report:
 
     Raises:
         ValueError: nothing of this package in it.
+        TypeError: no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(model).__name__} holds no layers: give a model")
     rows = [
         Row(name, computes, uses, why)
         for name, module in model.named_modules()

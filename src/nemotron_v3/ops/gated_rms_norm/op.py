@@ -38,7 +38,7 @@ def gated_rms_norm(
         ValueError: widths that differ, or that `group_size` does not divide.
     """
     width = weight.shape[0]
-    if y.shape[-1] != width or (z is not None and z.shape != y.shape):
+    if y.shape[-1:] != weight.shape or (z is not None and z.shape != y.shape):
         gate = None if z is None else tuple(z.shape)
         raise ValueError(
             f"input of shape {tuple(y.shape)} and gate of shape {gate} do not fit a norm of width "
