@@ -135,8 +135,8 @@ def check_keys(state: LayerState | None, layer: int | None, k: Tensor, v: Tensor
         raise ValueError(
             f"layer {layer!r} holds no keys and values: give the layer_idx of an attention layer"
         )
-    heads, width = state.keys.shape[1], state.keys.shape[3]
-    if k.shape != v.shape or tuple(k.shape[1:]) != (heads, width):
+    heads, width = state.keys.shape[1::2]
+    if k.shape != v.shape or k.shape[1:] != (heads, width):
         raise ValueError(
             f"keys {tuple(k.shape)} and values {tuple(v.shape)} of the new tokens do not fit the "
             f"cache: (tokens, {heads} heads, {width}) each"

@@ -121,7 +121,16 @@ class NemotronV3Block(nn.Module):
             mask, attention_mask = attention_mask, None
         if self.block_type == "mlp" and attention_mask is None and not attn_kwargs:
             return hidden_states + self.mixer(self.norm(hidden_states))
-        layout = enter(hidden_states, self.config.hidden_size, attention_mask, attn_kwargs, cache)
+        layout = attn_kwargs.get("layout")
+        if not (
+            attention_mask is None
+            and len(attn_kwargs) == 1
+            and isinstance(layout, SequenceLayout)
+            and layout.token_index is None
+            and layout.shape == hidden_states.shape[:-1]
+        ):  # not as a model hands it to its blocks, many times a token
+            width = self.config.hidden_size
+            layout = enter(hidden_states, width, attention_mask, attn_kwargs, cache)
         if cache is None:
             return self._add(hidden_states, layout, mask, None)
         begun = cache.begun
