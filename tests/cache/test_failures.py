@@ -229,6 +229,31 @@ def test_a_model_whose_first_layer_failed_can_go_on(monkeypatch):
     assert (torch.cat(logits, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("place", ["lm_head", "model.norm_f"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_head_that_failed_withholds_the_cache(place, labelled, monkeypatch):
+    """Want of memory for a long prompt's logits: given again, its tokens would be there twice."""
+    model, ids = tiny_model("M*"), tokens(2, 9)
+    labels = {"labels": ids} if labelled else {}
+    cache = NemotronHybridCache(model.config, 2)
+    handle = model.get_submodule(place).register_forward_hook(fails)
+    with torch.no_grad():
+        with pytest.raises(Failure):
+            model(ids, past_key_values=cache, **labels)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="a forward pass failed half-way"):
+            model(ids, past_key_values=cache)
+
+
+def test_a_label_outside_the_vocabulary_withholds_the_cache():
+    model, ids = tiny_model("M*"), tokens(2, 9)
+    cache = NemotronHybridCache(model.config, 2)
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        model(ids, labels=ids + 97, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="a forward pass failed half-way"):
+        model(ids, past_key_values=cache)
+
+
 def test_a_layer_that_missed_a_step_is_refused():
     """A loop over layers that failed between two of them, and is begun again."""
     cache = NemotronHybridCache(CONFIG, 2)

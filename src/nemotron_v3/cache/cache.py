@@ -32,8 +32,8 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
 
 _HALF_WAY = (
-    "a forward pass failed half-way: some layers of the cache hold its tokens, others do not; "
-    "restore a snapshot, or make a new cache"
+    "a forward pass failed half-way: layers of the cache hold its tokens, though nobody has its "
+    "result; restore a snapshot, or make a new cache"
 )
 
 

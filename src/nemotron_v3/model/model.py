@@ -104,16 +104,15 @@ class NemotronV3Model(nn.Module):
             hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
         kept = [hidden] if output_hidden_states else None
         if cache is None:
-            hidden = self._run_all(hidden, layout, None, kept)
+            hidden = restore(self._run_all(hidden, layout, None, kept))
         else:
             begun = cache.begun
             try:
-                hidden = self._run_all(hidden, layout, cache, kept)
+                hidden = restore(self._run_all(hidden, layout, cache, kept))
                 cache.finish(layout)
             except BaseException:
                 cache.interrupted(begun)
                 raise
-        hidden = restore(self.norm_f(hidden))
         if kept is None:
             return ModelOutput(hidden, past_key_values=cache)
         return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
@@ -125,12 +124,12 @@ class NemotronV3Model(nn.Module):
         cache: NemotronHybridCache | None,
         kept: list[Tensor] | None,
     ) -> Tensor:
-        """The loop over blocks; the stream after each of them is added to `kept`."""
+        """The loop over blocks and the norm; the stream after each block is added to `kept`."""
         for block in self.layers:
             hidden = self._run(block, hidden, layout, cache)
             if kept is not None:
                 kept.append(hidden)
-        return hidden
+        return self.norm_f(hidden)
 
     def _run(
         self,
@@ -271,19 +270,37 @@ class NemotronV3ForCausalLM(nn.Module):
             past_key_values = NemotronHybridCache(
                 self.config, layout.num_documents, self.model.embeddings.weight.dtype, device
             )
+        cache = past_key_values
+        begun = 0 if cache is None else cache.begun
         out = self.model(
             input_ids,
             layout=layout,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
         hidden = out.last_hidden_state
-        if labels is None:
-            loss, logits = None, self.lm_head(_keep(hidden, logits_to_keep))
+        if cache is None:
+            loss, logits = self._head(hidden, labels, layout, logits_to_keep)
         else:
-            loss, logits = self._loss(hidden, labels, layout, logits_to_keep)
+            try:
+                loss, logits = self._head(hidden, labels, layout, logits_to_keep)
+            except BaseException:  # such as want of memory for the logits of a long prompt
+                cache.interrupted(begun)
+                raise
         return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+
+    def _head(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        layout: SequenceLayout,
+        logits_to_keep: int | Tensor,
+    ) -> tuple[Tensor | None, Tensor | Unread]:
+        """The loss, None without labels, and the logits."""
+        if labels is None:
+            return None, self.lm_head(_keep(hidden, logits_to_keep))
+        return self._loss(hidden, labels, layout, logits_to_keep)
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor
