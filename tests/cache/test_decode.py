@@ -92,6 +92,18 @@ def test_a_mask_over_the_whole_sequence_is_read_at_its_end():
     assert_near(last, whole[:, 11:])
 
 
+def test_a_mask_of_neither_the_new_tokens_nor_all_is_refused():
+    model, ids = tiny_model(), tokens(2, 12)
+    cache = NemotronHybridCache(model.config, 2)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        with pytest.raises(ValueError, match="5 columns for 2 new tokens behind a cache of 10"):
+            model(ids[:, 10:], torch.ones(2, 5), past_key_values=cache)
+        assert cache.lengths == (10, 10)
+        last = model(ids[:, 10:], torch.ones(2, 2), past_key_values=cache).logits
+        assert_near(last, model(ids).logits[:, 10:])
+
+
 def test_a_block_alone_takes_the_mask_of_the_whole_sequence_too():
     config = tiny_config("ME", dtype=torch.float64)
     x = torch.randn(2, 9, 48, dtype=torch.float64)

@@ -77,10 +77,20 @@ def of_new_tokens(
 
     With a cache a caller may go on giving the mask of the whole sequence: what the cache holds is
     settled, only the last columns say anything.
+
+    Raises:
+        ValueError: more columns than new tokens, but fewer than a row of the cache holds.
     """
     if mask is None or cache is None or not cache.has_previous_state or not _up_to_2d(mask):
         return mask
-    return mask[..., -shape[-1] :] if mask.shape[-1] > shape[-1] else mask
+    if mask.shape[-1] <= shape[-1]:
+        return mask
+    if mask.shape[-1] < (longest := cache.get_seq_length()):
+        raise ValueError(
+            f"attention_mask has {mask.shape[-1]} columns for {shape[-1]} new tokens behind a "
+            f"cache of {longest}: give those of the new tokens, or of all"
+        )
+    return mask[..., -shape[-1] :]
 
 
 def _up_to_2d(mask: Any) -> bool:
