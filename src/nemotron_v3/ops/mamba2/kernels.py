@@ -204,10 +204,10 @@ def _scan_backward(
     low,
     high,
     conv_states,
+    ssm_states,
     xBC,
     states,
     running,
-    started,
     *tables,
 ):
     """Turns dy in dzxbcdt's x columns into the gradients of x, B, C and dt."""
@@ -226,6 +226,7 @@ def _scan_backward(
         C,
         D.contiguous(),
         running,
+        _contiguous(ssm_states),
         states,
         wanted.x,
         _contiguous(dssm_final),
@@ -233,7 +234,6 @@ def _scan_backward(
         dB,
         dC,
         wanted.dt,
-        started,
     )
     dweight, dbias, dconv_states = conv.launch_backward(
         dxBC,
@@ -272,10 +272,10 @@ def _scan_backward_fake(
     low,
     high,
     conv_states,
+    ssm_states,
     xBC,
     states,
     running,
-    started,
     *tables,
 ):
     def like(t):
@@ -284,7 +284,7 @@ def _scan_backward_fake(
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
     dssm = xBC.new_empty(0)
-    if started:
+    if ssm_states is not None:
         shape = (tables[-1].shape[0] - 1, *states.shape[1:])
         dssm = torch.empty(shape, dtype=torch.float32, device=states.device)
     given = (conv_weight, conv_bias, A_log, dt_bias, D, conv_states)
@@ -298,17 +298,28 @@ def _setup_context(ctx, inputs, output) -> None:
     *parameters, G, P, N, low, high, eps, conv_states, ssm_states, final = inputs[:-6]
     _, conv_final, ssm_final, xBC, y, states, running = output
     ctx.sizes, ctx.limits, ctx.eps = (G, P, N), (low, high), eps
-    ctx.ssm_dtype = None if ssm_states is None else ssm_states.dtype
-    ctx.save_for_backward(y, *parameters, conv_states, xBC, states, running, *inputs[-6:])
+    ctx.save_for_backward(
+        y, *parameters, conv_states, ssm_states, xBC, states, running, *inputs[-6:]
+    )
     absent = () if final else (conv_final, ssm_final)
     ctx.mark_non_differentiable(xBC, y, states, running, *absent)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dout, dconv_final, dssm_final, *_):
-    y, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, *rest = (
-        ctx.saved_tensors
-    )
+    (
+        y,
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        A_log,
+        D,
+        norm_weight,
+        conv_states,
+        ssm_states,
+        *rest,
+    ) = ctx.saved_tensors
     if not torch.compiler.is_compiling():
         # y is needed by the norm alone: it goes before the scan's buffers come.
         ctx.maybe_clear_saved_tensors()
@@ -332,9 +343,8 @@ def _autograd(ctx, dout, dconv_final, dssm_final, *_):
         N,
         *ctx.limits,
         conv_states,
-        *rest[:3],
-        ctx.ssm_dtype is not None,
-        *rest[3:],
+        ssm_states,
+        *rest,
     )
     return (
         dzxbcdt,
@@ -346,7 +356,7 @@ def _autograd(ctx, dout, dconv_final, dssm_final, *_):
         dnorm,
         *(None,) * 6,
         None if conv_states is None else dconv_states,
-        None if ctx.ssm_dtype is None else dssm_states.to(ctx.ssm_dtype),
+        None if ssm_states is None else dssm_states.to(ssm_states.dtype),
         *(None,) * 7,
     )
 
@@ -362,8 +372,8 @@ _norm_backward_op = register(
 )
 _scan_backward_op = register(
     "mamba2_scan_backward(Tensor(a!) dzxbcdt, Tensor? dconv_final, Tensor? dssm_final, "
-    f"Tensor zxbcdt, {_PARAMETERS}, {_SIZES}, Tensor? conv_states, Tensor xBC, Tensor states, "
-    f"Tensor running, bool started, {_TABLES}) -> "
+    f"Tensor zxbcdt, {_PARAMETERS}, {_SIZES}, Tensor? conv_states, Tensor? ssm_states, Tensor xBC, "
+    f"Tensor states, Tensor running, {_TABLES}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _scan_backward,
     _scan_backward_fake,

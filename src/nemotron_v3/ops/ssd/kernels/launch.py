@@ -71,6 +71,7 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 _steps = Launcher(steps.forward_kernel)
 _steps_backward = Launcher(steps.backward_kernel)
 _sweeps = Launcher(states.sweep_kernel)
+_edges = Launcher(states.edges_kernel)
 _scan = Launcher(scan.forward_kernel)
 _pairs = Launcher(pairs.pairs_kernel)
 _gradients = Launcher(scan_backward.gradients_kernel)
@@ -134,6 +135,7 @@ def backward(
     C: Tensor,
     D: Tensor | None,
     running: Tensor,
+    initial: Tensor | None,
     before: Tensor,
     dy: Tensor,
     dfinal: Tensor | None,
@@ -141,14 +143,13 @@ def backward(
     dB: Tensor,
     dC: Tensor,
     draw: Tensor,
-    started: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Writes dx, dB, dC, draw; returns `[dA, dbias, dD]`, each `[H]`, and dinitial if `started`."""
+    """Writes dx, dB, dC, draw; returns `[dA, dbias, dD]`, each `[H]`, and dinitial or None."""
     T, H = given.raw.shape
     P, N, b = plan.head_dim, plan.state, plan.blocks
     after = torch.empty_like(before)
     dinitial = None
-    if started:
+    if initial is not None:
         dinitial = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
     per_token = torch.empty(6, H, T, dtype=running.dtype, device=x.device)
     rows, columns, across, from_state, to_state, skip = per_token.unbind()
@@ -185,6 +186,13 @@ def backward(
         ),
         b.dx.warps,
     )
+    if before.dtype != torch.float32 and not (initial is None and dfinal is None):
+        _edges(
+            plan.documents * H,
+            (through, initial, before, dfinal, after, running, plan.end, plan.first),
+            (T, H),
+            (P, N, b.p, b.n),
+        )
     sums = torch.empty(plan.chunks, 3, H, dtype=torch.float32, device=x.device)
     _steps_backward(
         plan.chunks * -(-H // BLOCK_H),

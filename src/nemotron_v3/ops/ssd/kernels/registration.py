@@ -76,12 +76,12 @@ def _backward(
     low,
     high,
     running,
+    initial,
     states,
     start,
     end,
     first,
     cu_seqlens,
-    started,
 ):
     plan = _plan(x, B, [start, end, first, cu_seqlens])
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
@@ -93,6 +93,7 @@ def _backward(
         _flat(C),
         None if D is None else D.contiguous(),
         running,
+        None if initial is None else initial.contiguous(),
         states,
         _flat(dy),
         None if dfinal is None else dfinal.contiguous(),
@@ -100,7 +101,6 @@ def _backward(
         dB.flatten(1),
         dC.flatten(1),
         ddt,
-        started,
     )
     dA, dbias, dD = sums
     return dx, ddt, dA, dB, dC, dD, dbias, x.new_empty(0) if dinitial is None else dinitial
@@ -119,17 +119,18 @@ def _backward_fake(
     low,
     high,
     running,
+    initial,
     states,
     start,
     end,
     first,
     cu_seqlens,
-    started,
 ):
     def like(t):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
     H, P, N = states.shape[1:]
+    started = initial is not None
     shape = (cu_seqlens.shape[0] - 1, H, P, N) if started else (0,)
     dinitial = torch.empty(shape, dtype=torch.float32 if started else x.dtype, device=x.device)
     dD, dbias = like(A if D is None else D), like(A if dt_bias is None else dt_bias)
@@ -139,27 +140,27 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output) -> None:
     x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high, initial, final, *tables = inputs
     _, final_states, states, running = output
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, running, states, *tables)
+    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, running, initial, states, *tables)
     absent = () if final else (final_states,)
     ctx.mark_non_differentiable(states, running, *absent)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, dfinal, *_):
-    x, dt, A, B, C, D, dt_bias, *rest = ctx.saved_tensors
+    x, dt, A, B, C, D, dt_bias, running, initial, *rest = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
     dx, ddt, dA, dB, dC, dD, dbias, dinitial = _backward_op(
         dy,
         dfinal,
         *(x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high),
+        running,
+        initial,
         *rest,
-        ctx.initial_dtype is not None,
     )
     dD = None if D is None else dD
     dbias = None if dt_bias is None else dbias
-    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+    dinitial = None if initial is None else dinitial.to(initial.dtype)
     return dx, ddt, dA, dB, dC, dD, dbias, None, None, dinitial, None, None, None, None, None
 
 
@@ -169,8 +170,8 @@ _INPUTS = (
 )
 _TABLES = "Tensor start, Tensor end, Tensor first, Tensor cu_seqlens"
 _backward_op = register(
-    f"ssd_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor running, Tensor states, "
-    f"{_TABLES}, bool started) -> "
+    f"ssd_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor running, Tensor? initial, "
+    f"Tensor states, {_TABLES}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

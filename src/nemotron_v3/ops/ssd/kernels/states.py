@@ -191,3 +191,63 @@ def _pass_chunk(
     b_uw = (tl.trans(b_u).to(tl.float32) * b_w[None, :]).to(u.dtype.element_ty)
     b_S = b_S * decay(a_last)
     return tl.dot(b_uw, b_v, acc=b_S, input_precision=PRECISION)
+
+
+@triton.jit
+def _either(at_edge, edge, between, chunk, m, m_edge):
+    """The state at an edge where there is one, or between chunks."""
+    if at_edge is None:
+        b = tl.load(between + chunk, mask=m, other=0.0).to(tl.float32)
+    else:
+        b = tl.load(between + chunk, mask=m & ~m_edge, other=0.0).to(tl.float32)
+        b += tl.load(at_edge + edge, mask=m_edge, other=0.0).to(tl.float32)
+    return b
+
+
+@triton.jit
+def edges_kernel(
+    through,
+    first,
+    before,
+    last,
+    after,
+    steps,
+    chunk_end,
+    document_chunks,
+    T,
+    H,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`through`, the weight `e^a_last <S, dS>` of what goes from before a chunk to behind it, from
+    the edges as they were given: the state `first` before a document, the gradient `last` of the
+    one behind it. `before` and `after` hold them rounded, which is seen in the gradient of A where
+    nothing averages over many chunks.
+    """
+    i_d = (tl.program_id(0) // H).to(tl.int64)
+    i_h = tl.program_id(0) % H
+    c_first = tl.load(document_chunks + i_d)
+    c_last = tl.load(document_chunks + i_d + 1) - 1
+    o_p = tl.arange(0, BLOCK_P)
+    o_n = tl.arange(0, BLOCK_N)
+    o = o_p[:, None] * N + o_n[None, :]
+    m_n = (o_n < N)[None, :]
+    m = (o_p < P)[:, None] & m_n
+    edge = (i_d * H + i_h) * (P * N) + o
+    if c_first <= c_last:
+        for i in tl.static_range(2):
+            c = c_first if i == 0 else c_last
+            chunk = (c * H + i_h) * (P * N) + o
+            # [BLOCK_P, BLOCK_N]
+            m_edge = m
+            if first is not None:
+                m_edge = (o_p < tl.where(c == c_first, P, 0))[:, None] & m_n
+            b_S = _either(first, edge, before, chunk, m, m_edge)
+            if last is not None:
+                m_edge = (o_p < tl.where(c == c_last, P, 0))[:, None] & m_n
+            b_dS = _either(last, edge, after, chunk, m, m_edge)
+            a_last = tl.load(steps + (i_h.to(tl.int64) * T + tl.load(chunk_end + c) - 1) * 2)
+            b_through = tl.sum(b_S * b_dS, 1) * decay(a_last)
+            tl.store(through + (c * H + i_h) * BLOCK_P + o_p, b_through)
