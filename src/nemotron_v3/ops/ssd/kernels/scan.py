@@ -20,10 +20,8 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
     load_steps,
     load_sum,
     load_tile,
-    narrow,
     split_steps,
     store_tile,
-    widen,
 )
 
 
@@ -172,10 +170,10 @@ def _outputs(
     b_B = load_tile(B + o * stride_B, stride_B, o_t, m_i, N, BLOCK_N)
     # [TILE, TILE]
     b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
-    b_CB = narrow(tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0), dtype)
+    b_CB = tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0)
     if not FIRST:
         b_B = load_tile(B, stride_B, o_t, o_t < TILE, N, BLOCK_N)
-        b_CB_before = narrow(tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION), dtype)
+        b_CB_before = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
 
     # What the weights of pairs need is loaded a head ahead, into registers: they are computed
     # while the tiles of the head come.
@@ -200,9 +198,8 @@ def _outputs(
         if D is not None:
             n_D = tl.load(D + n_h).to(tl.float32)
 
-        zero = tl.minimum(row, 0).to(tl.int32)
         # [TILE, TILE]
-        b_W = widen(b_CB, zero) * decay_down(b_a[:, None] - b_a[None, :]) * b_dt[None, :]
+        b_W = b_CB * decay_down(b_a[:, None] - b_a[None, :]) * b_dt[None, :]
         if D is not None:
             b_W += tl.where(o_t[:, None] == o_t[None, :], b_D, 0.0)
         b_W = b_W.to(dtype)
@@ -216,7 +213,7 @@ def _outputs(
             b_y *= decay(b_a)[:, None]
         else:
             b_c = decay(a_m - b_ab) * b_dtb
-            b_W_before = (widen(b_CB_before, zero) * b_c[None, :]).to(dtype)
+            b_W_before = (b_CB_before * b_c[None, :]).to(dtype)
             b_xb = load_tile(x + h * P, stride_x, o_t, o_t < TILE, P, BLOCK_P)
             b_y = tl.dot(b_W_before, b_xb, acc=b_y * decay(a_m), input_precision=PRECISION)
             b_y *= decay(b_a - a_m)[:, None]

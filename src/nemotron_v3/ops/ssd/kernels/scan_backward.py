@@ -20,10 +20,8 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
     load_steps,
     load_sum,
     load_tile,
-    narrow,
     split_steps,
     store_tile,
-    widen,
 )
 
 
@@ -245,10 +243,10 @@ def _dx(
     b_C = load_tile(C, stride_C, o_t, m_j, N, BLOCK_N)
     # [TILE, TILE]
     b_BC = tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION)
-    b_BC = narrow(tl.where(o_t[:, None] <= o_t[None, :], b_BC, 0.0), dtype)
+    b_BC = tl.where(o_t[:, None] <= o_t[None, :], b_BC, 0.0)
     if FIRST:
         b_C = load_tile(C + TILE * stride_C, stride_C, o_t, m_i, N, BLOCK_N)
-        b_BC_after = narrow(tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), dtype)
+        b_BC_after = tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION)
 
     # What the weights of pairs need is loaded a head ahead, as in scan.py.
     row = i_h * T + start
@@ -256,8 +254,6 @@ def _dx(
     n_last = load_sum(steps, row, length - 1)
     n_m = load_sum(steps, row, middle) if FIRST else n_last
     for h in tl.range(i_h, i_h + HEADS, num_stages=STAGES):
-        # Known to be 0: here the wide blocks are kept, there is room for them.
-        zero = tl.minimum(h, 0).to(tl.int32)
         row = h * T + start
         # [TILE]
         b_a, b_dt, b_aa, _ = split_steps(n_steps)
@@ -269,7 +265,7 @@ def _dx(
         n_m = load_sum(steps, n_row, middle) if FIRST else n_last
 
         # [TILE, TILE]
-        b_W = (widen(b_BC, zero) * decay_down(b_a[None, :] - b_a[:, None])).to(dtype)
+        b_W = (b_BC * decay_down(b_a[None, :] - b_a[:, None])).to(dtype)
 
         # the state
         b_dS = load_matrix(dstates + (i_c * H + h) * (P * N), N, P, BLOCK_P, N, BLOCK_N)
@@ -279,7 +275,7 @@ def _dx(
         tl.store(to_state + row + o + o_t, b_to, mask=m_j)
 
         if FIRST:  # the tile after
-            b_W_after = (widen(b_BC_after, zero) * decay(b_aa - a_m)[None, :]).to(dtype)
+            b_W_after = (b_BC_after * decay(b_aa - a_m)[None, :]).to(dtype)
             b_dy = load_tile(dy + TILE * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
             b_dx *= decay(a_last - a_m)
             b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=PRECISION)
