@@ -19,7 +19,8 @@ from nemotron_v3.ops.rms_norm import cases as norm_cases
 from nemotron_v3.ops.rms_norm import reference as norm
 from nemotron_v3.ops.ssd import cases as ssd_cases
 from nemotron_v3.ops.ssd import reference as scan
-from nemotron_v3.ops.ssd.tiles import Tiles, take
+from nemotron_v3.ops.ssd.slab import pass_on
+from nemotron_v3.ops.ssd.tiles import Tiles
 from tests.accuracy import check
 
 WORK = [
@@ -59,22 +60,42 @@ def test_slabs_hold_every_token_once_in_its_own_document(lengths, slab_tokens):
     tiles = Tiles.of(layout, 16, slab_tokens)
     tokens, documents = torch.arange(layout.num_tokens), layout.seq_idx
     seen = [torch.empty(0, dtype=torch.int64)]
-    for slab in tiles.slabs:
-        assert slab.count == 1 or slab.count * slab.size <= slab_tokens
-        assert all(len(row.unique()) == 1 for row in slab.take(documents))
-        seen.append(slab.take(tokens)[... if slab.valid is None else slab.valid].flatten())
+    for run in tiles.runs:
+        parts = []
+        for some, slab in run.slabs:
+            assert slab.count == 1 or slab.count * slab.size <= slab_tokens
+            assert all(len(row.unique()) == 1 for row in slab.take(documents))
+            assert torch.equal(slab.take(tokens), run.whole.take(tokens)[some])
+            parts.append(slab.take(tokens)[... if slab.valid is None else slab.valid].flatten())
+        whole = run.whole.take(tokens)[... if run.whole.valid is None else run.whole.valid]
+        assert torch.equal(torch.cat(parts), whole.flatten())
+        seen += parts
     assert torch.equal(torch.cat(seen).sort().values, tokens)
 
 
+@pytest.mark.parametrize("slab_tokens", [1, 40, 10**6])
 @pytest.mark.parametrize("lengths", [(100,), (1, 0, 37, 16, 5), (32, 32, 32), (0, 0)])
-def test_a_state_passes_through_the_tiles_of_its_document_in_order(lengths):
-    """With a decay of 1 and a contribution of 1 a tile, the final state counts the tiles."""
+def test_a_state_passes_through_the_tiles_of_its_document_in_order(lengths, slab_tokens):
+    """With a decay of 1 and the number of a tile's first token added, a tile meets the sum of the
+    tiles of its document before it."""
     layout = SequenceLayout.from_lengths(lengths)
-    tiles = Tiles.of(layout, 16, 10**6)
-    states = torch.full((tiles.state_rows,), float("nan"))
-    states[tiles.initial] = 0.0
-    for slab in tiles.slabs:
-        states[slab.after] = 1.0
-    for _, before, after in tiles.steps:
-        states[after] = take(states, after) + take(states, before)
-    assert take(states, tiles.final).tolist() == [-(-length // 16) for length in lengths]
+    tokens = torch.arange(layout.num_tokens, dtype=torch.float32)
+    state = torch.zeros(len(lengths), 1, 1, 1)
+    for run in Tiles.of(layout, 16, slab_tokens).runs:
+        for _, slab in run.slabs:
+            first = slab.take(tokens)[:, 0]
+            added = first[:, None, None, None]
+            seen = torch.full_like(added, float("nan"))
+            pass_on(state, added, torch.ones(slab.count, 1), seen, slab.steps)
+            documents = layout.seq_idx[first.long()].tolist()
+            starts = [layout.offsets[document] for document in documents]
+            expected = [
+                sum(range(start, int(token), 16))
+                for start, token in zip(starts, first, strict=True)
+            ]
+            assert seen.flatten().tolist() == expected
+    totals = [
+        sum(range(start, start + length, 16))
+        for start, length in zip(layout.offsets[:-1], lengths, strict=True)
+    ]
+    assert state.flatten().tolist() == totals

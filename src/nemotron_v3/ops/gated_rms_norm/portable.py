@@ -1,8 +1,7 @@
 """Gated, grouped RMS normalisation in plain PyTorch.
 
-Letters: T tokens, D width; v = y silu(z), and with r = 1 / rms of its group, n = r v. The backward
-pass keeps the inputs and computes the rest again (README.md, 'How the portable form computes the
-backward').
+Letters: T tokens, D width; v = y silu(z), r = 1 / rms of its group. The backward pass keeps the
+inputs and computes the rest again (README.md, 'How the portable form computes the backward').
 """
 
 from typing import Any
@@ -91,13 +90,13 @@ def backward(
 
         groups = v.unflatten(1, (-1, group_size))
         r = _inverse_rms(groups, eps)
-        n = torch.mul(groups, r, out=work("n", *groups.shape))
-        product = torch.mul(dn, n.flatten(1), out=work("product", *shape))
+        scaled = torch.mul(dn.view_as(groups), r, out=work("scaled", *groups.shape)).view(shape)
+        product = torch.mul(scaled, v, out=work("product", *shape))
         dweight += product.sum(0)
-        # dv = r (dn - n mean(dn n)), with the weight inside dn
+        # dv = dn - r^2 v mean(dn v), with the weight and r inside dn
         mean = product.mul_(weight).unflatten(1, (-1, group_size)).mean(-1, keepdim=True)
-        dv = torch.mul(dn, weight, out=product).view_as(n)
-        dv = dv.addcmul_(n, mean, value=-1).mul_(r).flatten(1)
+        dv = scaled.mul_(weight).view_as(groups)
+        dv = dv.addcmul_(groups, mean.mul_(r).mul_(r), value=-1).view(shape)
         target = rows_for(dy, start, end, dtype)
         if z is None:
             put_rows(dy, start, target.copy_(dv))

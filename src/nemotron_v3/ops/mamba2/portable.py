@@ -104,22 +104,22 @@ class _Core(torch.autograd.Function):
         xBC = conv.convolve(xBC, conv_weight, conv_bias, conv_states, borders, "silu")
         x, B, C = sizes.by_head(xBC)
         dt = step_sizes(dt, dt_bias, dt_limit)
-        y, states, carried = ssd.scan(x, dt, A, B, C, D, ssm_states, tiles, keep)
+        y, final, kept = ssd.scan(x, dt, A, B, C, D, ssm_states, tiles, keep)
         y = y.flatten(-2)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states),
-            *(xBC, y, states, *carried),
+            *(xBC, y, *kept),
         )
         ctx.settings = settings
         out = gated.normalise(y, z, norm_weight, sizes.H * sizes.P // sizes.G, eps)
-        return out, ssd.take(states, tiles.final).clone()
+        return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint hands them out one time
-        inputs, (xBC, y, states, *carried) = saved[:9], saved[9:]
+        inputs, (xBC, y, *kept) = saved[:9], saved[9:]
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states = inputs
         sizes, borders, tiles, dt_limit, eps, _ = ctx.settings
         z, conv_inputs, dt = sizes.split(zxbcdt)
@@ -138,7 +138,8 @@ class _Core(torch.autograd.Function):
         dxBC = torch.empty_like(xBC)
         dsteps, dA, dD, dssm = ssd_gradients.backward(
             *(x, steps.detach(), A, B, C, D, ssm_states),
-            (states, carried, tiles),
+            kept,
+            tiles,
             dy.unflatten(-1, (sizes.H, sizes.P)),
             dfinal,
             sizes.by_head(dxBC),

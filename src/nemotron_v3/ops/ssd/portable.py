@@ -9,9 +9,9 @@ With `a_i` the sum of `dt A` over the tokens of the tile up to and including i,
     y_i = sum_{j <= i} exp(a_i - a_j) (C_i . B_j) dt_j x_j  +  exp(a_i) S_in C_i  +  D x_i
     S_out = exp(a_last) S_in + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
-Heads of a group share B and C: their products run once a group, never on a copy per head. The
-backward pass keeps the inputs, the states between tiles and `S_in C`, and computes everything else
-again: memory is linear in the length.
+D stands on the diagonal of the first sum's matrix. Heads of a group share B and C: their products
+run once a group, never on a copy per head. The backward pass keeps the inputs, the states between
+tiles, `S_in C` and `C B^T`, and computes everything else again: memory is linear in the length.
 """
 
 from typing import Any
@@ -28,13 +28,12 @@ from nemotron_v3.ops.ssd.portable_backward import backward
 from nemotron_v3.ops.ssd.slab import (
     Decays,
     Sizes,
-    add_decayed,
     by_group,
+    pass_on,
+    scores_of,
     shared,
-    states_product,
-    whole_decays,
 )
-from nemotron_v3.ops.ssd.tiles import Slab, Tiles, take
+from nemotron_v3.ops.ssd.tiles import Slab, Tiles
 
 # Pairs of tokens grow with the tile, states with its inverse: around 64 they cost the same.
 TILE = 64
@@ -79,19 +78,18 @@ class _Scan(torch.autograd.Function):
         tiles: Tiles,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, states, carried = scan(x, dt, A, B, C, D, initial_states, tiles, keep)
+        y, final, kept = scan(x, dt, A, B, C, D, initial_states, tiles, keep)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, dt, A, B, C, D, initial_states, states, *carried)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_states, *kept)
         ctx.tiles = tiles
-        return y, take(states, tiles.final).clone()
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, initial_states, states, *carried = ctx.saved_tensors
+        x, dt, A, B, C, D, initial_states, *kept = ctx.saved_tensors
         streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C)]
-        kept = states, carried, ctx.tiles
-        others = backward(x, dt, A, B, C, D, initial_states, kept, dy, dfinal, streams)
+        others = backward(x, dt, A, B, C, D, initial_states, kept, ctx.tiles, dy, dfinal, streams)
         dx, dB, dC = streams
         ddt, dA, dD, dinitial = others
         return dx, ddt, dA, dB, dC, dD, dinitial, None, None
@@ -117,90 +115,60 @@ def scan(
     tiles: Tiles,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The forward pass, outside autograd: y, and what the backward pass needs of it.
+    """The forward pass, outside autograd: y, the final states, and what the backward pass needs.
 
-    Those are the states, `[state_rows, H, P, N]`, and for each slab `S_in C_i`, `[n*G, q, R*P]`;
-    without `keep` the list is empty.
+    That is, for each slab, the states that its tiles meet, `[n, H, P, N]`, `S_in C_i`, `[n*G, q,
+    R*P]`, and `C_i . B_j`, `[n*G, q, q]`; without `keep` the list is empty.
     """
-    decays = [Decays(slab, dt, A) for slab in tiles.slabs]
-    states = _states(x, B, initial_states, tiles, decays)
-    carried = [] if keep else None
-    y = _outputs(x, B, C, D, states, tiles, decays, carried)
-    return y, states, carried or []
-
-
-def _states(
-    x: Tensor, B: Tensor, initial_states: Tensor | None, tiles: Tiles, decays: list[Decays]
-) -> Tensor:
-    """The state around each tile, `[state_rows, H, P, N]`."""
     sizes, dtype = Sizes(x, B), wide(x.dtype)
-    work = Workspace(x, dtype)
-    states = x.new_empty(tiles.state_rows, sizes.H, sizes.P, sizes.N, dtype=dtype)
-    states[tiles.initial] = 0 if initial_states is None else initial_states.to(dtype)
-    for slab, decay in zip(tiles.slabs, decays, strict=True):
-        batch, q = slab.count * sizes.G, slab.size
-        kept = work("kept", slab.count, sizes.G, q, sizes.R, sizes.P)
-        factors = by_group((decay.dt * decay.to_end())[..., None], sizes)
-        torch.mul(by_group(slab.take(x), sizes), factors, out=kept)
-        Bg = shared(slab, B, work("B", batch, q, sizes.N))
-        states_product(kept.view(batch, q, -1).transpose(1, 2), Bg, states, slab.after, work)
-    whole = whole_decays(decays, states)
-    for numbers, before, after in tiles.steps:
-        add_decayed(states, after, take(whole, numbers), before)
-    return states
-
-
-def _outputs(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    states: Tensor,
-    tiles: Tiles,
-    decays: list[Decays],
-    carried: list[Tensor] | None,
-) -> Tensor:
-    """y; what the states contribute to each slab is added to `carried`."""
-    sizes, work = Sizes(x, B), Workspace(x, states.dtype)
+    state = x.new_zeros(tiles.documents, sizes.H, sizes.P, sizes.N, dtype=dtype)
+    if initial_states is not None:
+        state.copy_(initial_states)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    skip = None if D is None else D.to(states.dtype)[:, None]
-    for slab, decay in zip(tiles.slabs, decays, strict=True):
-        part = slab.target(y, states.dtype)  # [n, q, H, P]
-        of_states = _slab_outputs(slab, decay, sizes, work, (x, B, C, skip), states, part)
-        if carried is not None:
-            carried.append(of_states)
-        slab.put(y, part)
-    return y
+    slabs, kept = _Slabs(x, B, C, D, state), []
+    for run in tiles.runs:
+        decays = Decays(run.whole, dt, A, sizes)
+        for some, slab in run.slabs:
+            part = slab.target(y, dtype)  # [n, q, H, P]
+            of_slab = slabs.scan(slab, some, decays, part)
+            slab.put(y, part)
+            kept += of_slab if keep else ()
+    return y, state, kept
 
 
-def _slab_outputs(
-    slab: Slab,
-    decay: Decays,
-    sizes: Sizes,
-    work: Workspace,
-    streams: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    states: Tensor,
-    y: Tensor,
-) -> Tensor:
-    """Writes y, and returns `S_in C_i`."""
-    n, q, H, P, G, R, N = slab.count, slab.size, sizes.H, sizes.P, sizes.G, sizes.R, sizes.N
-    x, B, C, skip = streams
-    x = slab.take(x)
-    Bg = shared(slab, B, work("B", n * G, q, N))
-    Cg = shared(slab, C, work("C", n * G, q, N))
+class _Slabs:
+    """The scan of one slab after the other."""
 
-    CB = torch.bmm(Cg, Bg.transpose(1, 2), out=work("CB", n * G, q, q))
-    scores = decay.between(out=work("scores", n, H, q, q))
-    scores.view(n * G, R, q, q).mul_(CB[:, None])
-    dtx = work("dtx", n, H, q, P)
-    torch.mul(x.transpose(1, 2), decay.dt.transpose(1, 2)[..., None], out=dtx)
-    within = torch.bmm(scores.flatten(0, 1), dtx.flatten(0, 1), out=work("within", n * H, q, P))
+    def __init__(self, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> None:
+        self.x, self.B, self.C, self.D, self.state = x, B, C, D, state
+        self.sizes, self.work = Sizes(x, B), Workspace(x, state.dtype)
 
-    before = take(states, slab.before).reshape(n * G, R * P, N)
-    carried = torch.bmm(Cg, before.transpose(1, 2))  # [n*G, q, R*P]
-    from_start = by_group(decay.from_start()[..., None], sizes)
-    torch.mul(carried.view(n, G, q, R, P), from_start, out=by_group(y, sizes))
-    y.add_(within.view(n, H, q, P).transpose(1, 2))
-    if skip is not None:
-        y.addcmul_(x, skip)
-    return carried
+    def scan(self, slab: Slab, tiles: slice, decays: Decays, y: Tensor) -> tuple[Tensor, ...]:
+        """Writes y and moves the states on; returns what `scan` keeps of a slab.
+
+        `tiles` is where the slab's are in the run of `decays`.
+        """
+        n, q, work, sizes = slab.count, slab.size, self.work, self.sizes
+        H, P, G, R, N = sizes.H, sizes.P, sizes.G, sizes.R, sizes.N
+        x = work("x", n, G, q, R, P).copy_(by_group(slab.take(self.x), sizes))
+        B = shared(slab, self.B, work("B", n * G, q, N))
+        C = shared(slab, self.C, work("C", n * G, q, N))
+
+        traces = torch.mul(x, decays.trace[tiles], out=work("rows", *x.shape))
+        traces = traces.view(n * G, q, R * P).transpose(1, 2)
+        added = torch.bmm(traces, B, out=work("added", n * G, R * P, N)).view(n, H, P, N)
+        S_in = torch.empty_like(added)
+        pass_on(self.state, added, decays.whole[tiles], S_in, slab.steps)
+        carried = torch.bmm(C, S_in.view(n * G, R * P, N).transpose(1, 2))  # [n*G, q, R*P]
+
+        CB = torch.bmm(C, B.transpose(1, 2))
+        scores = scores_of(decays.between(tiles, out=work("scores", n, H, q, q)), CB, self.D)
+        xh = work("rows", n, G, R, q, P).copy_(x.transpose(2, 3))
+        within = torch.bmm(scores, xh.view(n * H, q, P), out=work("x", n * H, q, P))
+        torch.addcmul(
+            within.view(xh.shape).transpose(2, 3),
+            carried.view(x.shape),
+            decays.from_start[tiles],
+            out=by_group(y, sizes),
+        )
+        return S_in, carried, CB

@@ -5,6 +5,8 @@ N state; n tiles of a slab, q tokens of a tile. `dS` is the gradient with respec
 that it does later: the adjoint state of the README.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,13 @@ from nemotron_v3.ops._blocks import Workspace
 from nemotron_v3.ops.ssd.slab import (
     Decays,
     Sizes,
-    add_decayed,
     by_group,
+    of_heads,
+    pass_on,
+    scores_of,
     shared,
-    states_product,
-    whole_decays,
 )
-from nemotron_v3.ops.ssd.tiles import Slab, Tiles, take
+from nemotron_v3.ops.ssd.tiles import Slab, Tiles
 
 
 def backward(
@@ -29,7 +31,8 @@ def backward(
     C: Tensor,
     D: Tensor | None,
     initial_states: Tensor | None,
-    kept: tuple[Tensor, list[Tensor], Tiles],
+    kept: Sequence[Tensor],
+    tiles: Tiles,
     dy: Tensor | None,
     dfinal: Tensor | None,
     streams: list[Tensor],
@@ -37,60 +40,48 @@ def backward(
     """Gradients of dt, A, D and the initial states.
 
     Args:
-        kept: of the forward pass, states and `S_in C_i` (see `scan`), and the tiles.
+        kept: what `scan` kept.
         streams: where the gradients of x, B and C are written.
     """
-    states, carried, tiles = kept
     if dy is None:
         dy = torch.zeros_like(x)
-    decays = [Decays(slab, dt, A) for slab in tiles.slabs]
-    dstates = _dstates(C, states, tiles, decays, dy, dfinal)
-    gradients = _Gradients(x, dt, A, B, C, D, streams)
-    for slab, decay, of_slab in zip(tiles.slabs, decays, carried, strict=True):
-        gradients.add(slab, decay, states, of_slab, dstates, dy)
-    dinitial = None
-    if initial_states is not None:
-        dinitial = take(dstates, tiles.initial).to(initial_states.dtype, copy=True)
+    sizes = Sizes(x, B)
+    dstate = dt.new_zeros(tiles.documents, sizes.H, sizes.P, sizes.N)
+    if dfinal is not None:
+        dstate.copy_(dfinal)
+    gradients = _Gradients(x, dt, A, B, C, D, streams, dy, dstate)
+    end = len(kept)
+    for run in reversed(tiles.runs):
+        decays = Decays(run.whole, dt, A, sizes)
+        sums = _Sums(decays)
+        for some, slab in reversed(run.slabs):
+            gradients.add(slab, some, decays, sums, *kept[end - 3 : end])
+            end -= 3
+        gradients.add_steps(run.whole, decays, sums)
+    dinitial = None if initial_states is None else dstate.to(initial_states.dtype)
     return (*gradients.results(), dinitial)
 
 
-def _dstates(
-    C: Tensor,
-    states: Tensor,
-    tiles: Tiles,
-    decays: list[Decays],
-    dy: Tensor,
-    dfinal: Tensor | None,
-) -> Tensor:
-    """The gradient with respect to the state in each row, `[state_rows, H, P, N]`.
+class _Sums:
+    """What the gradients of the step sizes of a run are made of, `[n, H, q]` each.
 
-    `dS_in = sum_i exp(a_i) dy_i C_i^T + exp(a_last) dS_out`, from the last tile to the first.
+    Attributes:
+        themselves: pairs of a token i with itself.
+        ends, starts: in fp64, pairs (j, i) of a tile with j < i, by i and by j.
+        read: i with all j before its tile.
+        trace: j with all i after its tile, for a step and a decay of 1.
+        whole: `[n, H]`, `<S_in, dS_out>`.
     """
-    sizes, work = Sizes(dy, C), Workspace(states, states.dtype)
-    dstates = torch.empty_like(states)
-    dstates[tiles.final] = 0 if dfinal is None else dfinal
-    for slab, decay in zip(tiles.slabs, decays, strict=True):
-        batch, q = slab.count * sizes.G, slab.size
-        dy_decayed = work("dy", slab.count, sizes.G, q, sizes.R, sizes.P)
-        from_start = by_group(decay.from_start()[..., None], sizes)
-        torch.mul(by_group(_real(slab, dy, states.dtype), sizes), from_start, out=dy_decayed)
-        Cg = shared(slab, C, work("C", batch, q, sizes.N))
-        transposed = dy_decayed.view(batch, q, -1).transpose(1, 2)
-        states_product(transposed, Cg, dstates, slab.before, work)
-    whole = whole_decays(decays, states)
-    for numbers, before, after in reversed(tiles.steps):
-        add_decayed(dstates, before, take(whole, numbers), after)
-    return dstates
 
-
-def _real(slab: Slab, dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """The slab's part of dy, `[n, q, H, P]`; a place without a token has no gradient."""
-    part = slab.take(dy).to(dtype)
-    return part if slab.valid is None else part.masked_fill(~slab.valid[..., None, None], 0)
+    def __init__(self, decays: Decays):
+        shape = decays.dt.shape
+        self.themselves, self.read, self.trace = decays.dt.new_empty(3, *shape)
+        self.ends, self.starts = decays.dt.new_empty(2, *shape, dtype=torch.float64)
+        self.whole = torch.empty_like(decays.whole)
 
 
 class _Gradients:
-    """Gradients of the streams, written slab by slab, and sums for A and D."""
+    """Gradients of the streams, written slab by slab from the last, and sums for A and D."""
 
     def __init__(
         self,
@@ -101,7 +92,10 @@ class _Gradients:
         C: Tensor,
         D: Tensor | None,
         streams: list[Tensor],
+        dy: Tensor,
+        dstate: Tensor,
     ) -> None:
+        self.dy, self.dstate = dy, dstate
         self.x, self.dt, self.A, self.B, self.C, self.D = x, dt, A, B, C, D
         self.sizes, self.work = Sizes(x, B), Workspace(x, dt.dtype)
         self.work64 = Workspace(x, torch.float64)
@@ -117,112 +111,112 @@ class _Gradients:
     def add(
         self,
         slab: Slab,
+        tiles: slice,
         decays: Decays,
-        states: Tensor,
+        sums: _Sums,
+        S_in: Tensor,
         carried: Tensor,
-        dstates: Tensor,
-        dy: Tensor,
+        CB: Tensor,
     ) -> None:
+        """A slab whose later ones are done; moves the gradients of the states before its tiles.
+
+        `tiles` is where they are in the run of `decays` and `sums`.
+        """
         n, q, sizes, work = slab.count, slab.size, self.sizes, self.work
         H, P, N, G, R = sizes.H, sizes.P, sizes.N, sizes.G, sizes.R
-        x, dy_part = slab.take(self.x).to(self.dt.dtype), _real(slab, dy, self.dt.dtype)
+        dyg = work("rows", n, G, q, R, P).copy_(by_group(_real(slab, self.dy), sizes))
+        dyh = work("dy", n, G, R, q, P).copy_(dyg.transpose(2, 3)).view(n * H, q, P)
         Bg = shared(slab, self.B, work("B", n * G, q, N))
         Cg = shared(slab, self.C, work("C", n * G, q, N))
-        S_in = take(states, slab.before).reshape(n * G, R * P, N)
-        dS_out = take(dstates, slab.after).reshape(n * G, R * P, N)
 
         # What passes through the states: reading S_in, and leaving a trace in S_out.
-        dy_decayed = work("dy_decayed", n, G, q, R, P)
-        from_start = by_group(decays.from_start()[..., None], sizes)
-        torch.mul(by_group(dy_part, sizes), from_start, out=dy_decayed)
-        dC = torch.bmm(dy_decayed.view(n * G, q, R * P), S_in, out=work("dC", n * G, q, N))
-        read = torch.mul(
-            carried.view(n, G, q, R, P), dy_decayed, out=work("product", n, G, q, R, P)
-        ).sum(-1)  # <exp(a_i) dy_i, S_in C_i>
+        readers = dyg.mul_(decays.from_start[tiles])
+        flat = readers.view(n * G, q, R * P)
+        added = torch.bmm(flat.transpose(1, 2), Cg, out=work("added", n * G, R * P, N))
+        dS_out = work("dS_out", n, H, P, N)
+        whole, steps = decays.whole[tiles], reversed(slab.steps)
+        pass_on(self.dstate, added.view(S_in.shape), whole, dS_out, steps)
+        # Not as a product of a row and a column: BLAS adds up the P N terms one by one, and misses
+        # the accuracy rule.
+        torch.mul(S_in, dS_out, out=added.view(S_in.shape))
+        torch.sum(added.view(n, H, P * N), -1, out=sums.whole[tiles])
+        S_in, dS_out = (S.view(n * G, R * P, N) for S in (S_in, dS_out))
+        dC = _over_heads(flat, S_in, R, out=work("dC", n * G, q, N))
+        # <exp(a_i) dy_i, S_in C_i>
+        sums.read[tiles] = of_heads(readers.mul_(carried.view(readers.shape)).sum(-1))
 
-        to_end = by_group(decays.to_end()[..., None], sizes)
-        step = by_group(decays.dt[..., None], sizes)
-        ddtx = torch.bmm(Bg, dS_out.transpose(1, 2), out=work("ddtx", n * G, q, R * P))
-        ddtx = ddtx.view(n, G, q, R, P).mul_(to_end)
-        dtx = torch.mul(by_group(x, sizes), step, out=work("dtx", n, G, q, R, P))
-        trace = torch.mul(ddtx, dtx, out=work("product", n, G, q, R, P)).sum(-1)
-        kept = dtx.mul_(to_end).view(n * G, q, R * P)
-        dB = torch.bmm(kept, dS_out, out=work("dB", n * G, q, N))
+        V = torch.bmm(Bg, dS_out.transpose(1, 2), out=work("V", n * G, q, R * P))
+        xg = work("x", n, G, q, R, P).copy_(by_group(slab.take(self.x), sizes))
+        xh = work("xh", n, G, R, q, P).copy_(xg.transpose(2, 3)).view(n * H, q, P)
+        V = V.view(xg.shape)
+        products = torch.mul(xg, V, out=readers)
+        sums.trace[tiles] = of_heads(products.sum(-1))  # <x_j, dS_out B_j>
+        traces = xg.mul_(decays.trace[tiles]).view(n * G, q, R * P)
+        dB = _over_heads(traces, dS_out, R, out=work("dB", n * G, q, N))
+        V.mul_(decays.trace[tiles])
 
         # What passes from token to token of the tile.
-        dyh = work("dyh", n, H, q, P).copy_(dy_part.transpose(1, 2)).flatten(0, 1)
-        dtxh = torch.mul(
-            x.transpose(1, 2), decays.dt.transpose(1, 2)[..., None], out=work("dtxh", n, H, q, P)
-        ).flatten(0, 1)
-        CB = torch.bmm(Cg, Bg.transpose(1, 2), out=work("CB", n * G, q, q))[:, None]
-        L = decays.between(out=work("L", n, H, q, q)).view(n * G, R, q, q)
-        E = torch.bmm(dyh, dtxh.transpose(1, 2), out=work("E", n * H, q, q))
-        E = E.view(n * G, R, q, q).mul_(L)  # the gradient of CB, head by head
+        E = torch.bmm(dyh, xh.transpose(1, 2), out=work("E", n * H, q, q)).view(n, H, q, q)
+        if self.dD is not None:
+            self.dD += E.diagonal(dim1=2, dim2=3).double().sum((0, 2))
+        L = decays.between(tiles, out=work("L", n, H, q, q))
+        E = E.mul_(L).view(n * G, R, q, q)  # the gradient of CB, head by head
         dCB = E.sum(1)
         dC.baddbmm_(dCB, Bg)
         dB.baddbmm_(dCB.transpose(1, 2), Cg)
-        scores = L.mul_(CB).view(n * H, q, q)
-        within = torch.bmm(scores.transpose(1, 2), dyh, out=work("within", n * H, q, P))
-        pairs = E.mul_(CB).view(n, H, q, q)
-        # A pair of a token with itself lies on no step, and is the largest where decays are strong.
-        pairs.diagonal(dim1=-2, dim2=-1).zero_()
-        ddtx.add_(within.view(n, G, R, q, P).transpose(2, 3))
+        self._add_pairs(E.mul_(CB[:, None]).view(n, H, q, q), sums, tiles)
+        scores = scores_of(L, CB, self.D)
+        within = torch.bmm(scores.transpose(1, 2), dyh, out=work("xh", n * H, q, P))
 
-        # Not as a product of a row and a column: BLAS adds up the P N terms one by one, and misses
-        # the accuracy rule.
-        terms = torch.mul(S_in, dS_out, out=work("states", *S_in.shape))
-        whole = decays.whole * terms.view(n, H, P * N).sum(-1)
-        through = self._through(pairs, read, trace, whole)  # [n, q, H]
-        self._store(slab, x, dy_part, ddtx, decays, through)
+        dx = slab.target(self.dx, V.dtype)  # [n, q, H, P]
+        within = within.view(n, G, R, q, P).transpose(2, 3)
+        torch.add(within, V, out=by_group(dx, sizes))
+        slab.put(self.dx, dx)
         for stream, part in ((self.dB, dB), (self.dC, dC)):
             target = slab.target(stream, part.dtype)
             slab.put(stream, target.copy_(part.view(n, G, q, N).transpose(1, 2)))
 
-    def _through(self, pairs: Tensor, read: Tensor, trace: Tensor, whole: Tensor) -> Tensor:
-        """The gradient of each token's log-decay: the weight of all pairs (j, i) with j < t <= i.
-
-        Four kinds of pairs: both in the tile; j before it; i after it; both outside.
-
-        Args:
-            pairs: `[n, H, q, q]`, i by j, 0 for j >= i.
-            read: `[n, G, q, R]`, i with all j before the tile.
-            trace: `[n, G, q, R]`, j with all i after the tile.
-            whole: `[n, H]`.
-
-        Returns:
-            `[n, q, H]` in fp64.
-        """
-        read, trace = (t.transpose(1, 2).flatten(2).double() for t in (read, trace))
+    def _add_pairs(self, pairs: Tensor, sums: _Sums, tiles: slice) -> None:
+        """`[n, H, q, q]`, i by j, 0 for j > i."""
+        # A pair of a token with itself lies on no step, and is the largest where decays are strong.
+        themselves = pairs.diagonal(dim1=2, dim2=3)
+        sums.themselves[tiles] = themselves
+        themselves.zero_()
         # Where decays are strong these two cancel almost wholly: they have to be of the same pairs.
         pairs = self.work64("pairs", *pairs.shape).copy_(pairs)
-        ends, starts = pairs.sum(-1), pairs.sum(-2)
-        ends_less_starts = (ends - starts).transpose(1, 2)
-        from_here = (read + ends_less_starts).flip(1).cumsum(1).flip(1)
-        until_here = trace.cumsum(1) - trace
-        return from_here + until_here + whole[:, None]
+        torch.sum(pairs, 3, out=sums.ends[tiles])
+        torch.sum(pairs, 2, out=sums.starts[tiles])
 
-    def _store(
-        self,
-        slab: Slab,
-        x: Tensor,
-        dy: Tensor,
-        ddtx: Tensor,
-        decays: Decays,
-        through: Tensor,
-    ) -> None:
-        sizes = self.sizes
-        xg, dyg = by_group(x, sizes), by_group(dy, sizes)
-        product = self.work("product", *ddtx.shape)
-        torch.mul(xg, ddtx, out=product)
-        direct = product.sum(-1).transpose(1, 2).flatten(2)  # [n, q, H]
-        ddt = slab.target(self.ddt, self.ddt.dtype)
-        slab.put(self.ddt, torch.add(direct, through * self.A, out=ddt))
-        self.dA += (through * decays.dt).sum((0, 1))
+    def add_steps(self, run: Slab, decays: Decays, sums: _Sums) -> None:
+        """The gradients of dt and A, once all slabs of a run are added.
 
-        dx = slab.target(self.dx, ddtx.dtype)  # [n, q, H, P]
-        torch.mul(ddtx, by_group(decays.dt[..., None], sizes), out=by_group(dx, sizes))
-        if self.D is not None:
-            dx.addcmul_(dy, self.D.to(dx.dtype)[:, None])
-            per_head = torch.mul(dyg, xg, out=product).sum(-1).transpose(1, 2).flatten(2)
-            self.dD += per_head.double().sum((0, 1))
-        slab.put(self.dx, dx)
+        That of a token's log-decay is the weight of all pairs (j, i) with j < t <= i. Four kinds of
+        pairs: both in the tile; j before it; i after it; both outside.
+        """
+        trace = sums.trace.double() * decays.to_end
+        traces = trace * decays.dt
+        from_here = (sums.ends + sums.read - sums.starts).flip(-1).cumsum(-1).flip(-1)
+        until_here = traces.cumsum(-1) - traces
+        through = from_here + until_here + (decays.whole * sums.whole)[..., None]
+        # Pairs hold a factor dt of their first token; where it is 0, so are they.
+        tiny = torch.finfo(decays.dt.dtype).tiny
+        direct = (sums.starts + sums.themselves) / decays.dt.clamp(min=tiny) + trace
+        ddt = run.target(self.ddt, self.ddt.dtype)
+        run.put(self.ddt, ddt.copy_((direct + through * self.A[:, None]).transpose(1, 2)))
+        self.dA += (through * decays.dt).sum((0, 2))
+
+
+def _real(slab: Slab, dy: Tensor) -> Tensor:
+    """The slab's part of dy, `[n, q, H, P]`; a place without a token has no gradient."""
+    part = slab.take(dy)
+    return part if slab.valid is None else part.masked_fill(~slab.valid[..., None, None], 0)
+
+
+def _over_heads(rows: Tensor, states: Tensor, R: int, out: Tensor) -> Tensor:
+    """`[n*G, q, R*P] @ [n*G, R*P, N]`."""
+    if rows.shape[1] > 1:
+        return torch.bmm(rows, states, out=out)
+    # Of a single row BLAS adds up the R P terms one by one, too many for differences of large
+    # numbers, which a lone token's gradients of B and C are behind the gated norm.
+    rows, states = rows.view(-1, 1, rows.shape[2] // R), states.unflatten(1, (R, -1)).flatten(0, 1)
+    return torch.sum(torch.bmm(rows, states).unflatten(0, (-1, R)), 1, out=out)

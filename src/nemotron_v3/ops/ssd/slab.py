@@ -5,15 +5,16 @@ tiles of a slab, q tokens of a tile.
 
 Products run in the layouts that let them run without a copy per head: what heads of a group share
 (B, C, their products) is `[n*G, q, N]` and meets all R heads at once as `[q, R*P]`; what each head
-has of its own is `[n*H, q, ...]`.
+has of its own is `[n*H, q, ...]`. A stream is brought into a layout by one plain copy, and then
+everything works on adjacent memory: a pass over strided rows of P costs two to three of those.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import Workspace
 from nemotron_v3.ops.ssd.tiles import Rows, Slab, take
 
 LOG2_E = 1 / math.log(2)
@@ -29,56 +30,66 @@ class Sizes:
 
 
 class Decays:
-    """The log-decays of a slab and the factors made of them.
+    """The log-decays of a run of tiles and the factors made of them.
 
     With `a_i` the sum of `dt A` over the tokens of the tile up to and including i, in units of
     log2: the power of two is the cheaper one. An error of a log-decay is a relative error of all
-    that it multiplies, and differences of `a` are small numbers made of large ones: it is fp64.
+    that it multiplies, and differences of `a` are small numbers made of large ones: it is fp64,
+    and taken from two narrow halves, of which the coarse ones cancel first.
 
     Attributes:
-        dt: `[n, q, H]`, 0 where there is no token: no step, no trace.
+        dt: `[n, H, q]`, 0 where there is no token: no step, no trace.
+        to_end: `[n, H, q]`, the decay from each token to the end of the tile.
         whole: `[n, H]`, the decay from before a tile to its end.
+        from_start: `[n, G, q, R, 1]`, from before the tile to each token.
+        trace: `[n, G, q, R, 1]`, dt times the decay from each token to the end of the tile.
     """
 
-    def __init__(self, slab: Slab, dt: Tensor, A: Tensor):
-        self.dt = slab.take(dt)
-        if slab.valid is not None:
-            self.dt = self.dt.masked_fill(~slab.valid[..., None], 0)
-        log_decays = self.dt.double().transpose(1, 2) * (A.double() * LOG2_E)[:, None]
-        self._a = log_decays.cumsum(2)  # [n, H, q]
-        self._dtype = dt.dtype
-        self.whole = self._factor(self._a[..., -1])
-
-    def _factor(self, log_decay: Tensor) -> Tensor:
-        return torch.exp2(log_decay.to(self._dtype))
-
-    def from_start(self) -> Tensor:
-        """`[n, q, H]`: from before the tile to each token."""
-        return self._factor(self._a).transpose(1, 2)
-
-    def to_end(self) -> Tensor:
-        """`[n, q, H]`: from each token to the end of the tile."""
-        return self._factor(self._a[..., -1:] - self._a).transpose(1, 2)
-
-    def between(self, out: Tensor) -> Tensor:
-        """`[n, H, q, q]`, written to `out`: from token j to token i for j <= i, 0 elsewhere."""
-        # The fp64 difference from two narrow halves: the coarse ones cancel first.
-        coarse = self._a.to(self._dtype)
-        fine = (self._a - coarse).to(self._dtype)
-        torch.sub(coarse[..., :, None], coarse[..., None, :], out=out)
-        out.add_(fine[..., :, None]).sub_(fine[..., None, :])
+    def __init__(self, run: Slab, dt: Tensor, A: Tensor, sizes: Sizes):
+        steps = run.take(dt)
+        if run.valid is not None:
+            steps = steps.masked_fill(~run.valid[..., None], 0)
+        self.dt = steps.transpose(1, 2).contiguous()
+        a = (self.dt.double() * (A.double() * LOG2_E)[:, None]).cumsum(2)  # [n, H, q]
+        self._coarse = a.to(dt.dtype)
+        self._fine = (a - self._coarse).to(dt.dtype)
+        self.to_end = torch.exp2((a[..., -1:] - a).to(dt.dtype))
+        from_start = torch.exp2(self._coarse)
+        self.whole = from_start[..., -1]
+        self.from_start = of_rows(from_start, sizes)
+        self.trace = of_rows(self.dt * self.to_end, sizes)
         # For j > i the difference is positive and may be large: it is taken out before it becomes
         # an infinity, which no 0 can undo.
-        q = out.shape[-1]
-        future = torch.full((q, q), -math.inf, dtype=out.dtype, device=out.device).triu_(1)
-        return out.add_(future).exp2_()
+        q = run.size
+        self._future = torch.full((q, q), -math.inf, dtype=dt.dtype, device=dt.device).triu_(1)
+
+    def between(self, tiles: slice, out: Tensor) -> Tensor:
+        """`[tiles, H, q, q]`, written to `out`: dt of token j times the decay from it to token i
+        for j <= i, 0 elsewhere."""
+        coarse, fine = self._coarse[tiles], self._fine[tiles]
+        torch.sub(coarse[..., :, None], coarse[..., None, :], out=out)
+        out.add_(fine[..., :, None]).sub_(fine[..., None, :])
+        return out.add_(self._future).exp2_().mul_(self.dt[tiles][..., None, :])
 
 
-def whole_decays(decays: list[Decays], like: Tensor) -> Tensor:
-    """`[C, H, 1, 1]`: from before each tile to its end."""
-    if not decays:
-        return like.new_empty(0)
-    return torch.cat([decay.whole for decay in decays])[..., None, None]
+def scores_of(between: Tensor, CB: Tensor, D: Tensor | None) -> Tensor:
+    """`[n, H, q, q]` and `[n*G, q, q]` -> `[n*H, q, q]`, in place of `between`: what multiplies the
+    x of the tile's tokens."""
+    n, H, q, _ = between.shape
+    between.view(len(CB), -1, q, q).mul_(CB[:, None])
+    if D is not None:
+        between.diagonal(dim1=2, dim2=3).add_(D.to(between.dtype)[:, None])
+    return between.view(n * H, q, q)
+
+
+def of_rows(factors: Tensor, sizes: Sizes) -> Tensor:
+    """`[n, H, q]` -> `[n, G, q, R, 1]`, for the rows of an array `[n, G, q, R, P]`."""
+    return factors.unflatten(1, (sizes.G, sizes.R)).transpose(2, 3).contiguous()[..., None]
+
+
+def of_heads(sums: Tensor) -> Tensor:
+    """`[n, G, q, R]` -> `[n, H, q]`."""
+    return sums.transpose(2, 3).flatten(1, 2)
 
 
 def by_group(array: Tensor, sizes: Sizes) -> Tensor:
@@ -92,19 +103,27 @@ def shared(slab: Slab, stream: Tensor, out: Tensor) -> Tensor:
     return out.view(part.shape).copy_(part).flatten(0, 1)
 
 
-def add_decayed(states: Tensor, to: Rows, decay: Tensor, of: Rows) -> None:
-    """`states[to] += decay * states[of]`, in place."""
-    if isinstance(to, slice):
-        states[to].addcmul_(decay, take(states, of))
-    else:
-        states.index_add_(0, to, decay * take(states, of))
+def pass_on(
+    state: Tensor,
+    added: Tensor,
+    whole: Tensor,
+    seen: Tensor,
+    steps: Iterable[tuple[Rows, Rows]],
+) -> None:
+    """The states of documents through a slab: what each tile meets is written to `seen`.
 
-
-def states_product(a: Tensor, b: Tensor, states: Tensor, rows: Rows, work: Workspace) -> None:
-    """`states[rows] = a @ b`, `[n*G, R*P, q] @ [n*G, q, N]`: in place if the rows are adjacent."""
-    size = (a.shape[0], a.shape[1], b.shape[2])
-    if isinstance(rows, slice) and rows.step == 1:
-        torch.bmm(a, b, out=states[rows].view(size))
-    else:
-        product = torch.bmm(a, b, out=work("product", *size))
-        states[rows] = product.view(-1, *states.shape[1:])
+    Args:
+        state: `[D, H, P, N]`, moves on in place.
+        added: `[n, H, P, N]`, what each tile adds.
+        whole: `[n, H]`, what each tile leaves of a state.
+        seen: as `added`.
+        steps: of the slab, in the order of time or against it.
+    """
+    whole = whole[..., None, None]
+    for tiles, documents in steps:
+        of_step = take(state, documents)
+        seen[tiles] = of_step
+        if isinstance(documents, slice):
+            torch.addcmul(take(added, tiles), take(whole, tiles), of_step, out=of_step)
+        else:
+            state[documents] = take(added, tiles).addcmul(take(whole, tiles), of_step)

@@ -1,22 +1,19 @@
-"""How a layout is cut into tiles, tiles into slabs, and where the state around each tile is kept.
+"""How a layout is cut into tiles, tiles into slabs, and how states pass through them.
 
 Letters: T packed tokens, D documents, Q tokens of a chunk at most, q tokens of a tile, n tiles of a
-slab, C tiles in all.
+slab.
 
 A tile never crosses a document's border, and it starts at a multiple of Q counted from the
 document's own first token, so the arithmetic of a document does not depend on what is packed beside
 it. Tiles are of the next power of two of their tokens, so that a pack of one-token documents does
 not pay for whole chunks. A slab is what is worked on at a time: tiles of one size, few enough for
-the arrays of all pairs of their tokens to stay in a cache.
-
-The state of a document with c tiles passes through c + 1 rows of one array: the initial state, then
-the state after each tile. The state before tile k is row k of its document, the one after it row
-k + 1.
+the arrays of all pairs of their tokens to stay in a cache. A run is all tiles of one size.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,22 +29,20 @@ class Slab:
     """`count` tiles of `size` places each.
 
     Attributes:
-        tiles: their numbers, consecutive.
         tokens: the packed token at each of the n * q places; where a place holds none, the last
             token of the tile's own document.
         valid: bool `[n, q]`, which places hold a token; None where all do.
         places: int64, the places that hold a token; None where all do.
-        before: the state row before each tile. after: the one after it.
+        steps: the slab's tiles in the order in which states pass through them, those of different
+            documents together: which of its n tiles, and their documents.
     """
 
     size: int
     count: int
-    tiles: slice
     tokens: Rows
     valid: Tensor | None
     places: Tensor | None
-    before: Rows
-    after: Rows
+    steps: tuple[tuple[Rows, Rows], ...]
 
     def take(self, stream: Tensor) -> Tensor:
         """`[T, ...]` -> `[n, q, ...]`, a view where the slab's tokens lie in a row."""
@@ -76,24 +71,24 @@ def take(array: Tensor, rows: Rows) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Run:
+    """All tiles of one size, at once and in slabs of which each has its range of the tiles."""
+
+    whole: Slab
+    slabs: tuple[tuple[slice, Slab], ...]
+
+
+@dataclass(frozen=True)
 class Tiles:
-    """The tiles of a layout, and how states pass through them.
+    """The tiles of a layout.
 
     Attributes:
-        slabs: all tiles, in slabs.
-        count: C.
-        state_rows: C + D.
-        steps: step k of every document that has a k-th tile: the tiles, the state rows before them
-            and after them.
-        initial: the state row of each document's initial state. final: that of its final one.
+        runs: all tiles; those of a document in the order of its tokens.
+        documents: D.
     """
 
-    slabs: tuple[Slab, ...]
-    count: int
-    state_rows: int
-    steps: tuple[tuple[Rows, Rows, Rows], ...]
-    initial: Rows
-    final: Rows
+    runs: tuple[Run, ...]
+    documents: int
 
     @classmethod
     def of(cls, layout: SequenceLayout, tile_size: int, slab_tokens: int) -> "Tiles":
@@ -107,7 +102,6 @@ class Tiles:
 class _Tile:
     size: int
     document: int
-    step: int  # the how-manieth of its document
     first: int
     tokens: int
 
@@ -115,52 +109,30 @@ class _Tile:
 def _cut(layout: SequenceLayout, Q: int, slab_tokens: int) -> Tiles:
     starts = layout.offsets[:-1]
     tiles = [
-        _Tile(min(Q, _power_of_two(tokens)), document, step, start + step * Q, tokens)
+        _Tile(min(Q, _power_of_two(tokens)), document, start + step * Q, tokens)
         for document, (start, length) in enumerate(zip(starts, layout.lengths, strict=True))
         for step in range(-(-length // Q))
         if (tokens := min(Q, length - step * Q))
     ]
     tiles.sort(key=lambda tile: -tile.size)  # stable: a document's tiles stay in order
-    per_document = [-(-length // Q) for length in layout.lengths]
-    initial = list(accumulate([0, *(c + 1 for c in per_document)]))[:-1]
-    before = [initial[tile.document] + tile.step for tile in tiles]
-    device = layout.device
-    steps: list[list[int]] = [[] for _ in range(max(per_document))]
-    for number, tile in enumerate(tiles):
-        steps[tile.step].append(number)
-    return Tiles(
-        tuple(_slabs(tiles, before, slab_tokens, device)),
-        len(tiles),
-        len(tiles) + layout.num_documents,
-        tuple(
-            (_rows(step, device), _rows(rows, device), _rows([row + 1 for row in rows], device))
-            for step, rows in ((step, [before[number] for number in step]) for step in steps)
-        ),
-        _rows(initial, device),
-        _rows([row + c for row, c in zip(initial, per_document, strict=True)], device),
-    )
+    return Tiles(tuple(_runs(tiles, slab_tokens, layout.device)), layout.num_documents)
 
 
-def _slabs(
-    tiles: list[_Tile], before: list[int], slab_tokens: int, device: torch.device
-) -> Iterator[Slab]:
+def _runs(tiles: list[_Tile], slab_tokens: int, device: torch.device) -> Iterator[Run]:
     first = 0
-    while first < len(tiles):
-        size = tiles[first].size
-        end = first
-        while (
-            end < len(tiles)
-            and tiles[end].size == size
-            and (end == first or (end - first + 1) * size <= slab_tokens)
-        ):
-            end += 1
-        yield _slab(size, slice(first, end), tiles[first:end], before[first:end], device)
-        first = end
+    for size, group in groupby(tiles, lambda tile: tile.size):
+        count, step = len(list(group)), max(1, slab_tokens // size)
+        some = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+        def slab(part: slice, size: int = size, first: int = first) -> Slab:
+            here = slice(first + part.start, first + part.stop)
+            return _slab(size, tiles[here], device)
+
+        yield Run(slab(slice(0, count)), tuple((part, slab(part)) for part in some))
+        first += count
 
 
-def _slab(
-    size: int, numbers: slice, tiles: list[_Tile], before: list[int], device: torch.device
-) -> Slab:
+def _slab(size: int, tiles: list[_Tile], device: torch.device) -> Slab:
     place = torch.arange(size, device="cpu")
     sizes = [(tile.first, tile.tokens) for tile in tiles]
     start, tokens = torch.tensor(sizes, device="cpu").unbind(1)
@@ -170,13 +142,23 @@ def _slab(
     return Slab(
         size,
         len(tiles),
-        numbers,
         _rows(index.tolist(), device),
         None if full else valid.to(device),
         None if full else valid.flatten().nonzero().flatten().to(device),
-        _rows(before, device),
-        _rows([row + 1 for row in before], device),
+        tuple(_steps(tiles, device)),
     )
+
+
+def _steps(tiles: list[_Tile], device: torch.device) -> Iterator[tuple[Rows, Rows]]:
+    seen: Counter[int] = Counter()
+    steps: list[list[int]] = []
+    for number, tile in enumerate(tiles):
+        if seen[tile.document] == len(steps):
+            steps.append([])
+        steps[seen[tile.document]].append(number)
+        seen[tile.document] += 1
+    for step in steps:
+        yield _rows(step, device), _rows([tiles[number].document for number in step], device)
 
 
 def _rows(numbers: list[int], device: torch.device) -> Rows:
