@@ -52,12 +52,18 @@ class Workspace:
     def __init__(self, like: Tensor, dtype: torch.dtype):
         self._like, self._dtype = like, dtype
         self._arrays: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An array of this shape; it shares its memory with all earlier ones of its name."""
+        view = self._views.get((name, shape))
+        return self._make(name, shape) if view is None else view
+
+    def _make(self, name: str, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
         array = self._arrays.get(name)
         if array is None or array.numel() < size:
             array = self._like.new_empty(size, dtype=self._dtype)
             self._arrays[name] = array
-        return array[:size].view(shape)
+            self._views = {key: view for key, view in self._views.items() if key[0] != name}
+        return self._views.setdefault((name, shape), array[:size].view(shape))

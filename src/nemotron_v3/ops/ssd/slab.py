@@ -66,10 +66,9 @@ class Decays:
     def between(self, tiles: slice, out: Tensor) -> Tensor:
         """`[tiles, H, q, q]`, written to `out`: dt of token j times the decay from it to token i
         for j <= i, 0 elsewhere."""
-        coarse, fine = self._coarse[tiles], self._fine[tiles]
-        torch.sub(coarse[..., :, None], coarse[..., None, :], out=out)
-        out.add_(fine[..., :, None]).sub_(fine[..., None, :])
-        return out.add_(self._future).exp2_().mul_(self.dt[tiles][..., None, :])
+        torch.sub(self._coarse[tiles].unsqueeze(3), self._coarse[tiles].unsqueeze(2), out=out)
+        out.add_(self._fine[tiles].unsqueeze(3)).sub_(self._fine[tiles].unsqueeze(2))
+        return out.add_(self._future).exp2_().mul_(self.dt[tiles].unsqueeze(2))
 
 
 def scores_of(between: Tensor, CB: Tensor, D: Tensor | None) -> Tensor:
@@ -94,7 +93,8 @@ def of_heads(sums: Tensor) -> Tensor:
 
 def by_group(array: Tensor, sizes: Sizes) -> Tensor:
     """`[n, q, H, ...]` -> `[n, G, q, R, ...]`, a view."""
-    return array.unflatten(2, (sizes.G, sizes.R)).transpose(1, 2)
+    n, q, _, *rest = array.shape
+    return array.view(n, q, sizes.G, sizes.R, *rest).transpose(1, 2)
 
 
 def shared(slab: Slab, stream: Tensor, out: Tensor) -> Tensor:

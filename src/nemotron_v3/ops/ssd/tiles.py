@@ -46,7 +46,7 @@ class Slab:
 
     def take(self, stream: Tensor) -> Tensor:
         """`[T, ...]` -> `[n, q, ...]`, a view where the slab's tokens lie in a row."""
-        return take(stream, self.tokens).unflatten(0, (self.count, self.size))
+        return take(stream, self.tokens).view(self.count, self.size, *stream.shape[1:])
 
     def target(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
         """Where to write the slab's part `[n, q, ...]` of a stream `[T, ...]`; see `put`."""
