@@ -11,9 +11,7 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
     decay_down,
     load_steps,
     load_tile,
-    narrow,
     split_steps,
-    widen,
 )
 
 
@@ -165,7 +163,6 @@ def _pairs(
     itself are left out: what the steps' backward subtracts would cancel them, not quite.
     """
     n_g = H // HEADS_OF_GROUP
-    dtype = x.dtype.element_ty
     start = tl.load(chunk_start + i_c)
     length = (tl.load(chunk_end + i_c) - start).to(tl.int32)
     o_i = tl.where(i_b > 0, TILE, 0)
@@ -190,13 +187,12 @@ def _pairs(
         b_own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_CB, 0.0), 1)
         tl.store(own + i_g * T + start + o_i + o_t, b_own, mask=m_i)
     m = o_i - o_j + o_t[:, None] > o_t[None, :]
-    b_CB = narrow(tl.where(m, b_CB, 0.0), dtype)
+    b_CB = tl.where(m, b_CB, 0.0)
     b_dM = tl.zeros([TILE, TILE], tl.float32)
 
     first_head = i_g * HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + HEADS_OF_GROUP, num_stages=STAGES):
         row = h * T + start
-        zero = tl.minimum(row, 0).to(tl.int32)
         # [TILE, BLOCK_P]
         b_dy = load_tile(dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
         b_x = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
@@ -205,7 +201,7 @@ def _pairs(
         b_a, _, b_aj, b_dt = split_steps(b_steps)
         b_M = tl.dot(b_dy, tl.trans(b_x), input_precision=PRECISION)
         b_M *= decay_down(b_a[:, None] - b_aj[None, :])
-        b_G = (b_M * widen(b_CB, zero)).to(rows.dtype.element_ty)
+        b_G = (b_M * b_CB).to(rows.dtype.element_ty)
         tl.store(columns + row + o_j + o_t, tl.sum(b_G, 0), mask=m_j)
         b_G *= b_dt[None, :]
         tl.store(rows + row + o_i + o_t, tl.sum(b_G, 1), mask=m_i)

@@ -37,30 +37,6 @@ def store_tile(p, stride, o_row, m_row, b, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def narrow(b, dtype: tl.constexpr):
-    """What `widen` takes: a block that is kept over a loop, in half the registers where it fits.
-
-    fp16 would not hold a large product.
-    """
-    return b.to(dtype) if dtype == tl.bfloat16 else b
-
-
-@triton.jit
-def widen(b, zero):
-    """`b` as fp32.
-
-    `zero` is 0, but the compiler does not know: of a block that a loop does not change it would
-    keep the wide one, and twice the registers.
-    """
-    if b.dtype == tl.float32:
-        wide = b
-    else:
-        bits = b.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)
-        wide = bits.to(b.dtype, bitcast=True).to(tl.float32)
-    return wide
-
-
-@triton.jit
 def decay(a):
     """`exp2(a)` as fp32, computed in the dtype of the running sums."""
     return tl.exp2(a).to(tl.float32)
@@ -78,15 +54,9 @@ def decay_down(b_d):
 
 @triton.jit
 def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """`b_sum + b_left b_right`; in fp32 as two products: `tl.dot` chains its additions."""
+    """`b_sum + b_left b_right`, in fp32 each product by itself: `tl.dot` chains its additions."""
     if b_left.dtype == tl.float32:
-        R: tl.constexpr = b_left.shape[0]
-        K: tl.constexpr = b_left.shape[1] // 2
-        b_left_1, b_left_2 = tl.split(tl.permute(tl.reshape(b_left, [R, 2, K]), (0, 2, 1)))
-        right: tl.constexpr = [2, K, b_right.shape[1]]
-        b_right_1, b_right_2 = tl.split(tl.permute(tl.reshape(b_right, right), (1, 2, 0)))
-        b_sum += tl.dot(b_left_1, b_right_1, input_precision=PRECISION)
-        b_sum += tl.dot(b_left_2, b_right_2, input_precision=PRECISION)
+        b_sum += tl.dot(b_left, b_right, input_precision=PRECISION)
     else:
         b_sum = tl.dot(b_left, b_right, acc=b_sum, input_precision=PRECISION)
     return b_sum
