@@ -1,7 +1,6 @@
 """Each Triton form by the accuracy rule in Triton's interpreter, on a short list of shapes.
 
-In bf16 the interpreter computes products wrongly, so fp32 and fp16; the long list, bf16 and speed
-are for a GPU (tests/gpu).
+The long list and speed are for a GPU (tests/gpu).
 """
 
 from contextlib import nullcontext
@@ -21,11 +20,12 @@ from nemotron_v3.ops.mamba2 import cases as mamba2_cases
 from nemotron_v3.ops.rms_norm import cases as norm_cases
 from nemotron_v3.ops.ssd import cases as ssd_cases
 from tests.kernels.holding import hold, results
+from tests.kernels.interpreter import mend_bfloat16
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
 
-F32, F16 = torch.float32, torch.float16
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 STRONG = ssd_cases.Case("strong", (70,), 8, 8, 1, 16, decay="strong")
 PACK = ssd_cases.Case("tiles", (1, 0, 70), 64, 8, 64, 8, initial_states=True)
 MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
@@ -46,11 +46,14 @@ MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
         ("causal_conv1d", conv_cases.Case("wide", (9, 2), 70, 8, activation=None), F16),
         ("ssd", PACK, F32),
         ("ssd", STRONG, F32),
+        ("ssd", STRONG, BF16),
+        ("ssd", ssd_cases.Case("one-token", (1,), 3, 64, 1, 16, initial_states=True), BF16),
         ("mamba2", MIXER, F16),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "name", str(value)[6:]),
 )
-def test_accuracy(op, case, dtype):
+def test_accuracy(op, case, dtype, monkeypatch):
+    mend_bfloat16(monkeypatch)
     hold(op, case, dtype, "cpu")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops._sums import sum_partials
-from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states, steps
+from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states, steps
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, Sweep
 
 BLOCK_H = 4  # heads of a program of the steps: few, for many programs in flight
@@ -71,7 +71,7 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 _steps = Launcher(steps.forward_kernel)
 _steps_backward = Launcher(steps.backward_kernel)
 _sweeps = Launcher(states.sweep_kernel)
-_edges = Launcher(states.edges_kernel)
+_edges = Launcher(edges.edges_kernel)
 _scan = Launcher(scan.forward_kernel)
 _pairs = Launcher(pairs.pairs_kernel)
 _gradients = Launcher(scan_backward.gradients_kernel)
@@ -189,9 +189,16 @@ def backward(
     if before.dtype != torch.float32 and not (initial is None and dfinal is None):
         _edges(
             plan.documents * H,
-            (through, initial, before, dfinal, after, running, plan.end, plan.first),
+            (
+                *(x, B, C, dy, running, initial, before, dfinal, after),
+                *(through, from_state, to_state, plan.start, plan.end, plan.first),
+            ),
             (T, H),
-            (P, N, b.p, b.n),
+            (
+                *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
+                *(P, N, plan.heads_of_group, b.tile, b.p, b.n),
+            ),
+            b.dx.warps,
         )
     sums = torch.empty(plan.chunks, 3, H, dtype=torch.float32, device=x.device)
     _steps_backward(
