@@ -65,30 +65,26 @@ def edges_kernel(
             chunk = (c * H + i_h) * (P * N) + o
             b_S = tl.load(before + chunk, mask=m, other=0.0).to(tl.float32)
             b_dS = tl.load(after + chunk, mask=m, other=0.0).to(tl.float32)
-            o_steps = row + start
+            t = row + start
             if first is not None and c == c_first:
                 b_left = tl.load(first + edge, mask=m, other=0.0).to(tl.float32) - b_S
                 b_S += b_left
                 if i == 0:
+                    u = dy + start * stride_dy + i_h * P
+                    v = C + start * stride_C + i_g * N
                     _add(
-                        *(from_state + o_steps, dy + start * stride_dy + i_h * P),
-                        *(C + start * stride_C + i_g * N, b_left, steps + o_steps * 2, 0.0, 1.0),
-                        *(length, stride_dy, stride_C, P, N, TILE, BLOCK_P, BLOCK_N),
+                        *(from_state + t, u, v, b_left, steps + t * 2, 0.0, 1.0, length),
+                        *(stride_dy, stride_C, P, N, TILE, BLOCK_P, BLOCK_N),
                     )
             if last is not None and c == c_last:
                 b_left = tl.load(last + edge, mask=m, other=0.0).to(tl.float32) - b_dS
                 b_dS += b_left
                 if i == 1:
+                    u = x + start * stride_x + i_h * P
+                    v = B + start * stride_B + i_g * N
                     _add(
-                        *(to_state + o_steps, x + start * stride_x + i_h * P),
-                        *(
-                            B + start * stride_B + i_g * N,
-                            b_left,
-                            steps + o_steps * 2,
-                            a_last,
-                            -1.0,
-                        ),
-                        *(length, stride_x, stride_B, P, N, TILE, BLOCK_P, BLOCK_N),
+                        *(to_state + t, u, v, b_left, steps + t * 2, a_last, -1.0, length),
+                        *(stride_x, stride_B, P, N, TILE, BLOCK_P, BLOCK_N),
                     )
             b_through = tl.sum(b_S * b_dS, 1) * decay(a_last)
             tl.store(through + (c * H + i_h) * BLOCK_P + o_p, b_through)
