@@ -16,7 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemotron_v3.ops.ssd.kernels import pairs, scan, scan_backward, states
+from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states
 from nemotron_v3.ops.ssd.kernels.tables import Blocks
 
 taps = import_module("nemotron_v3.ops.causal_conv1d.kernels.taps")
@@ -80,9 +80,10 @@ def main() -> None:
     tile |= dict.fromkeys(("stride_x", "stride_B", "stride_C"), wide)
     tile |= {"stride_y": inner, "stride_dy": packed}
     tile |= dict.fromkeys(("stride_dx", "stride_dB", "stride_dC"), wide)
-    tile |= dict.fromkeys(("first", "last", "dfinal", "dinitial"))
     tile |= {"SLICE": b.back_sweep.slice, "STAGES_sweep": b.back_sweep.stages}
     sweep = tile | {"SLICE": b.sweep.slice, "STAGES": b.sweep.stages}
+    sweep |= dict.fromkeys(("first", "last"))
+    back = tile | {"STAGES": b.pairs.stages} | dict.fromkeys(("dfinal", "dinitial"))
     conv = {"W": 4, "SILU": True, "BIASED": True, "CONTINUED": False, "CONTINUES": False}
     conv |= {"stride_x": packed, "stride_dy": wide, "stride_dx": packed}
     forward = conv | {"BLOCK_T": 32, "BLOCK_C": 128, "BLOCK_W": 4}
@@ -97,7 +98,8 @@ def main() -> None:
         "norm backward": (norm.backward_kernel, group, 2),
         "sweep": (states.sweep_kernel, sweep, b.sweep.warps),
         "scan": (scan.forward_kernel, tile | {"STAGES": b.scan.stages}, b.scan.warps),
-        "pairs": (pairs.pairs_kernel, tile | {"STAGES": b.pairs.stages}, b.pairs.warps),
+        "pairs": (pairs.pairs_kernel, back, b.pairs.warps),
+        "edges": (edges.edges_kernel, tile, 8),
         "gradients": (
             scan_backward.gradients_kernel,
             tile | {"STAGES_dx": b.dx.stages, "STAGES_dB": b.dB.stages, "STAGES_dC": b.dC.stages},

@@ -23,6 +23,7 @@ HELD = {
     "sweep": (8, 1, 0, True, True),
     "scan": (4, 2, 80, True, True),
     "pairs": (4, 2, 0, True, True),
+    "edges": (8, 1, 0, True, True),
     "gradients": (4, 2, 96, True, True),
 }
 
