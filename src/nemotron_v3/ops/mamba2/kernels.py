@@ -157,7 +157,7 @@ def _forward_fake(
         empty(*((documents, H, P, N) if final else (0,)), dtype=torch.float32),
         empty(T, channels),
         empty(T, H * P),
-        empty(tables.start.shape[0], H, P, N),
+        empty(tables.start.shape[0], H, P, N, dtype=scan.states_dtype(zxbcdt.dtype, N)),
         empty(H, T, 2, dtype=scan.sums_dtype(zxbcdt.dtype)),
     )
 

@@ -47,6 +47,7 @@ def edges_kernel(
     i_d = (tl.program_id(0) // H).to(tl.int64)
     i_h = tl.program_id(0) % H
     i_g = i_h // HEADS_OF_GROUP
+    dtype = x.dtype.element_ty  # that products round a state to
     c_first = tl.load(document_chunks + i_d)
     c_last = tl.load(document_chunks + i_d + 1) - 1
     o_p = tl.arange(0, BLOCK_P)
@@ -61,14 +62,15 @@ def edges_kernel(
             start = tl.load(chunk_start + c)
             length = (tl.load(chunk_end + c) - start).to(tl.int32)
             a_last = load_sum(steps, row + start, length - 1)
-            # [BLOCK_P, BLOCK_N]: S before the chunk and dS behind it, and what they were rounded by
+            # [BLOCK_P, BLOCK_N]: S before the chunk and dS behind it, as they are stored
             chunk = (c * H + i_h) * (P * N) + o
             b_S = tl.load(before + chunk, mask=m, other=0.0).to(tl.float32)
             b_dS = tl.load(after + chunk, mask=m, other=0.0).to(tl.float32)
             t = row + start
             if first is not None and c == c_first:
-                b_left = tl.load(first + edge, mask=m, other=0.0).to(tl.float32) - b_S
-                b_S += b_left
+                b_exact = tl.load(first + edge, mask=m, other=0.0).to(tl.float32)
+                b_left = b_exact - b_S.to(dtype).to(tl.float32)
+                b_S = b_exact
                 if i == 0:
                     u = dy + start * stride_dy + i_h * P
                     v = C + start * stride_C + i_g * N
@@ -77,8 +79,9 @@ def edges_kernel(
                         *(stride_dy, stride_C, P, N, TILE, BLOCK_P, BLOCK_N),
                     )
             if last is not None and c == c_last:
-                b_left = tl.load(last + edge, mask=m, other=0.0).to(tl.float32) - b_dS
-                b_dS += b_left
+                b_exact = tl.load(last + edge, mask=m, other=0.0).to(tl.float32)
+                b_left = b_exact - b_dS.to(dtype).to(tl.float32)
+                b_dS = b_exact
                 if i == 1:
                     u = x + start * stride_x + i_h * P
                     v = B + start * stride_B + i_g * N

@@ -16,6 +16,7 @@ from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, state
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, Sweep
 
 BLOCK_H = 4  # heads of a program of the steps: few, for many programs in flight
+SMALL_STATE = 32  # columns
 SHORT = 4  # chunks of a usual document: with fewer, a sweep's pipeline does not pay
 
 
@@ -68,6 +69,15 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
+def states_dtype(dtype: torch.dtype, N: int) -> torch.dtype:
+    """Of the states between chunks and their gradients.
+
+    Over few columns the roundings of `<S, dS>` hardly average out, and the gradient of A would
+    miss the accuracy rule; there fp32 costs at most half of what x takes.
+    """
+    return torch.float32 if N <= SMALL_STATE else dtype
+
+
 _steps = Launcher(steps.forward_kernel)
 _steps_backward = Launcher(steps.backward_kernel)
 _sweeps = Launcher(states.sweep_kernel)
@@ -98,7 +108,8 @@ def forward(
         (T, H, given.low, given.high),
         (given.raw.stride(0), b.chunk, BLOCK_H, given.bias is not None, given.log),
     )
-    before = torch.empty(plan.chunks, H, P, N, dtype=x.dtype, device=x.device)
+    kept = states_dtype(x.dtype, N)
+    before = torch.empty(plan.chunks, H, P, N, dtype=kept, device=x.device)
     final = None
     if wanted:
         final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
@@ -186,7 +197,7 @@ def backward(
         ),
         b.dx.warps,
     )
-    if before.dtype != torch.float32 and not (initial is None and dfinal is None):
+    if x.dtype != torch.float32 and not (initial is None and dfinal is None):
         _edges(
             plan.documents * H,
             (

@@ -58,7 +58,9 @@ def _forward_fake(
             dtype=torch.float32,
             device=x.device,
         ),
-        torch.empty((start.shape[0], H, P, N), dtype=x.dtype, device=x.device),
+        torch.empty(
+            (start.shape[0], H, P, N), dtype=launch.states_dtype(x.dtype, N), device=x.device
+        ),
         torch.empty((H, T, 2), dtype=launch.sums_dtype(x.dtype), device=x.device),
     )
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay,
     decay_down,
-    load_matrix,
+    load_state,
     load_steps,
     load_sum,
     load_tile,
@@ -158,7 +158,7 @@ def _outputs(
 
         # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N]
         p_S = states + (i_c * H + h) * (P * N)
-        b_S = load_matrix(p_S, N, P, BLOCK_P, N, BLOCK_N)
+        b_S = load_state(p_S, P, N, BLOCK_P, BLOCK_N, dtype)
         b_x = load_tile(x + o * stride_x + h * P, stride_x, o_t, m_i, P, BLOCK_P)
         b_y = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION)
         if FIRST:

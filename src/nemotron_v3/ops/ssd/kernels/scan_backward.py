@@ -16,7 +16,7 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
     add_product,
     decay,
     decay_down,
-    load_matrix,
+    load_state,
     load_steps,
     load_sum,
     load_tile,
@@ -76,7 +76,7 @@ def _dC(
     for h in tl.range(first_head, first_head + HEADS_OF_GROUP, num_stages=STAGES):
         # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N], [TILE]
         b_dy = load_tile(dy + t * stride_dy + h * P, stride_dy, o_t, m_i, P, BLOCK_P)
-        b_S = load_matrix(states + (i_c * H + h) * (P * N), N, P, BLOCK_P, N, BLOCK_N)
+        b_S = load_state(states + (i_c * H + h) * (P * N), P, N, BLOCK_P, BLOCK_N, dtype)
         b_e = decay(tl.load(steps + (h * T + start + tl.minimum(o + o_t, length - 1)) * 2))
         b_dye = b_dy.to(tl.float32) * b_e[:, None]
         b_from = tl.dot(b_C, tl.trans(b_S), input_precision=PRECISION)
@@ -152,7 +152,7 @@ def _dB(
         o_S = (i_c * H + h) * (P * N)
         # [TILE, BLOCK_P], [BLOCK_P, BLOCK_N], [TILE]
         b_x = load_tile(x + t * stride_x + h * P, stride_x, o_t, m_j, P, BLOCK_P)
-        b_dS = load_matrix(dstates + o_S, N, P, BLOCK_P, N, BLOCK_N)
+        b_dS = load_state(dstates + o_S, P, N, BLOCK_P, BLOCK_N, dtype)
         p_steps = steps + (row + tl.minimum(o + o_t, length - 1)) * 2
         a_last = load_sum(steps, row, length - 1)
         b_w = decay(a_last - tl.load(p_steps)) * tl.load(p_steps + 1).to(tl.float32)
@@ -268,7 +268,7 @@ def _dx(
         b_W = (b_BC * decay_down(b_a[None, :] - b_a[:, None])).to(dtype)
 
         # the state
-        b_dS = load_matrix(dstates + (i_c * H + h) * (P * N), N, P, BLOCK_P, N, BLOCK_N)
+        b_dS = load_state(dstates + (i_c * H + h) * (P * N), P, N, BLOCK_P, BLOCK_N, dtype)
         b_x = load_tile(x + h * P, stride_x, o_t, m_j, P, BLOCK_P).to(tl.float32)
         b_dx = tl.dot(b_B, tl.trans(b_dS), input_precision=PRECISION)
         b_to = tl.sum(b_dx * b_x, 1) * decay(a_last - b_a)

@@ -15,16 +15,22 @@ def load_tile(p, stride, o_row, m_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(
-    p, stride, ROWS: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+def load_state(
+    p,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """`[R, BLOCK]` of a matrix of ROWS rows, `stride` apart, and SIZE columns; 0 outside."""
-    o_r = tl.arange(0, R)
-    o = tl.arange(0, BLOCK)
-    if ROWS == R and SIZE == BLOCK:
-        return tl.load(p + o_r[:, None] * stride + o[None, :])
-    m = (o_r < ROWS)[:, None] & (o < SIZE)[None, :]
-    return tl.load(p + o_r[:, None] * stride + o[None, :], mask=m, other=0.0)
+    """`[BLOCK_P, BLOCK_N]` of a state `[P, N]`, rounded to `dtype`; 0 outside."""
+    o_p = tl.arange(0, BLOCK_P)
+    o_n = tl.arange(0, BLOCK_N)
+    p += o_p[:, None] * N + o_n[None, :]
+    if P == BLOCK_P and N == BLOCK_N:
+        return tl.load(p).to(dtype)
+    m = (o_p < P)[:, None] & (o_n < N)[None, :]
+    return tl.load(p, mask=m, other=0.0).to(dtype)
 
 
 @triton.jit
