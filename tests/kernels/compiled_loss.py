@@ -23,8 +23,8 @@ def softmax(logits: str, weighted: bool, gradient: bool) -> dict:
         "NARROWER": gradient and logits == "fp32",
         "BLOCK_V": BLOCK,
     }
-    absent = ("log_p", "log_z") if weighted else ("dlog_p", "dlog_z")
-    constants |= dict.fromkeys(absent if gradient else (*absent, "gradient"))
+    absent = ("log_p", "log_z", "count") if weighted else ("dlog_p", "dlog_z")
+    constants |= dict.fromkeys(absent if gradient else (*absent, "gradient", "count"))
     kinds = {"logits": f"*{logits}", "gradient": "*bf16", "targets": "*i64", "z_loss": "fp32"}
     kinds |= dict.fromkeys((*ALIGNED, "ignore_index"), "i32")
     signature, attributes = {}, {}

@@ -59,6 +59,21 @@ def test_compiled_graph_equals_eager(name):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_repeated_backward_passes_do_not_disturb_each_other(dtype):
+    """The last pass over a graph may give away what was saved for it, the others may not."""
+    leaves, targets = drawn(dtype)
+    loss = ops.linear_cross_entropy(*leaves, targets, impl="triton")
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in once]
+    halves = torch.autograd.grad(loss, leaves, torch.tensor(0.5), retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, torch.tensor(0.25))
+    for whole, before, half, quarter in zip(once, kept, halves, last, strict=True):
+        assert torch.equal(whole, before)
+        torch.testing.assert_close(half * 2, whole)
+        torch.testing.assert_close(quarter * 4, whole, rtol=2e-3, atol=1e-6)
+
+
 def test_only_wanted_gradients():
     (hidden, weight), targets = drawn(F16)
     both = ops.linear_cross_entropy(hidden, weight, targets, impl="triton")

@@ -52,7 +52,7 @@ def register(
     def call(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        if not _nobody_looks(args):
+        if not nobody_looks(args):
             return op(*args)
         if function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return function.apply(*args)
@@ -98,7 +98,7 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def _nobody_looks(args: tuple[Any, ...]) -> bool:
+def nobody_looks(args: tuple[Any, ...]) -> bool:
     """Whether these are plain tensors in plain eager mode, so that no one misses the op's name.
 
     A compiler, a dispatch mode (fake tensors, selective checkpointing), a function transform or a

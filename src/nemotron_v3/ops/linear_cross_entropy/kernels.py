@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import needs_grad
-from nemotron_v3.ops._triton import interpreted, register
+from nemotron_v3.ops._triton import interpreted, nobody_looks, programs, register
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 
@@ -27,6 +27,7 @@ def softmax_kernel(
     log_z,
     dlog_p,
     dlog_z,
+    count,
     V,
     stride_logits,
     stride_gradient,
@@ -37,7 +38,9 @@ def softmax_kernel(
     NARROWER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program is a token. WEIGHTED: by the cotangents of `log_p` and `log_z`, not of the loss."""
+    """A program is a token. WEIGHTED: by the cotangents of `log_p` and `log_z`, not of the loss,
+    whose gradient is divided by `count` where that is given.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BLOCK_V)
     p_row = logits + i_t * stride_logits
@@ -53,7 +56,12 @@ def softmax_kernel(
     b_s = tl.zeros([BLOCK_V], tl.float32)
     for i_v in range(0, V, BLOCK_V):
         m_v = i_v + o_v < V
-        b_x = tl.load(p_row + i_v + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+        b_x = tl.load(
+            p_row + i_v + o_v,
+            mask=m_v,
+            other=float("-inf"),
+            eviction_policy="evict_last" if GRADIENT else "",  # they are read again
+        ).to(tl.float32)
         b_larger = tl.maximum(b_m, b_x)
         b_s = b_s * tl.exp(b_m - b_larger) + tl.exp(b_x - b_larger)
         b_m = b_larger
@@ -71,7 +79,9 @@ def softmax_kernel(
             b_all = tl.load(dlog_z + i_t) + b_one
         else:
             b_one = 1.0
-            b_all = 1.0 + 2.0 * z_loss * b_log_z
+            if count is not None:
+                b_one /= tl.load(count)
+            b_all = b_one * (1.0 + 2.0 * z_loss * b_log_z)
         b_scale = b_all / b_total
         p_out = gradient + i_t * stride_gradient
         # From the end, whose logits were read last and may still be in the cache.
@@ -87,16 +97,21 @@ def softmax_kernel(
                 # The gradient fills the second half of the row: block after block from the end, it
                 # falls on logits of this block or of later ones. All threads have to have loaded.
                 tl.debug_barrier()
-            tl.store(p_out + i_v + o_v, b_d.to(gradient.dtype.element_ty), mask=m_v)
+            b_d = b_d.to(gradient.dtype.element_ty)
+            tl.store(p_out + i_v + o_v, b_d, mask=m_v, eviction_policy="evict_first")
 
 
 @triton.jit
-def scale_kernel(x, out, dloss, count, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK
-    o = i + tl.arange(0, BLOCK)
-    b_scale = tl.load(dloss) / tl.load(count)
-    b_x = tl.load(x + o, mask=o < n, other=0.0).to(tl.float32)
-    tl.store(out + o, (b_x * b_scale).to(out.dtype.element_ty), mask=o < n)
+def scale_kernel(x, out, dloss, divisor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """`x dloss / divisor`; in place nothing is touched where that is `x`."""
+    b_scale = tl.load(dloss) / tl.load(divisor)
+    if IN_PLACE:
+        n = tl.where(b_scale == 1.0, 0, n)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for i in range(first, n, tl.num_programs(0) * BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        b_x = tl.load(x + o, mask=o < n, other=0.0).to(tl.float32)
+        tl.store(out + o, (b_x * b_scale).to(out.dtype.element_ty), mask=o < n)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -144,6 +159,7 @@ def _launch_softmax(
     gradient: Tensor | None,
     targets: Tensor,
     tokens: tuple[Tensor | None, ...],
+    count: Tensor | None,
     ignore_index: int,
     z_loss: float,
 ) -> None:
@@ -155,6 +171,7 @@ def _launch_softmax(
         gradient,
         targets,
         *tokens,
+        count,
         V,
         logits.stride(0),
         0 if gradient is None else gradient.stride(0),
@@ -169,19 +186,19 @@ def _launch_softmax(
 
 
 def _blocks(V: int) -> tuple[int, int]:
-    """(BLOCK_V, warps): 16 elements a thread, and one program on a multiprocessor: fewer rows at a
-    time, more of which are still in the cache when they are read again."""
-    block = min(16384, max(128, triton.next_power_of_2(V)))
+    """(BLOCK_V, warps): 16 elements a thread, and few rows at a time, more of which are still in
+    the cache when they are read again."""
+    block = min(8192, max(128, triton.next_power_of_2(V)))
     return block, max(1, block // 512)
 
 
-def _scaled(total: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(total.shape, dtype=dtype, device=total.device)
-    n = total.numel()
-    block = 65536 if interpreted() else 2048
+def _scale(x: Tensor, out: Tensor, dloss: Tensor, divisor: Tensor) -> None:
+    """`x dloss / divisor` into `out`, which may be x."""
+    n, block = x.numel(), 65536 if interpreted() else 2048
     if n:
-        scale_kernel[(triton.cdiv(n, block),)](total, out, dloss, count, n, block, num_warps=8)
-    return out
+        count = min(triton.cdiv(n, block), programs(x.device, 16))
+        in_place = x.data_ptr() == out.data_ptr()
+        scale_kernel[(count,)](x, out, dloss, divisor, n, in_place, block, num_warps=8)
 
 
 # --- registration ---------------------------------------------------------------------------------
@@ -201,17 +218,20 @@ def _loss(
     log_p, log_z = torch.empty(T, **fp32), torch.empty(T, **fp32)
     chunks = _Chunks(hidden, weight, logits_dtype)
     dhidden, dweight = _sums(hidden, weight, logits_dtype, of_hidden, of_weight)
+    count = (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
+    # In fp16 a gradient over the count would underflow before a loss scale could save it.
+    divide = count if weight.dtype != torch.float16 else None
     for rows, logits, gradient in chunks.logits():
         wanted = gradient if of_hidden or of_weight else None
         tokens = log_p[rows], log_z[rows], None, None
-        _launch_softmax(logits, wanted, targets[rows], tokens, ignore_index, z_loss)
+        _launch_softmax(logits, wanted, targets[rows], tokens, divide, ignore_index, z_loss)
         if of_hidden:
             _product(gradient, weight, dhidden[rows])
         if of_weight:
             chunks.add_to_weight(dweight, rows, gradient)
-    count = (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
     loss = (z_loss * log_z.square() - log_p).sum() / count
-    return loss, log_p, log_z, count, dhidden, dweight
+    divisor = count if divide is None else torch.ones_like(count)
+    return loss, log_p, log_z, divisor, dhidden, dweight
 
 
 def _sums(
@@ -236,15 +256,15 @@ def _loss_fake(hidden, weight, targets, ignore_index, z_loss, of_hidden, of_weig
 
 
 def _loss_backward(
-    dloss: Tensor, count: Tensor, dhidden: Tensor, dweight: Tensor, weight_dtype: torch.dtype
+    dloss: Tensor, divisor: Tensor, dhidden: Tensor, dweight: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return (
-        _scaled(dhidden, dloss, count, dhidden.dtype),
-        _scaled(dweight, dloss, count, weight_dtype),
-    )
+    out = torch.empty_like(dhidden), torch.empty_like(dweight, dtype=weight_dtype)
+    for x, scaled in zip((dhidden, dweight), out, strict=True):
+        _scale(x, scaled, dloss, divisor)
+    return out
 
 
-def _loss_backward_fake(dloss, count, dhidden, dweight, weight_dtype):
+def _loss_backward_fake(dloss, divisor, dhidden, dweight, weight_dtype):
     return torch.empty_like(dhidden), torch.empty_like(dweight, dtype=weight_dtype)
 
 
@@ -260,13 +280,24 @@ def _loss_setup(ctx, inputs, output) -> None:
 def _loss_autograd(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 8
-    dhidden, dweight = _loss_backward_op(dloss, *ctx.saved_tensors, ctx.dtype)
+    divisor, dhidden, dweight = ctx.saved_tensors
+    if dweight.dtype == ctx.dtype and _nobody_needs(dloss, dhidden, dweight):
+        for x in (dhidden, dweight):
+            _scale(x, x, dloss, divisor)
+    else:
+        dhidden, dweight = _loss_backward_op(dloss, divisor, dhidden, dweight, ctx.dtype)
     dhidden = dhidden if ctx.of_hidden else None
     return dhidden, dweight if ctx.of_weight else None, *(None,) * 6
 
 
+def _nobody_needs(*saved: Tensor) -> bool:
+    """Whether this is the last backward pass over the graph, in plain eager mode: what was saved
+    for it may then become its results."""
+    return nobody_looks(saved) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 _loss_backward_op = register(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight, "
+    "linear_cross_entropy_backward(Tensor dloss, Tensor divisor, Tensor dhidden, Tensor dweight, "
     "ScalarType weight_dtype) -> (Tensor, Tensor)",
     _loss_backward,
     _loss_backward_fake,
@@ -308,7 +339,7 @@ def _tokens_backward(
     dhidden, dweight = _sums(hidden, weight, torch.float32, of_hidden, of_weight)
     for rows, logits, gradient in chunks.logits():
         tokens = None, None, dlog_p[rows], dlog_z[rows]
-        _launch_softmax(logits, gradient, targets[rows], tokens, ignore_index, 0.0)
+        _launch_softmax(logits, gradient, targets[rows], tokens, None, ignore_index, 0.0)
         if of_hidden:
             _product(gradient, weight, dhidden[rows])
         if of_weight:
