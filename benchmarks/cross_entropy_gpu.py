@@ -10,6 +10,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ TOKENS = (8192, 32768)
 REPEATS = 5
 AHEAD = 4_000_000  # cycles of the GPU, some 2 ms, in which the host queues a call
 Step = Callable[[], Any]
+Loss = Callable[..., Tensor]
 
 
 def rows() -> Iterator[Row]:
@@ -37,10 +39,10 @@ def rows() -> Iterator[Row]:
 
 def _measured(T: int) -> Iterator[Row]:
     hidden, weight, targets = _drawn(T, D, V)
-    whole = {"torch, all logits": _torch, "ours, all logits": _all_logits}
+    each: dict[str, Loss] = {"ours": ops.linear_cross_entropy}
+    each |= {"torch, all logits": _torch, "ours, all logits": _all_logits} | _peers()
     steps: dict[str, Step] = {
-        name: partial(_step, loss, hidden, weight, targets)
-        for name, loss in ({"ours": ops.linear_cross_entropy} | whole).items()
+        name: partial(_step, loss, hidden, weight, targets) for name, loss in each.items()
     }
     steps["bare"] = _bare(hidden.detach(), weight.detach())
     times = _times(steps)
@@ -54,11 +56,10 @@ def _measured(T: int) -> Iterator[Row]:
     ours = memory.pop("ours")
     yield Row("loss, memory beyond dW", shape, "GiB", ours, memory, **options)
 
-    def forward(loss: Callable[..., Tensor]) -> Tensor:
+    def forward(loss: Loss) -> Tensor:
         with torch.no_grad():
             return loss(hidden, weight, targets)
 
-    each = {"ours": ops.linear_cross_entropy} | whole
     times = _times({name: partial(forward, loss) for name, loss in each.items()})
     yield Row("loss, forward", shape, "ms", times.pop("ours"), times, **options)
 
@@ -83,9 +84,19 @@ def _all_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return ops.cross_entropy(F.linear(hidden, weight), targets)
 
 
-def _step(
-    loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, ...]:
+def _peers() -> dict[str, Loss]:
+    """The losses of other projects that are installed."""
+    found = {}
+    for name in ("liger_peer", "cce_peer"):
+        try:
+            peer = import_module(f"benchmarks.peers.{name}")
+        except ImportError:
+            continue
+        found[peer.NAME] = peer.linear_cross_entropy
+    return found
+
+
+def _step(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     value = loss(hidden, weight, targets)
     return value.detach(), *torch.autograd.grad(value, (hidden, weight))
 
