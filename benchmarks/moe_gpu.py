@@ -302,27 +302,9 @@ def _skewed(layer: NemotronV3MoE, T: int, rate: float) -> Iterator[Row]:
         def step(indices: Tensor = indices) -> Any:
             return torch.autograd.grad(layer.experts(x, indices, weights), leaves, dy)
 
-        time, theirs = gpu_time(step), _gated(x, indices, weights.detach(), dy)
-        name, options = f"Nano, {T}", {"floor": floor, "more_is_better": False}
-        yield Row(f"experts, forward + backward, {what}", name, "us", time, theirs, **options)
-
-
-def _gated(x: Tensor, indices: Tensor, weights: Tensor, dy: Tensor) -> dict[str, float | str]:
-    """Gated experts of another project with as much work: two thirds as wide, in 16s."""
-    try:
-        from benchmarks.peers import liger_peer as peer
-    except ImportError:
-        return {"liger-kernel": unavailable("not installed")}
-    E, X, width = NANO.experts, NANO.width, NANO.expert_width * 2 // 48 * 16
-    matrices = [_normal(E, 2 * width, X), _normal(E, X, width)]
-    leaves = [x, weights.clone(), *(m.mul_(X**-0.5) for m in matrices)]
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-
-    def step() -> Any:
-        out = peer.gated_experts(leaves[0], indices, *leaves[1:])
-        return torch.autograd.grad(out, leaves, dy)
-
-    return {f"{peer.NAME}, gated, as much work": _event_time(step)}
+        time = gpu_time(step)
+        options = {"floor": floor, "more_is_better": False}
+        yield Row(f"experts, forward + backward, {what}", f"Nano, {T}", "us", time, **options)
 
 
 def _low_rank(layer: NemotronV3MoE, T: int, rate: float, rank: int = 16) -> Iterator[Row]:

@@ -25,13 +25,11 @@ class Kernels:
         load: imports it.
         device: where the call's tensors are.
         refusal: why it cannot take them, or None.
-        reserve: why only `impl="triton"` takes it for them, or None.
     """
 
     load: Callable[[], Callable]
     device: torch.device
     refusal: str | None
-    reserve: str | None = None
 
 
 def pick(
@@ -105,11 +103,10 @@ def _say_reference_once(op: str) -> None:
     )
 
 
-# The ops that have a Triton form; of the scans, "auto" takes it in 16 bits only.
-SCANS = ("ssd", "mamba2")
+# The ops that have a Triton form.
 TRITON_FORMS = (
     *("rms_norm", "gated_rms_norm", "relu2", "causal_conv1d", "router", "experts"),
-    *("grouped_low_rank", "linear_cross_entropy", *SCANS),
+    *("grouped_low_rank", "linear_cross_entropy", "ssd", "mamba2"),
 )
 
 
@@ -124,10 +121,9 @@ def choose(
     if impl in ("reference", "portable", *special):
         return impl, f"impl={impl!r}"
     if like is not None and op in TRITON_FORMS and impl in ("auto", "triton"):
-        reserve = _triton.reserve_fp32(like.dtype) if op in SCANS and impl == "auto" else None
-        if impl == "triton" or (like.is_cuda and _triton.can_launch(like.device) and not reserve):
+        if impl == "triton" or (like.is_cuda and _triton.can_launch(like.device)):
             return "triton", f"impl={impl!r}, on a GPU"
-        return "portable", f"impl='auto': {reserve if like.is_cuda and reserve else 'not on a GPU'}"
+        return "portable", "impl='auto': not on a GPU"
     if impl == "auto":
         return "portable", "impl='auto', and there is no other form"
     if impl == "triton":
@@ -138,7 +134,7 @@ def choose(
 def _takes_kernels(op: str, impl: str, triton: Kernels) -> bool:
     if impl not in ("auto", "triton") or (impl == "auto" and triton.device.type != "cuda"):
         return False
-    refusal = triton.refusal or (triton.reserve if impl == "auto" else None)
+    refusal = triton.refusal
     if not _triton.can_launch(triton.device):
         refusal = f"it needs a GPU and the package triton, the tensors are on {triton.device}"
     if refusal is None:

@@ -186,13 +186,3 @@ def refuse_state(dtype: torch.dtype, head_dim: int, state: int) -> str | None:
         f"a state of {head_dim} x {state} in {dtype} does not fit into one program (at most "
         "128 x 256 in 16 bits, 128 x 128 in fp32)"
     )
-
-
-def reserve_fp32(dtype: torch.dtype) -> str | None:
-    """Why "auto" leaves a scan in fp32 to the portable form."""
-    if dtype != torch.float32:
-        return None
-    return (
-        "in fp32 its gradients of B and C can be 2.6 times as far off as the accuracy rule allows; "
-        "impl='triton' takes it all the same"
-    )

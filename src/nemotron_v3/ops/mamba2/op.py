@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes, refuse_state, reserve_fp32
+from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
 from nemotron_v3.ops.mamba2 import portable, reference
 
 
@@ -77,7 +77,6 @@ def mamba2(
             _kernels,
             zxbcdt.device,
             _refusal(zxbcdt, parameters, conv_weight.shape[1], head_dim, state_size),
-            reserve_fp32(zxbcdt.dtype),
         ),
     )
     results = run(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes, refuse_state, reserve_fp32
+from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
 from nemotron_v3.ops.ssd import portable, reference
 
 
@@ -66,7 +66,6 @@ def ssd(
             _kernels,
             x.device,
             _refusal(x, B, C, (dt, A, D, dt_bias, initial_states)),
-            reserve_fp32(x.dtype),
         ),
     )
     results = run(
