@@ -163,7 +163,8 @@ def _launch_softmax(
     ignore_index: int,
     z_loss: float,
 ) -> None:
-    """`tokens` are `log_p` and `log_z`, and their cotangents or Nones, `[rows]` each."""
+    """`tokens` are `log_p` and `log_z`, and their cotangents or Nones, `[rows]` each; `count`
+    divides the gradient, unless None."""
     V = logits.shape[1]
     block, warps = _blocks(V)
     softmax_kernel[(len(logits),)](
