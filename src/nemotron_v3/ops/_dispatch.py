@@ -123,7 +123,8 @@ def choose(
     if like is not None and op in TRITON_FORMS and impl in ("auto", "triton"):
         if impl == "triton" or (like.is_cuda and _triton.can_launch(like.device)):
             return "triton", f"impl={impl!r}, on a GPU"
-        return "portable", "impl='auto': not on a GPU"
+        why = "triton is not installed" if like.is_cuda else "not on a GPU"
+        return "portable", f"impl='auto': {why}"
     if impl == "auto":
         return "portable", "impl='auto', and there is no other form"
     if impl == "triton":

@@ -1,6 +1,6 @@
 """What the gradient of the log-decay takes from the states at a document's edges, exact.
 
-Letters: D documents, H heads, P head width, N state. The other kernels read states rounded to 16
+Letters: D documents, H heads, P head width, N state. The other kernels round states to 16
 bits. Over many chunks that averages out, but not where a document is short or where a given state
 outweighs the others: the gradient of A would be up to twice as far off as the accuracy rule allows.
 """
