@@ -15,26 +15,24 @@ choices, X width the experts see, F expert width.
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
-from nemotron_v3.ops._products import PackedWeight, onednn_works
+from nemotron_v3.ops._products import PackedWeight
 from nemotron_v3.ops.cached_attention.portable import cached_attention
-from nemotron_v3.ops.router.portable import router
+from nemotron_v3.ops.router.portable import choose, router
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
 PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 # With more choices an expert on average the op for many tokens is as fast.
 FEW_CHOICES = 4
-# Rows of a batch, and elements of a model, whose weights are laid out a second time.
-FEW_TOKENS, LAID_OUT = 16, 1 << 26
-# Elements of a weight whose product with one token is less work than waking other threads.
+# Elements of a weight whose product with one token, by BLAS, is less work than waking threads.
 ONE_THREAD = 1 << 20
 
 
@@ -52,30 +50,32 @@ class DecodeStep:
         self.cache = cache
         self.layout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
         self._embeddings = model.model.embeddings.weight
-        small = sum(p.numel() for p in model.parameters()) <= LAID_OUT
-        lays_out = small and self._embeddings.dtype == torch.float32
-        self.packs = lays_out and 1 < cache.batch_size <= FEW_TOKENS and onednn_works()
-        self.streams = lays_out and cache.batch_size == 1
+        self.form = form = Form(model, self._embeddings, cache.batch_size)
         self._blocks = [
             _BLOCKS[block.block_type](self, block, layer)
             for layer, block in enumerate(model.model.layers)
         ]
-        self._norm = _Norm(self, model.model.norm_f)
+        self._norm = Norm(form, model.model.norm_f, folded=True)
         head_bias = None if isinstance(model.lm_head, TiedHead) else model.lm_head.bias
-        self._head = _Linear(self, model.lm_head.weight, head_bias)
+        self._head = Linear(form, model.lm_head.weight, head_bias, self._norm)
+        # The residual stream, as norms want it.
+        self._stream = self._norm.argument(form)
+        self._hidden = self._stream[..., :-1]
         small = all(math.prod(p.shape[-2:]) <= ONE_THREAD for p in model.parameters())
-        self._one_thread = cache.batch_size == 1 and small
+        self._one_thread = cache.batch_size == 1 and small and not form.streams
 
     @staticmethod
     def fits(model: NemotronV3ForCausalLM, cache: NemotronHybridCache) -> bool:
         """Whether a step computes what the model's `forward` would."""
         backend, kind = model.model.backend, model.model.embeddings.weight
         tensors = [*model.parameters(), *model.buffers(), *cache.ssm_states.values()]
+        norms = [model.model.norm_f, *(block.norm for block in model.model.layers)]
         return (
             kind.device.type == "cpu"
             and kind.dtype in (torch.float32, torch.float64)
             and all(t.dtype == kind.dtype and t.device == kind.device for t in tensors)
             and all(type(p) is nn.Parameter for p in model.parameters())
+            and len({norm.variance_epsilon for norm in norms}) == 1  # they share their argument
             and cache.rollback_window == 0
             and not torch.is_autocast_enabled("cpu")
             and backend.impl in ("auto", "portable")
@@ -95,15 +95,12 @@ class DecodeStep:
 
     @torch.no_grad()
     def _step(self, tokens: Tensor) -> Tensor:
-        hidden = self._embeddings.index_select(0, tokens)  # [B, D], the residual stream
+        stream, hidden = self._stream, self._hidden
+        torch.index_select(self._embeddings, 0, tokens, out=hidden)
         for block in self._blocks:
-            block(hidden)
+            block(stream, hidden)
         self.cache.finish(self.layout)
-        return self._head(self._norm(hidden))
-
-    def empty(self, *shape: int) -> Tensor:
-        """An array `[B, *shape]` of the model's dtype."""
-        return self._embeddings.new_empty(self.cache.batch_size, *shape)
+        return self._head(self._norm(stream, hidden))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -113,132 +110,29 @@ def _is_plain(module: nn.Module) -> bool:
     return known and not hooked and not adapted
 
 
-class _Norm:
-    """RMS normalisation of `[B, groups, D / groups]`, one array for all results."""
-
-    def __init__(self, step: DecodeStep, norm: nn.Module, groups: int = 1):
-        width = len(norm.weight)
-        self._result = step.empty(width)
-        shape = (groups,) if groups > 1 else ()
-        self._by_group = self._result.view(-1, *shape, width // groups)
-        self._root = step.empty(*shape, 1)
-        # weight x / sqrt(mean + eps) = (sqrt(n) weight) x / hypot(norm, sqrt(n eps)), n elements.
-        n = width // groups
-        self._weight = norm.weight.detach() * n**0.5
-        self._shift = torch.empty_like(self._root).fill_((n * norm.variance_epsilon) ** 0.5)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[B, D]` -> `[B, D]`."""
-        groups, root = self._by_group, self._root
-        if groups.dim() > 2:
-            x = x.view(groups.shape)
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=root)
-        torch.div(x, root.hypot_(self._shift), out=groups)
-        return self._result.mul_(self._weight)
-
-
-class _Linear:
-    """A projection `[B, n] -> [B, m]`, into its own array or added to another.
-
-    A step reads every weight once, from memory that is far away, and BLAS reads short rows at a
-    third of what the memory gives. So one token takes a weighted sum of rows (`_Rows`), and a few
-    tokens take a weight that oneDNN has packed for them, or `W x^T`; large models, many tokens and
-    fp64 are BLAS's own.
-    """
-
-    def __init__(self, step: DecodeStep, weight: Tensor, bias: Tensor | None = None):
-        weight = weight.detach()
-        self._weight, self._bias = weight, None if bias is None else bias.detach()
-        B, m = step.cache.batch_size, len(weight)
-        self.result = step.empty(m)
-        self._rows = self._columns = self._packed = None
-        if step.streams:
-            self._rows = _Rows(weight.t())
-        elif step.packs:
-            self._packed = PackedWeight(weight, B)
-        elif 1 < B <= FEW_TOKENS:
-            self._columns = weight.new_empty(m, B)
-
-    @classmethod
-    def of(cls, step: DecodeStep, *linears: nn.Module) -> Self:
-        """Of layers side by side."""
-        if len(linears) == 1:
-            return cls(step, linears[0].weight, linears[0].bias)
-        biased = linears[0].bias is not None
-        return cls(
-            step,
-            torch.cat([linear.weight.detach() for linear in linears]),
-            torch.cat([linear.bias.detach() for linear in linears]) if biased else None,
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._rows is not None:
-            self.result.copy_(self._rows(x))
-        elif self._packed is not None:
-            self.result.copy_(self._packed(x))
-        elif self._columns is not None:
-            torch.mm(self._weight, x.t(), out=self._columns)
-            self.result.copy_(self._columns.t())
-        else:
-            torch.mm(x, self._weight.t(), out=self.result)
-        return self.result if self._bias is None else self.result.add_(self._bias)
-
-    def add_to(self, sum_: Tensor, x: Tensor) -> None:
-        if self._rows is not None and self._bias is None:
-            sum_.add_(self._rows(x))
-        else:
-            sum_.add_(self(x))
-
-
-class _Rows:
-    """A matrix `[n, m]` whose rows are summed with weights: `x W^T` for one x, with `W^T` here.
-
-    What an embedding bag does for its rows; PyTorch's kernel for it streams through them at the
-    rate of the memory, where products of a matrix and a vector reach half of it and less.
-    """
-
-    def __init__(self, rows: Tensor):
-        self._rows = rows.contiguous()
-        self._all = torch.arange(len(rows))
-        self._start = torch.zeros(1, dtype=torch.int64)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[1, n]` -> `[1, m]`."""
-        return self.sums(self._all, self._start, x[0])
-
-    def sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-        """The sums of several runs in a list of row numbers, `[runs, m]`, each row weighted."""
-        return torch.embedding_bag(self._rows, rows, starts, False, 0, False, weights)[0]
-
-
-class _MLP:
-    def __init__(self, step: DecodeStep, mlp: nn.Module):
-        self._up, self._down = _Linear.of(step, mlp.up_proj), _Linear.of(step, mlp.down_proj)
-
-    def add_to(self, sum_: Tensor, x: Tensor) -> None:
-        self._down.add_to(sum_, self._up(x).relu_().square_())
-
-
 class _MLPBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        self._norm, self._mlp = _Norm(step, block.norm), _MLP(step, block.mixer)
+        form = step.form
+        self._norm = Norm(form, block.norm, folded=True)
+        self._mlp = MLP(form, block.mixer, self._norm)
 
-    def __call__(self, hidden: Tensor) -> None:
-        self._mlp.add_to(hidden, self._norm(hidden))
+    def __call__(self, stream: Tensor, hidden: Tensor) -> None:
+        hidden.add_(self._mlp(self._norm(stream, hidden)))
 
 
 class _AttentionBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer = block.mixer
+        mixer, form = block.mixer, step.form
         self._step, self._layer = step, layer
-        self._norm = _Norm(step, block.norm)
+        self._norm = Norm(form, block.norm, folded=True)
         projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-        self._qkv, self._o = _Linear.of(step, *projections), _Linear.of(step, mixer.o_proj)
+        self._qkv = Linear.of(form, *projections, norm=self._norm)
+        self._o = Linear.of(form, mixer.o_proj)
         parts = self._qkv.result.split([p.out_features for p in projections], dim=1)
         self._heads = [part.unflatten(1, (-1, mixer.head_dim)) for part in parts]
 
-    def __call__(self, hidden: Tensor) -> None:
-        self._qkv(self._norm(hidden))
+    def __call__(self, stream: Tensor, hidden: Tensor) -> None:
+        self._qkv.write(self._norm(stream, hidden))
         q, k, v = self._heads
         state, step = self._step.cache.begin(self._layer, self._step.layout)
         keys, values = state.append(k, v, step)
@@ -250,18 +144,23 @@ class _AttentionBlock:
             starts=step.starts,
             positions=step.positions,
         )
-        self._o.add_to(hidden, y.flatten(1))
+        hidden.add_(self._o(y.flatten(1)))
 
 
 class _MambaBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer, state = block.mixer, step.cache.states[layer]
-        B, H, P = step.cache.batch_size, mixer.num_heads, mixer.head_dim
+        mixer, state, form = block.mixer, step.cache.states[layer], step.form
+        B, H, P = form.rows, mixer.num_heads, mixer.head_dim
         G, N = mixer.n_groups, mixer.ssm_state_size
         self._step, self._layer = step, layer
-        self._norm, self._gated = _Norm(step, block.norm), _Norm(step, mixer.norm, G)
-        self._in, self._out = _Linear.of(step, mixer.in_proj), _Linear.of(step, mixer.out_proj)
-        self._z, xBC, self._dt = self._in.result.split([H * P, H * P + 2 * G * N, H], dim=1)
+        self._norm = Norm(form, block.norm, folded=True)
+        self._in = Linear.of(form, mixer.in_proj, norm=self._norm)
+        z, xBC, self._dt = self._in.result.split([H * P, H * P + 2 * G * N, H], dim=1)
+        self._gated = Norm(form, mixer.norm, G, folded=True)
+        self._out = Linear.of(form, mixer.out_proj, norm=self._gated)
+        self._product = self._gated.argument(form)  # [B, G, H/G*P + 1], of y and silu(z)
+        self._yz = self._product[..., :-1]
+        self._z = z.view(self._yz.shape)
 
         # The state [B, C, W] as [B, W, C] in memory: then its inputs move on in whole rows.
         if not state.conv.transpose(1, 2).is_contiguous():
@@ -271,36 +170,38 @@ class _MambaBlock:
         self._inputs = (self._conv[:, 1:], xBC[:, None])
         self._taps = mixer.conv1d.weight.detach()[:, 0].t().contiguous()
         W, bias = len(self._taps), mixer.conv1d.bias
-        self._terms = step.empty(W + (bias is not None), xBC.shape[1])
+        self._terms = form.empty(W + (bias is not None), xBC.shape[1])
         self._products = self._terms[:, :W]
         if bias is not None:
             self._terms[:, W] = bias.detach()
-        self._xBC = step.empty(xBC.shape[1])
+        self._xBC = form.empty(xBC.shape[1])
         x, inputs, outputs = self._xBC.split([H * P, G * N, G * N], dim=1)
         self._x = x.unflatten(1, (H, P))
         self._B_row = inputs.unflatten(1, (G, 1, N))  # [B, G, 1, N]
         self._C_in_place = outputs.unflatten(1, (G, N))
-        self._C_copy = step.empty(G, N)
-        self._C_row = self._C_copy.view(B * G, 1, N)
+        # A copy where rows do not follow each other.
+        self._C = self._C_in_place if B == 1 else form.empty(G, N)
+        self._C_row = self._C.view(B * G, 1, N)
 
         self._dt_bias, self._dt_limit = mixer.dt_bias.detach(), mixer.time_step_limit
         self._A, self._D = -mixer.A_log.detach().exp(), mixer.D.detach()[:, None]
-        self._step_size, self._decay = step.empty(H), step.empty(H)
-        self._dtx = step.empty(H, P)
+        self._step_size, self._decay = form.empty(H), form.empty(H)
+        self._dtx = form.empty(H, P)
         self._dtx_column = self._dtx.view(B, G, -1, 1)  # [B, G, H/G*P, 1]
         self._state, self._decay_4d = state.ssm, self._decay[..., None, None]
         self._by_group = state.ssm.view(B, G, -1, N)  # [B, G, H/G*P, N]
         self._transposed = state.ssm.view(B * G, -1, N).transpose(1, 2)
-        self._y = step.empty(H * P)
+        self._y = form.empty(H * P)
         self._y_row, self._y_heads = self._y.view(B * G, 1, -1), self._y.view(B, H, P)
+        self._y_groups = self._y.view(self._yz.shape)
 
-    def __call__(self, hidden: Tensor) -> None:
+    def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         self._step.cache.begin(self._layer, self._step.layout)
-        self._in(self._norm(hidden))
+        self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()
-        y = F.silu(self._z).mul_(self._y)
-        self._out.add_to(hidden, self._gated(y))
+        torch.mul(F.silu(self._z), self._y_groups, out=self._yz)
+        hidden.add_(self._out(self._gated(self._product, self._yz)))
 
     def _convolve(self) -> None:
         torch.cat(self._inputs, 1, out=self._window)
@@ -320,71 +221,76 @@ class _MambaBlock:
         torch.mul(self._x, dt[..., None], out=self._dtx)
         self._by_group.addcmul_(self._dtx_column, self._B_row)
         # C from the left: a batch of (matrix, column) products runs several times slower.
-        self._C_copy.copy_(self._C_in_place)
+        if self._C is not self._C_in_place:
+            self._C.copy_(self._C_in_place)
         torch.bmm(self._C_row, self._transposed, out=self._y_row)
         self._y_heads.addcmul_(self._D, self._x)
 
 
 class _MoEBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer = block.mixer
-        self._norm, self._gate = _Norm(step, block.norm), mixer.gate
-        self._shared = _MLP(step, mixer.shared_experts)
+        mixer, form = block.mixer, step.form
+        self._norm, self._gate = Norm(form, block.norm), mixer.gate
+        self._shared = MLP(form, mixer.shared_experts, self._norm)
         self._into = self._back = None
         if mixer.fc1_latent_proj is not None:
-            self._into = _Linear.of(step, mixer.fc1_latent_proj)
-            self._back = _Linear.of(step, mixer.fc2_latent_proj)
+            self._into = Linear.of(form, mixer.fc1_latent_proj)
+            self._back = Linear.of(form, mixer.fc2_latent_proj)
             self._latent_sum = torch.empty_like(self._into.result)
         self._experts = mixer.experts
         up, down = (p.detach() for p in (mixer.experts.up_proj, mixer.experts.down_proj))
         E, F_, X = up.shape
-        B, K = step.cache.batch_size, mixer.gate.top_k
-        self._streams = step.streams
+        B, K = form.rows, mixer.gate.top_k
+        self._streams = form.streams
         # Where the choices reach most experts anyway, all of them are two products.
-        self._all = step.packs and B * K >= E
+        self._all = form.packs and B * K >= E
         self._few = B * K <= FEW_CHOICES * E and not (self._all or self._streams)
         if self._few:
             self._up, self._down = up.unbind(0), down.unbind(0)  # [F, X], [X, F] each
-            self._h, self._y = step.empty(K, F_).view(B * K, F_), step.empty(K, X).view(B * K, X)
+            self._h, self._y = form.empty(K, F_).view(B * K, F_), form.empty(K, X).view(B * K, X)
         if self._all:
             self._up_all = PackedWeight(up.view(E * F_, X), B)
             self._down_all = PackedWeight(down.transpose(0, 1).reshape(X, E * F_), B)
-            self._by_expert = step.empty(E)
+            self._by_expert = form.empty(E)
         if self._streams:
-            self._up_rows = _Rows(up.transpose(1, 2).flatten(0, 1))  # [E*X, F]
-            self._down_rows = _Rows(down.transpose(1, 2).flatten(0, 1))  # [E*F, X]
+            self._up_rows = WeightedRows(up.transpose(1, 2).flatten(0, 1))  # [E*X, F]
+            self._down_rows = WeightedRows(down.transpose(1, 2).flatten(0, 1))  # [E*F, X]
             # The numbers of these rows by expert, `[E, X]` and `[E, F]`; a run for each choice.
             self._of_up = torch.arange(E * X).view(E, X)
             self._of_down = torch.arange(E * F_).view(E, F_)
-            self._runs, self._start = torch.arange(K) * X, torch.zeros(1, dtype=torch.int64)
-            self._x = step.empty(K, X)
+            self._chosen_up = torch.empty(K, X, dtype=torch.int64)
+            self._chosen_down = torch.empty(K, F_, dtype=torch.int64)
+            self._runs, self._starts = torch.arange(K) * X, starts(K * F_, X)
+            self._x = form.empty(K, X)
+            self._scores = WeightedRows(self._gate.weight.detach().t())
 
-    def __call__(self, hidden: Tensor) -> None:
-        x = self._norm(hidden)
+    def __call__(self, stream: Tensor, hidden: Tensor) -> None:
+        x = self._norm(stream, hidden)
         weights, indices = self._choose(x)  # [B, K]
         if self._into is None:
             self._route(hidden, x, weights, indices)
         else:
             routed = self._latent_sum.zero_()
             self._route(routed, self._into(x), weights, indices)
-            self._back.add_to(hidden, routed)
-        self._shared.add_to(hidden, x)
+            hidden.add_(self._back(routed))
+        hidden.add_(self._shared(x))
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts `[B, K]`, by the router itself only where someone watches it."""
         gate = self._gate
         if gate.observed:
             return gate(x)
-        return router(
-            x,
-            gate.weight,
-            gate.e_score_correction_bias,
-            top_k=gate.top_k,
-            n_group=gate.n_group,
-            topk_group=gate.topk_group,
-            norm_topk_prob=gate.norm_topk_prob,
-            scaling_factor=gate.scaling_factor,
-        )
+        options = {
+            "top_k": gate.top_k,
+            "n_group": gate.n_group,
+            "topk_group": gate.topk_group,
+            "norm_topk_prob": gate.norm_topk_prob,
+            "scaling_factor": gate.scaling_factor,
+        }
+        bias = gate.e_score_correction_bias
+        if self._streams:
+            return choose(self._scores(x).sigmoid_(), bias, **options)
+        return router(x, gate.weight, bias, **options)
 
     def _route(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """Add the experts' outputs `[B, X]`, each with its weight."""
@@ -400,12 +306,12 @@ class _MoEBlock:
     def _route_one(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """One token: a sum of rows for each expert, then one over the rows of all of them."""
         chosen = indices[0]
-        up = self._of_up.index_select(0, chosen).view(-1)
-        down = self._of_down.index_select(0, chosen).view(-1)
+        up = torch.index_select(self._of_up, 0, chosen, out=self._chosen_up).view(-1)
+        down = torch.index_select(self._of_down, 0, chosen, out=self._chosen_down).view(-1)
         self._x.copy_(x[:, None])
         h = self._up_rows.sums(up, self._runs, self._x.view(-1))  # [K, F]
         h.relu_().square_().mul_(weights.view(-1, 1))
-        sum_.add_(self._down_rows.sums(down, self._start, h.view(-1)))
+        sum_.add_(self._down_rows.sums(down, self._starts, h.view(-1)).sum(0, True))
 
     def _route_all(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """Every expert, with weight 0 where it was not chosen."""

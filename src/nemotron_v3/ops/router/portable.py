@@ -22,8 +22,30 @@ def router(
     scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     dtype = wide(x.dtype)
-    scores = F.linear(x.to(dtype), weight.to(dtype)).sigmoid()  # [T, E]
-    choice = scores.detach() + bias.to(dtype)
+    scores = F.linear(x.to(dtype), weight.to(dtype)).sigmoid()
+    return choose(
+        scores,
+        bias.to(dtype),
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm_topk_prob,
+        scaling_factor=scaling_factor,
+    )
+
+
+def choose(
+    scores: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The router from its scores `[T, E]` on."""
+    choice = scores.detach() + bias
     if n_group > 1:
         choice = _keep_best_groups(choice, n_group, topk_group)
     indices = choice.topk(top_k, dim=-1).indices  # [T, K]
