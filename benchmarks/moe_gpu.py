@@ -302,9 +302,40 @@ def _skewed(layer: NemotronV3MoE, T: int, rate: float) -> Iterator[Row]:
         def step(indices: Tensor = indices) -> Any:
             return torch.autograd.grad(layer.experts(x, indices, weights), leaves, dy)
 
-        time = gpu_time(step)
-        options = {"floor": floor, "more_is_better": False}
-        yield Row(f"experts, forward + backward, {what}", f"Nano, {T}", "us", time, **options)
+        time, theirs = gpu_time(step), _gated(x, indices, weights.detach(), dy)
+        name, options = f"Nano, {T}", {"floor": floor, "more_is_better": False}
+        yield Row(f"experts, forward + backward, {what}", name, "us", time, theirs, **options)
+
+
+def _gated(x: Tensor, indices: Tensor, weights: Tensor, dy: Tensor) -> dict[str, float | str]:
+    """Gated experts of another project with as much work: two thirds as wide, in 16s."""
+    try:
+        from benchmarks.peers import liger_peer as peer
+    except ImportError:
+        return {"liger-kernel": unavailable("not installed")}
+    E, X, width = NANO.experts, NANO.width, NANO.expert_width * 2 // 48 * 16
+    stacks = [_normal(E, 2 * width, X).mul_(X**-0.5), _normal(E, X, width).mul_(width**-0.5)]
+    leaves = [t.detach().requires_grad_() for t in (x, weights, *stacks)]
+    _check_gated(peer.gated_experts, indices, *leaves)
+
+    def step() -> Any:
+        y = peer.gated_experts(leaves[0], indices, *leaves[1:])
+        return torch.autograd.grad(y, leaves, dy)
+
+    return {f"{peer.NAME}, gated, as much work": _event_time(step)}
+
+
+@torch.no_grad()
+def _check_gated(run: Callable[..., Tensor], indices: Tensor, *leaves: Tensor) -> None:
+    """The peer's first tokens against its equation."""
+    x, weights, gate_up, down = (t[:64] if t.ndim == 2 else t for t in leaves)
+    expected = torch.zeros_like(x, dtype=torch.float32)
+    for token, chosen in enumerate(indices[:64].tolist()):
+        for k, expert in enumerate(chosen):
+            gate, up = (gate_up[expert] @ x[token]).float().chunk(2)
+            h = (F.silu(gate) * up * weights[token, k]).to(BF16)
+            expected[token] += (down[expert] @ h).float()
+    _compare("gated experts", run(leaves[0], indices, *leaves[1:])[:64], expected)
 
 
 def _low_rank(layer: NemotronV3MoE, T: int, rate: float, rank: int = 16) -> Iterator[Row]:
