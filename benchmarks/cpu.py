@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
     peer = _peer()
     check_answers()
     for tokens in TOKENS:
-        yield from _timed("training step", f"1 x {tokens}", tokens, {
+        yield from timed("training step", f"1 x {tokens}", tokens, {
             "ours": _training("ours", tokens), peer.NAME: _training("peer", tokens),
         })  # fmt: skip
         memory = {name: peak_memory("benchmarks.cpu:train", name, tokens) for name in MODELS}
@@ -59,13 +59,13 @@ def rows() -> Iterator[Row]:
         shape = f"1 x {tokens}"
         yield Row("training, peak memory", shape, "GiB", memory["ours"], theirs, False)
     tokens = TOKENS[1]
-    yield from _timed("MoE block, training", f"1 x {tokens}", tokens, {
+    yield from timed("MoE block, training", f"1 x {tokens}", tokens, {
         "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
     })  # fmt: skip
     yield from _losses()
     for batch in (1, 8):
         check_decoding(batch)
-        yield from _timed("greedy decoding", f"{batch} x {NEW_TOKENS}", batch * NEW_TOKENS, {
+        yield from timed("greedy decoding", f"{batch} x {NEW_TOKENS}", batch * NEW_TOKENS, {
             "ours": _decoding("ours", batch), peer.NAME: _decoding("peer", batch),
         })  # fmt: skip
 
@@ -87,7 +87,7 @@ def _losses() -> Iterator[Row]:
         assert error < CLOSE, f"the loss or a gradient is off by {error:.1e}: nothing is timed"
     del ours, plain
     shape = f"{tokens} x {width} x {vocabulary}"
-    yield from _timed("loss, forward + backward", shape, tokens, steps)
+    yield from timed("loss, forward + backward", shape, tokens, steps)
     memory = {name: peak_memory("benchmarks.cpu:take_loss", name) for name in LOSSES}
     yield Row("loss, peak memory", shape, "GiB", memory.pop("ours"), memory, False)
 
@@ -206,8 +206,8 @@ def _moe(name: str, tokens: int) -> Callable[[], None]:
     return step
 
 
-def _timed(
-    work: str, shape: str, tokens: int, variants: dict[str, Callable[[], None]]
+def timed(
+    work: str, shape: str, tokens: int, variants: dict[str, Callable[[], Any]]
 ) -> Iterator[Row]:
     """By the clock with all threads; then with one thread by its processor time, which other work
     on the machine disturbs less."""
