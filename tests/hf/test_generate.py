@@ -208,6 +208,40 @@ def test_what_a_cache_cannot_be(pair):
         ours(ids, past_key_values=recording)
 
 
+@pytest.mark.parametrize("of", ["model", "backbone", "mamba", "attention"])
+def test_a_cache_has_two_names(pair, of):
+    """`past_key_values` (a mixer's `cache_params`), and `cache` since transformers 5.24."""
+    _, ours = pair
+    mixers = {type(block.mixer).__name__: block.mixer for block in ours.model.layers}
+    module = {
+        "model": ours,
+        "backbone": ours.model,
+        "mamba": mixers["NemotronHMamba2Mixer"],
+        "attention": mixers["NemotronHAttention"],
+    }[of]
+    old = "cache_params" if of == "mamba" else "past_key_values"
+    ids = tokens(2, 7)
+    x = ids if of in ("model", "backbone") else ours.model.embeddings(ids)
+    caches = [DynamicCache(config=ours.config) for _ in range(3)]
+
+    def run(x, **cache):
+        with torch.no_grad():
+            out = module(x, **cache)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    for piece in (x[:, :4], x[:, 4:5], x[:, 5:]):
+        first, second, both = (
+            run(piece, **names)
+            for names in (
+                {old: caches[0]}, {"cache": caches[1]}, {old: caches[2], "cache": caches[2]}
+            )
+        )  # fmt: skip
+        assert torch.equal(first, second) and torch.equal(first, both)
+    assert close(first, run(x)[:, 5:])
+    with pytest.raises(ValueError, match="two names of one argument"):
+        run(x, **{old: caches[0], "cache": caches[1]})
+
+
 def test_gradients_through_a_cache():
     """In eval mode with gradients on, a cache changes nothing about them."""
     ours = accelerated(transformers_model())

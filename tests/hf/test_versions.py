@@ -14,13 +14,13 @@ from tests.hf.models import transformers_model
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("version", ["5.17.0", "5.17.3", "5.20.2", "5.23.0", "5.23.9"])
+@pytest.mark.parametrize("version", ["5.17.0", "5.17.3", "5.20.2", "5.24.0", "5.24.9"])
 def test_inside(version, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", version)
     check_version()
 
 
-@pytest.mark.parametrize("version", ["5.16.1", "5.24.0", "5.24.0.dev0", "4.57.6", "6.0.0"])
+@pytest.mark.parametrize("version", ["5.16.1", "5.25.0", "5.25.0.dev0", "4.57.6", "6.0.0"])
 def test_outside_is_an_error_and_the_model_untouched(version, monkeypatch):
     model = transformers_model()
     classes = [type(module) for module in model.modules()]

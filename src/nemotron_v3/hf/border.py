@@ -103,15 +103,6 @@ class Border:
             )
         return cls(layout, mask, padding, follows, {} if router_logits else None)
 
-    @classmethod
-    def of(cls, border: "Border | None", hidden_states: Tensor, attention_mask: Any) -> "Border":
-        """`border`, or, for a layer called alone, what its own arguments say."""
-        if border is not None:
-            return border
-        return cls.enter(
-            tuple(hidden_states.shape[:2]), hidden_states.device, attention_mask=attention_mask
-        )
-
     def on(self, device: torch.device) -> SequenceLayout:
         """The layout on a device; moved once a pass."""
         if self.layout.device == device:

@@ -22,10 +22,33 @@ from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig, NemotronV3Config, canonical_block_type
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.border import Border
-from nemotron_v3.hf.states import mamba_states, write_mamba_states
+from nemotron_v3.hf.states import (
+    layer_holds_tokens,
+    mamba_states,
+    one_cache,
+    write_mamba_states,
+)
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
+
+
+def _alone(
+    hidden_states: Tensor,
+    attention_mask: Any,
+    cache: Cache | None = None,
+    layer: int = 0,
+    block_type: str = "",
+) -> Border:
+    """What its own arguments say about the tokens of a layer that is called alone."""
+    B, S = hidden_states.shape[:2]
+    return Border.enter(
+        (B, S),
+        hidden_states.device,
+        attention_mask=attention_mask,
+        follows=layer_holds_tokens(cache, layer, block_type, B),
+        cached=cache is not None,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +164,7 @@ class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
         layer_idx: int | None = None,
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`; padding is not routed and comes back 0."""
-        border = Border.of(border, hidden_states, attention_mask)
+        border = border or _alone(hidden_states, attention_mask)
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         wanted = border.router_logits is not None
@@ -160,20 +183,22 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
         border: Border | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`[B, S, D]` -> `[B, S, D]`, and None where transformers may have attention weights."""
-        border = Border.of(border, hidden_states, attention_mask)
+        cache = one_cache(past_key_values, cache)
+        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "attention")
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         q, k, v = (
             project(layer, x).unflatten(-1, (-1, self.head_dim))  # [T, H, P], [T, J, P] twice
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past_key_values is None:
+        if cache is None:
             y = self._attend(q, k, v, layout, border.mask)
         else:
-            y = self._follow(q, k, v, layout, past_key_values, border)
+            y = self._follow(q, k, v, layout, cache, border)
         return layout.unpack(project(self.o_proj, y.flatten(-2))), None
 
     def _attend(
@@ -240,17 +265,19 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         cache_params: Cache | None = None,
         attention_mask: Any = None,
         border: Border | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`, along each document from its first token or the cache."""
-        border = Border.of(border, hidden_states, attention_mask)
+        cache = one_cache(cache_params, cache)
+        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "mamba")
         layout = border.on(hidden_states.device)
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         weights = self._weights()
-        if cache_params is None:
+        if cache is None:
             y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
         else:
-            y = self._follow(zxbcdt, weights, layout, cache_params)
+            y = self._follow(zxbcdt, weights, layout, cache)
         return layout.unpack(project(self.out_proj, y))
 
     def _follow(
@@ -324,19 +351,22 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
         position_ids: Tensor | None = None,
         use_cache: bool | None = False,
         border: Border | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`x + mixer(norm(x))`: `[B, S, D]` -> `[B, S, D]`; fp32 with `residual_in_fp32`."""
-        border = Border.of(border, hidden_states, attention_mask)
+        cache = one_cache(past_key_values, cache)
+        kind = canonical_block_type(self.block_type)
+        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, kind)
         if self.settings.config.residual_in_fp32:
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
             hidden_states = hidden_states.to(wide)
         x = self.norm(hidden_states)
-        match canonical_block_type(self.block_type):
+        match kind:
             case "mamba":
-                y = self.mixer(x, cache_params=past_key_values, border=border)
+                y = self.mixer(x, cache=cache, border=border)
             case "attention":
-                y, _ = self.mixer(x, past_key_values=past_key_values, border=border)
+                y, _ = self.mixer(x, cache=cache, border=border)
             case "moe":
                 y = self.mixer(x, border=border, layer_idx=self.layer_idx)
             case _:

@@ -19,7 +19,7 @@ from nemotron_v3.hf import opaque
 from nemotron_v3.hf.border import PACKING_NAMES, Border
 from nemotron_v3.hf.layers import Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
-from nemotron_v3.hf.states import as_cache, fresh_cache, holds_tokens
+from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_labels, look_up, token_grid
 from nemotron_v3.model.model import plain_weight
@@ -38,18 +38,20 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
         use_cache: bool | None = None,
         attention_mask: Any = None,
         border: Border | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """transformers' arguments and output; `border` is what the head has worked out already."""
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
+        cache = one_cache(past_key_values, cache)
         if border is None:
-            past_key_values, border = enter(
+            cache, border = enter(
                 self,
                 input_ids,
                 inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 kwargs=kwargs,
             )
@@ -57,7 +59,8 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
         hidden = _without_padding(hidden, border)  # which is in the norms' gradients otherwise
         for block in self.layers:
-            hidden = block(hidden, past_key_values=past_key_values, border=border)
+            # By transformers' name: its gradient checkpointing leaves the cache out by that.
+            hidden = block(hidden, border=border, **{CACHE_NAME: cache})
             if kept is not None:
                 kept.append(hidden)
         hidden = _without_padding(self.norm_f(hidden), border)
@@ -66,9 +69,9 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
         logits = border.router_logits
         output = MoeModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=None if kept is None else tuple(kept),
             router_logits=None if logits is None else tuple(logits[i] for i in sorted(logits)),
+            **{CACHE_NAME: cache},
         )
         return output.to_tuple() if as_tuple else output
 
@@ -91,7 +94,10 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
     # loading and in saving, only for a model whose class is its own; this one passes for it.
     __module__ = theirs.__name__
     _can_compile_fullgraph = False  # the ops are calls that no graph goes through
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "A_log", "D", "dt_bias"]
+    _keep_in_fp32_modules_strict = [
+        *theirs.NemotronHForCausalLM._keep_in_fp32_modules_strict,
+        *("A_log", "D", "dt_bias"),
+    ]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         from nemotron_v3.hf.accelerate import swap_in
@@ -127,6 +133,7 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token, and the loss where labels are given.
@@ -138,6 +145,7 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
             position_ids: `[B or 1, S]`; where no padding mask is given, a document starts where
                 they do not go on by one.
             past_key_values: a cache of transformers, updated in place.
+            cache: the same, as transformers calls it since 5.24.
             inputs_embeds: `[B, S, D]` in place of `input_ids`.
             labels: int64 `[B, S]`, shifted by one inside and never across a document's border.
             use_cache: None makes a cache as the config says, but not in training nor for a pack.
@@ -155,27 +163,28 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
             ValueError: arguments that contradict each other, or that no accelerated model serves.
             TypeError: a mask or cache of another kind.
         """
+        cache = one_cache(past_key_values, cache)
         if not isinstance(self, Accelerated):  # undone, while something held on to this method
             return type(self).forward(
                 self,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 **kwargs,
+                **{CACHE_NAME: cache},
             )
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
-        past_key_values, border = enter(
+        cache, border = enter(
             self.model,
             input_ids,
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             kwargs=kwargs,
         )
@@ -186,9 +195,8 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
         out = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             border=border,
-            **(passed_on | {"return_dict": True}),
+            **(passed_on | {"return_dict": True, CACHE_NAME: cache}),
         )
         hidden = out.last_hidden_state
         loss = logits = None
@@ -210,9 +218,9 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
+            **{CACHE_NAME: out.get(CACHE_NAME)},
         )
         return output.to_tuple() if as_tuple else output
 
@@ -273,7 +281,7 @@ def enter(
     *,
     attention_mask: Any,
     position_ids: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Cache | None, Border]:
@@ -291,7 +299,7 @@ def enter(
             "output_attentions=True: an accelerated model never holds attention weights; call "
             "nemotron_v3.hf.undo(model) first"
         )
-    cache = as_cache(past_key_values)
+    cache = as_cache(cache)
     packing = {name: kwargs.get(name) for name in PACKING_NAMES}
     wanted = cache is not None or bool(use_cache)
     follows = holds_tokens(cache, model.settings.config, shape[0])

@@ -16,17 +16,35 @@ from transformers.cache_utils import (
     DynamicCache,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout.modes import capturing
 
+# What arguments and outputs call a cache, since 5.24 and before.
+_OUTPUTS = MoeModelOutputWithPast.__dataclass_fields__
+CACHE_NAME = "cache" if "cache" in _OUTPUTS else "past_key_values"
 
-def as_cache(past_key_values: Any) -> Cache | None:
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The one of both that is given; raises ValueError where they contradict each other."""
+    if past_key_values is None or past_key_values is cache:
+        return cache
+    if cache is not None:
+        raise ValueError(
+            "cache and past_key_values are two names of one argument, and hold two caches: give "
+            "one (a PEFT that does not know transformers 5.24 gives generate() its prefix beside "
+            "the cache: generate with transformers 5.23)"
+        )
+    return past_key_values
+
+
+def as_cache(cache: Any) -> Cache | None:
     """Raises TypeError for a cache that is not transformers'."""
-    if past_key_values is None or isinstance(past_key_values, Cache):
-        return past_key_values
+    if cache is None or isinstance(cache, Cache):
+        return cache
     raise TypeError(
-        f"past_key_values is a {type(past_key_values).__name__}: an accelerated model takes "
+        f"{CACHE_NAME} is a {type(cache).__name__}: an accelerated model takes "
         "transformers' caches, such as DynamicCache(config=model.config), whose "
         "update(keys, values, layer_idx) takes a prefix for each attention layer"
     )
@@ -54,12 +72,24 @@ def holds_tokens(cache: Cache | None, config: NemotronV3Config, rows: int) -> bo
     mamba, attention = (
         [i for i, block in enumerate(blocks) if block == kind] for kind in ("mamba", "attention")
     )
-    for layer in mamba:
-        _check_fits(cache, layer, attention)
-        if cache.has_previous_state(layer):
-            _check_rows(rows, cache.layers[layer].conv_states[0], layer)
-            return True
-    return any(_holds_keys(cache, layer, rows) for layer in attention)
+    return any(_holds_states(cache, layer, rows, attention) for layer in mamba) or any(
+        _holds_keys(cache, layer, rows) for layer in attention
+    )
+
+
+def layer_holds_tokens(cache: Cache | None, layer: int, block_type: str, rows: int) -> bool:
+    """`holds_tokens` of one layer."""
+    holds = {"mamba": _holds_states, "attention": _holds_keys}.get(block_type)
+    return cache is not None and holds is not None and holds(cache, layer, rows)
+
+
+def _holds_states(cache: Cache, layer: int, rows: int, attention: Sequence[int] = ()) -> bool:
+    """Whether the cache holds states of a mamba layer."""
+    _check_fits(cache, layer, attention)
+    if not cache.has_previous_state(layer):
+        return False
+    _check_rows(rows, cache.layers[layer].conv_states[0], layer)
+    return True
 
 
 def _check_fits(cache: Cache, layer: int, attention: Sequence[int] = ()) -> None:

@@ -5,7 +5,7 @@ import re
 import transformers
 
 OLDEST = "5.17"
-NEWEST = "5.23"
+NEWEST = "5.24"
 
 
 def check_version() -> None:
