@@ -242,6 +242,24 @@ def test_a_cache_has_two_names(pair, of):
         run(x, **{old: caches[0], "cache": caches[1]})
 
 
+@pytest.mark.parametrize("kept, error", [(-1, ValueError), (True, TypeError), ("all", TypeError)])
+def test_logits_that_cannot_be_kept_leave_the_cache_alone(pair, kept, error):
+    _, ours = pair
+    cache = DynamicCache(config=ours.config)
+    with pytest.raises(error, match="logits_to_keep"):
+        ours(tokens(1, 4), past_key_values=cache, logits_to_keep=kept)
+    assert cache.get_seq_length() == 0 and not cache.has_previous_state(0)
+
+
+def test_which_logits_are_kept(pair):
+    _, ours = pair
+    ids = tokens(2, 6)
+    whole = ours(ids).logits
+    mask = torch.tensor([True, False, False, True, True, False])
+    for kept, places in ((2, slice(4, 6)), (mask, mask), (torch.tensor([3, 0]), [3, 0])):
+        assert close(ours(ids, logits_to_keep=kept).logits, whole[:, places])
+
+
 def test_gradients_through_a_cache():
     """In eval mode with gradients on, a cache changes nothing about them."""
     ours = accelerated(transformers_model())

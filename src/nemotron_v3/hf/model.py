@@ -21,7 +21,7 @@ from nemotron_v3.hf.layers import Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_labels, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
 from nemotron_v3.model.model import plain_weight
 
 IGNORE_INDEX = -100
@@ -178,6 +178,8 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
                 **{CACHE_NAME: cache},
             )
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
+        if not isinstance(logits_to_keep, Tensor):  # which may be a mask, too
+            check_kept(logits_to_keep)
         cache, border = enter(
             self.model,
             input_ids,
