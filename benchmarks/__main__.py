@@ -15,10 +15,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # A suite is a module with `rows()`; a GPU's runs only where there is one.
 SUITES = {
+    "attention_gpu": "attention over packs and long documents on a GPU, beside PyTorch's own",
     "cpu": "training, the experts, the loss and decoding on a CPU, beside transformers",
     "cross_entropy_gpu": "the loss over a vocabulary of 131 072 on a GPU",
     "hf_cpu": "training an accelerated transformers model on a CPU, beside the plain one",
     "hf_gpu": "the same on a GPU, 7 blocks of Nano's width in bf16",
+    "lengths_gpu": "training and prefill on a GPU with lengths drawn anew in every step",
     "mamba2_gpu": "the core of a Mamba-2 mixer on a GPU",
     "moe_gpu": "a mixture-of-experts block on a GPU, beside transformers",
 }

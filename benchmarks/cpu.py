@@ -4,6 +4,7 @@ The configuration is small enough for a laptop and has every block type; both ru
 same weights on the same tokens. Answers are compared before anything is timed.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.lengths import documents, same
 from benchmarks.measure import Timing, alternate, peak_memory
 from benchmarks.table import Row
 from nemotron_v3 import NemotronV3ForCausalLM, ops
+from nemotron_v3.layout import SequenceLayout
 
 BLOCKS = ("mamba", "moe", "mamba", "attention", "mamba", "moe", "mamba", "mlp")
 SIZES: dict[str, Any] = {
@@ -59,6 +62,9 @@ def rows() -> Iterator[Row]:
         shape = f"1 x {tokens}"
         yield Row("training, peak memory", shape, "GiB", memory["ours"], theirs, False)
     tokens = TOKENS[1]
+    yield from timed("training step, lengths new in each", f"16 of {tokens}", tokens, {
+        "ours": _packed(documents(tokens, 16)), "one length": _packed(same(tokens)),
+    })  # fmt: skip
     yield from timed("MoE block, training", f"1 x {tokens}", tokens, {
         "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
     })  # fmt: skip
@@ -190,6 +196,19 @@ def _decoding(name: str, batch: int) -> Callable[[], Tensor]:
         return out if isinstance(out, Tensor) else out.sequences
 
     return decode
+
+
+def _packed(draw: Callable[[random.Random], list[int]]) -> Callable[[], None]:
+    """A training step of ours on a pack of fresh tokens and lengths."""
+    model, source = _model("ours"), random.Random(0)
+
+    def step() -> None:
+        layout = SequenceLayout.from_lengths(draw(source))
+        ids = torch.randint(SIZES["vocab_size"], layout.shape)
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, layout=layout).loss.backward()
+
+    return step
 
 
 def _moe(name: str, tokens: int) -> Callable[[], None]:

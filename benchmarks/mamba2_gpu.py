@@ -2,10 +2,13 @@
 
 Letters: T tokens, H heads, P head width, G groups, N state. GPU times are replays of a captured
 CUDA graph with a cold L2 cache, medians of many; "eager" is the clock of the host around a call
-that nothing overlaps. Answers are checked against the portable form first.
+that nothing overlaps. Floors are the fewest bytes at the rate of a large copy in the same run, and
+the mixer's products at that of a large product. Answers are checked against the portable form
+first.
 """
 
 import gc
+import random
 import statistics
 import sys
 import time
@@ -17,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.lengths import documents
+from benchmarks.rates import copy_rate, product_rate
 from benchmarks.table import Row, unavailable
 from nemotron_v3 import NemotronV3Config, ops
 from nemotron_v3.layers import NemotronV3Mamba2Mixer
@@ -38,6 +43,7 @@ def rows() -> Iterator[Row]:
     yield from _scan(T)
     for lengths in ((8192,), (128,) * 64, (4096,) * 4):
         yield from _core(lengths)
+    yield from _new_lengths(T)
     yield from _mixer(T)
     yield from _linear_growth()
 
@@ -102,6 +108,11 @@ def _row(work: str, T: int | str, ours: float, floor: float | None = None, **pee
     return Row(work, str(T), "us", ours, peers, more_is_better=False, floor=floor)
 
 
+def _floor(T: int, columns: int) -> float:
+    """Microseconds to move so many columns of bf16, each read or written once."""
+    return 2 * T * columns / copy_rate()
+
+
 def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
@@ -115,7 +126,7 @@ def _conv(T: int) -> Iterator[Row]:
         "conv + SiLU, forward",
         T,
         gpu_time(lambda: ops.causal_conv1d(x, weight, bias, **given)),
-        67,
+        _floor(T, 2 * CHANNELS),
     )
     from nemotron_v3.ops.causal_conv1d.kernels.launch import tables
 
@@ -125,7 +136,7 @@ def _conv(T: int) -> Iterator[Row]:
         "conv + SiLU, backward",
         T,
         gpu_time(lambda: backward(dy, None, x, weight, bias, None, *place, True)),
-        101,
+        _floor(T, 3 * CHANNELS),
     )
 
 
@@ -144,7 +155,7 @@ def _norm(T: int) -> Iterator[Row]:
         "gated norm, forward",
         T,
         gpu_time(lambda: ops.gated_rms_norm(y, z, weight, size, impl="triton")),
-        67,
+        _floor(T, 3 * INNER),
         **{PEER: theirs},
     )
     backward = torch.ops.nemotron_v3.gated_rms_norm_backward
@@ -152,7 +163,7 @@ def _norm(T: int) -> Iterator[Row]:
         "gated norm, backward",
         T,
         gpu_time(lambda: backward(dout, y, z, weight, size, 1e-5)),
-        112,
+        _floor(T, 5 * INNER),
     )
 
 
@@ -194,8 +205,10 @@ def _scan(T: int) -> Iterator[Row]:
         with torch.no_grad():
             theirs = gpu_time(peer_scan)
         theirs_both = gpu_time(peer_both)
-    yield _row("scan, forward (states kept)", T, forward, 56, **{PEER: theirs})
-    yield _row("scan, forward + backward", T, gpu_time(both), 146, **{PEER: theirs_both})
+    # x, B, C, dt in and y out; back dy, x, B, C, dt in and dx, dB, dC, ddt out.
+    floor, back = _floor(T, 2 * INNER + 2 * G * N + H), _floor(T, 3 * INNER + 4 * G * N + 2 * H)
+    yield _row("scan, forward (states kept)", T, forward, floor, **{PEER: theirs})
+    yield _row("scan, forward + backward", T, gpu_time(both), floor + back, **{PEER: theirs_both})
 
 
 def _core_inputs(lengths: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
@@ -220,6 +233,20 @@ def _core(lengths: tuple[int, ...]) -> Iterator[Row]:
     yield Row("core, peak memory", shape, "MiB", peak, more_is_better=False)
 
 
+def _new_lengths(T: int) -> Iterator[Row]:
+    """The core on packs whose documents have other lengths in every step, their tables included."""
+    leaves, options, dy = _core_inputs((T,))
+    given = [t for t in leaves.values() if t is not None]
+    source, draw = random.Random(0), documents(T, 64)
+
+    def both() -> None:
+        options["layout"] = SequenceLayout.from_lengths(draw(source), "cuda")
+        y = ops.mamba2(**leaves, **options, return_final_states=False, impl="triton")[0]
+        torch.autograd.grad(y, given, dy)
+
+    yield _row("core, forward + backward, eager", "64 documents, new lengths", wall_time(both))
+
+
 def _mixer(T: int) -> Iterator[Row]:
     """The whole layer with its projections, eager and through `torch.compile`."""
     config = NemotronV3Config.preset("nemotron-3-nano-30b")
@@ -233,7 +260,10 @@ def _mixer(T: int) -> Iterator[Row]:
     def both(layer: Any = mixer) -> None:
         torch.autograd.grad(layer(x), given, dy)
 
-    yield _row("mixer, forward + backward, graph", T, gpu_time(both), 2900)
+    products = 6.0 * T * sum(w.numel() for w in (mixer.in_proj.weight, mixer.out_proj.weight))
+    core = _floor(T, 2 * (2 * INNER + CHANNELS + H) + 2 * INNER)
+    floor = products / product_rate() + core
+    yield _row("mixer, forward + backward, graph", T, gpu_time(both), floor)
     yield _row("mixer, forward + backward, eager", T, wall_time(both))
     yield _row("mixer, forward + backward, compiled", T, wall_time(lambda: both(compiled)))
 

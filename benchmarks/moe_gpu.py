@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.mamba2_gpu import gpu_time, peak_memory, wall_time
+from benchmarks.rates import product_rate
 from benchmarks.table import OOM, Row, unavailable
 from nemotron_v3 import BackendConfig, MoEConfig, SequenceLayout, ops
 from nemotron_v3.layers.moe import NemotronV3MoE
@@ -53,7 +54,7 @@ SUPER = Shape("Super", 4096, 512, 22, 2688, 5376, 1024)
 
 def rows() -> Iterator[Row]:
     """Every row of the table; raises first if a result is wrong."""
-    rate = _rate()
+    rate = product_rate()
     layer = _layer(NANO)
     _check(layer)
     peer, theirs = _peer(NANO, layer)
@@ -74,13 +75,6 @@ def rows() -> Iterator[Row]:
 def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _rate() -> float:
-    """FLOPs of bf16 a microsecond."""
-    n = 8192
-    a, b = _normal(n, n), _normal(n, n)
-    return 2.0 * n**3 / gpu_time(lambda: a @ b)
 
 
 def _normal(*shape: int) -> Tensor:

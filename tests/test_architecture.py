@@ -58,7 +58,10 @@ WITHOUT_DISTRIBUTED = frozenset({"config", "layout", "cache", "ops", "layers", "
 ANYWHERE = ("*",)
 HF_ROOM = ("hf/*",)
 # A file of kernels may import triton at its top, because it is itself only imported in functions.
-KERNELS = ("ops/*/kernels.py", "ops/*/kernels/*.py", "ops/_launch.py", "ops/_sums.py")
+KERNELS = (
+    *("ops/*/kernels.py", "ops/*/kernels/*.py"),
+    *("ops/_jit.py", "ops/_launch.py", "ops/_sums.py"),
+)
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
     "safetensors": ("checkpoint/*", "cache/file.py"),

@@ -16,19 +16,26 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nemotron_v3.ops.attention.kernels import backward as attention_backward
+from nemotron_v3.ops.attention.kernels import forward as attention_forward
+from nemotron_v3.ops.attention.kernels.tables import Blocks as AttentionBlocks
 from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states
 from nemotron_v3.ops.ssd.kernels.tables import Blocks
 
 taps = import_module("nemotron_v3.ops.causal_conv1d.kernels.taps")
 norm = import_module("nemotron_v3.ops.gated_rms_norm.kernels")
 
-INT64 = {"chunk_start", "chunk_end", "cu_seqlens", "document_chunks"}
+INT64 = {
+    *("chunk_start", "chunk_end", "cu_seqlens", "document_chunks"),
+    *("tile_document", "tile_first"),
+}
 INT32 = {"position", "seq_idx"}
 FP32 = {
     *("D", "steps", "first", "last", "through", "partial", "dweight", "dskip"),
     *("rows", "columns", "across", "from_state", "to_state", "skip", "own"),
+    *("log_sums", "deltas", "dk", "dv"),
 }
-NUMBERS = {"T", "H", "tiles", "sweeps"}
+NUMBERS = {"T", "H", "tiles", "sweeps", "places", "places_out", "size"}
 
 
 def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
@@ -39,13 +46,15 @@ def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name == "eps":
+        if name in ("eps", "scale", "scale_of_scores"):
             signature[name] = "fp32"
         elif name in numbers or name.startswith("stride_"):
             signature[name] = "i32"
         else:
             kind = "i64" if name in INT64 else "i32" if name in INT32 else "fp32"
             signature[name] = "*" + (kind if name in INT64 | INT32 | FP32 else "bf16")
+        if kernel.params[place].do_not_specialize or signature[name] == "fp32":
+            continue  # nothing is known of it
         attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, attributes)
@@ -91,7 +100,20 @@ def main() -> None:
     group = {"GROUPS": 8, "SIZE": 512, "BLOCK_T": 2, "BLOCK_D": 512, "GATED": True}
     group |= {"stride_y": inner, "stride_z": packed, "stride_dout": inner, "STAGES": 3}
     group |= {"stride_dy": packed, "stride_dz": packed}
+    a = AttentionBlocks.of(torch.bfloat16, 128, 16)
+    heads = {"H": 32, "J": 2, "P": 128, "BLOCK_P": a.p, "HEADS": a.heads, "CACHED": False}
+    heads |= {"STRIDE_q": 4096, "HEAD_q": 128, "STRIDE_dout": 4096, "HEAD_dout": 128}
+    heads |= dict.fromkeys(("STRIDE_k", "STRIDE_v"), 256) | dict.fromkeys(("HEAD_k", "HEAD_v"), 128)
+    heads |= {"PRECISION": a.precision, "EXACT": False, "held": None}
+
+    def attention(kernel, tile):
+        sizes = {"M": tile.m, "N": tile.n, "STAGES": tile.stages}
+        return kernel, heads | sizes, tile.warps
+
     work = {
+        "attention forward": attention(attention_forward.forward_kernel, a.forward),
+        "attention dq": attention(attention_backward.dq_kernel, a.dq),
+        "attention dkv": attention(attention_backward.dkv_kernel, a.dkv),
         "conv forward": (taps.forward_kernel, forward, 4),
         "conv backward": (taps.backward_kernel, backward, 1),
         "norm forward": (norm.forward_kernel, group, 2),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemotron_v3 import BackendConfig, NemotronV3Config, ops
 from nemotron_v3.layers import NemotronV3Mamba2Mixer
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.attention import cases as attention_cases
 from nemotron_v3.ops.causal_conv1d import cases as conv_cases
 from nemotron_v3.ops.gated_rms_norm import cases as gated_cases
 from nemotron_v3.ops.mamba2 import cases as mamba2_cases
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 STRONG = ssd_cases.Case("strong", (70,), 8, 8, 1, 16, decay="strong")
 PACK = ssd_cases.Case("tiles", (1, 0, 70), 64, 8, 64, 8, initial_states=True)
+DOCUMENTS = attention_cases.Case("documents", (1, 0, 5, 40, 3), 6, 2, 16, strided=True)
+SHARED = attention_cases.Case("shared", (33, 2), 5, 1, 24, scale=0.5)
 MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
 
 
@@ -49,6 +52,10 @@ MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
         ("ssd", STRONG, BF16),
         ("ssd", ssd_cases.Case("one-token", (1,), 3, 64, 1, 16, initial_states=True), BF16),
         ("mamba2", MIXER, F16),
+        ("attention", DOCUMENTS, F32),
+        ("attention", DOCUMENTS, BF16),
+        ("attention", SHARED, F16),
+        ("attention", attention_cases.Case("one-token", (1,), 3, 1, 64), F32),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "name", str(value)[6:]),
 )

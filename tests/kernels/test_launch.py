@@ -1,11 +1,16 @@
 """What launches kernels, apart from a GPU."""
 
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from triton.compiler import CompiledKernel
 from triton.knobs import runtime
 from triton.runtime import driver
 
+from nemotron_v3 import ops
 from nemotron_v3.ops import _launch
 
 
@@ -21,6 +26,8 @@ def launched(monkeypatch):
     compiled._run = lambda *args: calls.append(args)
 
     class Kernel:
+        params = [SimpleNamespace(do_not_specialize=False)] * 5
+
         def __getitem__(self, grid):
             return lambda *args, **options: compiled
 
@@ -60,3 +67,30 @@ def test_a_hook_of_triton_sees_every_launch(launched, monkeypatch):
         launcher(3, (x, None), (7,), (16, True))
     (given,) = calls
     assert given[7] is hook
+
+
+def test_a_kernel_is_found_by_the_type_of_what_comes_with_the_data(launched):
+    """Whether a number is a multiple of 16, or 1, matters for a width and not for a length."""
+    launcher, _, calls = launched
+    launcher.by_value = [True, False, True]  # of x, a length and a width
+    x = torch.zeros(4)
+    for length in (7, 16, 1, 32):
+        launcher(3, (x,), (length, 16), (True,))
+    assert len(launcher.compiled) == 1 and len(calls) == 3
+    launcher(3, (x,), (7, 15), (True,))
+    assert len(launcher.compiled) == 2
+
+
+def test_every_kernel_pins_the_sizes_of_the_data():
+    """Kernels are made by `ops._jit.kernel`, which knows the names of what differs from step to
+    step: no launched kernel is made by triton.jit itself."""
+    made = {"kernel": 0}
+    for path in Path(ops.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert [ast.unparse(d) for d in node.decorator_list] == ["kernel"], (
+                    path,
+                    node.name,
+                )
+                made["kernel"] += 1
+    assert made["kernel"] > 25

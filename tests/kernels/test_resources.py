@@ -16,6 +16,9 @@ REGISTERS_OF_MULTIPROCESSOR = 65536
 # warps, programs on a multiprocessor at least, bytes spilled at most, loads of 16 bytes, products
 # on tensor cores. Triton 3.6 spills nothing of the scan and 40 bytes of the gradients, 3.9 more.
 HELD = {
+    "attention forward": (4, 2, 0, True, True),
+    "attention dq": (4, 2, 0, True, True),
+    "attention dkv": (4, 1, 416, True, True),
     "conv forward": (4, 4, 0, True, False),
     "conv backward": (1, 20, 0, False, False),
     "norm forward": (2, 16, 0, True, False),

@@ -1,9 +1,10 @@
-"""The mode a caller is in, where tensors are made that outlive it."""
+"""How tensors are made that outlive a call: in which mode, and on which device."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 
 def ordinary(function: Callable) -> Callable:
@@ -27,3 +28,13 @@ def ordinary(function: Callable) -> Callable:
 def capturing(device: torch.device) -> bool:
     """Whether work on `device` is recorded into a graph now, so that it is done at a replay."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(values: Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:
+    """int64 values of the host, on `device`, without waiting for what the device does now."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    values = torch.as_tensor(values, dtype=torch.int64, device="cpu")
+    if device.type != "cuda":
+        return values.to(device)
+    # A copy from other memory would wait until the device has done all that it was given.
+    return values.pin_memory().to(device, non_blocking=True)

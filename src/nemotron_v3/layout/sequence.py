@@ -30,7 +30,7 @@ from nemotron_v3.layout.checks import (
     read_offsets,
     shortened,
 )
-from nemotron_v3.layout.modes import capturing, ordinary
+from nemotron_v3.layout.modes import capturing, on_device, ordinary
 
 PADDING = -1
 
@@ -301,9 +301,9 @@ class SequenceLayout:
         if _equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
             cu_seqlens = torch.arange(len(lengths) + 1, device=device) * lengths[0]
         else:
-            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device)
+            cu_seqlens = on_device([0, *accumulate(lengths)], device)
         if token_index is not None:
-            token_index = token_index.to(cu_seqlens.device)
+            token_index = on_device(token_index, cu_seqlens.device)
         return cls(tuple(shape), lengths, cu_seqlens, token_index)
 
     # --- what it says -------------------------------------------------------------------------
@@ -347,7 +347,7 @@ class SequenceLayout:
     def last_tokens(self) -> Tensor:
         """int64: the packed position of the last token of each document that has one."""
         last = [end - 1 for start, end in pairwise(self.offsets) if end > start]
-        return torch.tensor(last, dtype=torch.int64, device=self.device)
+        return on_device(last, self.device)
 
     def same_as(self, other: "SequenceLayout") -> bool:
         """Whether both put the same documents at the same places (reads tensors: border use)."""

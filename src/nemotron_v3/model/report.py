@@ -12,6 +12,7 @@ from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3R
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
 from nemotron_v3.ops._dispatch import choose
+from nemotron_v3.ops._long_attention import LONG, takes
 
 _TE = "Transformer Engine"
 
@@ -101,6 +102,7 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
         case NemotronV3Attention():
             if module.backend.attn == "sdpa":
                 yield "attention", *_form("attention", module.backend.impl, module)
+                yield from _long_documents(module)
             else:
                 uses = {"te": _TE, "flex": "flex"}[module.backend.attn]
                 yield "attention", uses, f"attn={module.backend.attn!r}"
@@ -121,6 +123,12 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
     if projections:
         classes = {f"{type(p).__module__.split('.')[0]} {type(p).__name__}" for p in projections}
         yield "projections", ", ".join(sorted(classes)), "what is in their place now"
+
+
+def _long_documents(module: NemotronV3Attention) -> Iterator[tuple[str, str, str]]:
+    if module.impl in ("auto", "portable") and takes(next(module.parameters())):
+        why = f"from {LONG} tokens on, in 16 bits on a GPU"
+        yield "attention, long documents", "PyTorch's, at fixed sizes", why
 
 
 def _projections(module: nn.Module) -> list[nn.Module]:

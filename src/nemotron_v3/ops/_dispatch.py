@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,14 @@ class Kernels:
         load: imports it.
         device: where the call's tensors are.
         refusal: why it cannot take them, or None.
+        check: the case (of the op's `cases.py`) to check it with at its first use, of the call's
+            own widths so that nothing is compiled for the check alone; None for no check.
     """
 
     load: Callable[[], Callable]
     device: torch.device
     refusal: str | None
+    check: Hashable = None
 
 
 def pick(
@@ -55,18 +58,21 @@ def pick(
     if not torch.compiler.is_compiling() and _transformed():
         impl = _under_transforms(op, impl)
     if triton is not None and _takes_kernels(op, impl, triton):
-        # Not checked at first use: kernels are compiled for each shape, so that the check would
-        # compile others than the call's, and double the time of the first call.
-        if impl == "auto" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return triton.load()
+        if impl == "auto":
             _say_once(op, "triton")
-        return triton.load()
+        function = triton.load()
+        if triton.check is None:
+            return function
+        return checked(op, "triton", function, reference, triton.check)
     form, _ = choose(op, impl, tuple(special))
     function = {"reference": reference, "portable": portable, **special}[form]
     if torch.compiler.is_compiling():
         return function
     if impl == "auto":
         _say_once(op, form)
-    return function if form == "reference" else _checked(op, form, function, reference)
+    return function if form == "reference" else checked(op, form, function, reference)
 
 
 def _transformed() -> bool:
@@ -105,6 +111,7 @@ def _say_reference_once(op: str) -> None:
 
 # The ops that have a Triton form.
 TRITON_FORMS = (
+    *("attention", "cached_attention"),
     *("rms_norm", "gated_rms_norm", "relu2", "causal_conv1d", "router", "experts"),
     *("grouped_low_rank", "linear_cross_entropy", "ssd", "mamba2"),
 )
@@ -160,9 +167,13 @@ def _say_once(op: str, form: str) -> None:
 
 
 @functools.cache
-def _checked(op: str, form: str, function: Callable, reference: Callable) -> Callable:
+def checked(
+    op: str, form: str, function: Callable, reference: Callable, case: Hashable = None
+) -> Callable:
     """`function`, checked at its first use on a device where there is a case to check it with."""
-    return SelfChecked(op, form, function, reference) if op in CASES else function
+    if case is None and op not in CASES:
+        return function
+    return SelfChecked(op, form, function, reference, case)
 
 
 def without_autocast(function: Callable) -> Callable:

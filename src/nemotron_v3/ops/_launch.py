@@ -22,6 +22,8 @@ class Launcher:
     def __init__(self, kernel: Any):
         self.kernel = kernel
         self.compiled: dict[tuple, Any] = {}
+        # Whether Triton compiles for a parameter's value (ops/_jit.py).
+        self.by_value = [] if interpreted() else [not p.do_not_specialize for p in kernel.params]
 
     def __call__(
         self,
@@ -30,6 +32,7 @@ class Launcher:
         numbers: tuple[Number, ...],
         constants: tuple[Any, ...],
         warps: int = 4,
+        also: tuple[tuple[tuple[Any, ...], int], ...] = (),
     ) -> None:
         """Launch on the current device and stream.
 
@@ -39,6 +42,8 @@ class Launcher:
             numbers: what may change from call to call: ints and floats.
             constants: what the kernel is compiled for.
             warps: of a program.
+            also: constants and warps that a later call may come with, for other lengths. They are
+                compiled at the first one, where a pause is expected.
         """
         if interpreted() or torch.version.hip:  # where Triton looks at sizes of tensors too
             self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
@@ -55,12 +60,17 @@ class Launcher:
                 bits |= pointer
         if bits % 16:  # Triton compiles for each tensor whether it begins at a multiple of 16 bytes
             kinds += [pointer is not None and pointer % 16 for pointer in pointers]
-        # So it does for numbers: multiples of 16, 1, and more than 32 bits.
-        kinds += [(n.__class__, n % 16 == 0, n == 1, n > 2147483647) for n in numbers]
+        # So it does for numbers: more than 32 bits, and, by value, multiples of 16 and 1.
+        by_value = self.by_value[len(tensors) : len(tensors) + len(numbers)]
+        for n, looks in zip(numbers, by_value, strict=True):
+            kinds.append((n.__class__, n > 2147483647, looks and (n % 16 == 0, n == 1)))
         device = tensors[0].device.index
         key = (device, warps, constants, *kinds)
         found = self.compiled.get(key)
         if found is None:
+            for later, its_warps in also:
+                options = {"grid": (programs,), "num_warps": its_warps}
+                self.kernel.warmup(*tensors, *numbers, *later, **options)
             compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
             self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         elif _watched():

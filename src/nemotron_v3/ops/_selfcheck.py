@@ -3,8 +3,8 @@
 A kernel can be miscompiled, a library built for another processor, a driver broken: the numbers are
 then wrong without a word. So each (op, form, device, dtype) runs once a process on a small input,
 forward and backward, and is compared with the op's step-by-step reference in fp64 on the CPU.
-Triton forms are not among them yet: they are compiled for each shape, so that a check would compile
-kernels other than the call's and double the time of the first call.
+Triton forms are compiled for each width, so that a check on other widths would double the time of
+the first call: those among them that are checked are so on the call's own.
 """
 
 from collections.abc import Callable
@@ -49,13 +49,17 @@ class SelfChecked:
     while a CUDA graph is captured. A form that fails raises at every call.
     """
 
-    def __init__(self, op: str, form: str, function: Callable, reference: Callable):
+    def __init__(
+        self, op: str, form: str, function: Callable, reference: Callable, case: Any = None
+    ):
         self.op, self.form, self.function, self.reference = op, form, function, reference
+        self.case = case
         self.passed: set[tuple[torch.device, torch.dtype]] = set()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (x.device, x.dtype) not in self.passed and _can_check(x):
-            check(self.op, self.form, self.function, self.reference, x.device, x.dtype)
+            forms = (self.op, self.form, self.function, self.reference)
+            check(*forms, x.device, x.dtype, self.case)
             self.passed.add((x.device, x.dtype))
         return self.function(x, *args, **kwargs)
 
@@ -67,12 +71,14 @@ def check(
     reference: Callable,
     device: torch.device,
     dtype: torch.dtype,
+    case: Any = None,
 ) -> None:
     """Raises RuntimeError where `function` is further from `reference` than rounding explains."""
     # A thread of its own starts from PyTorch's defaults: no autocast, inference mode, saved-tensor
     # hooks or default device of the caller takes part.
     with ThreadPoolExecutor(max_workers=1) as thread:
-        errors = thread.submit(measure, op, form, function, reference, device, dtype).result()
+        forms = (op, form, function, reference)
+        errors = thread.submit(measure, *forms, device, dtype, case).result()
     allowed = explained_by_rounding(dtype, device)
     wrong = {name: error for name, error in errors.items() if not error <= allowed}  # NaN is wrong
     if wrong:
@@ -91,11 +97,16 @@ def measure(
     reference: Callable,
     device: torch.device,
     dtype: torch.dtype,
+    case: Any = None,
 ) -> dict[str, float]:
-    """Relative error of every output and every gradient, in the Frobenius norm."""
+    """Relative error of every output and every gradient, in the Frobenius norm.
+
+    Args:
+        case: of the op's `cases.py`; None is that of `CASES`.
+    """
     of, name = CASES[op]
     cases = import_module(f"nemotron_v3.ops.{of}.cases")
-    case = next(case for case in cases.CASES if case.name == name)
+    case = case or next(case for case in cases.CASES if case.name == name)
     # Decoding has no gradient, flex attention none on a CPU.
     backward = op == of and not (form == "flex" and device.type == "cpu")
 

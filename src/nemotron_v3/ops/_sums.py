@@ -4,16 +4,16 @@ Letters: R programs that left a partial sum, K sums of each, C columns.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops._launch import Launcher
 
 BLOCK_R, BLOCK_C = 32, 64
 
 
-@triton.jit
+@kernel
 def sums_kernel(
     partial,
     first,

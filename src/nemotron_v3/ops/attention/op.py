@@ -1,11 +1,18 @@
 """The public causal attention."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops import _long_attention as long
+from nemotron_v3.ops._dispatch import Kernels, checked, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention import flex, portable, reference
+from nemotron_v3.ops.attention.cases import FIXED_SIZE, Case
+
+WIDEST = 256  # columns of a head that the kernels take
 
 
 @without_autocast
@@ -33,7 +40,8 @@ def attention(
         scale: of the scores, by default `P ** -0.5`.
         dropout_p: probability of dropping an attention weight.
         impl: see `nemotron_v3.ops`; also `"flex"`, PyTorch's flex attention: without a mask or
-            dropout, and on a CPU without gradients.
+            dropout, and on a CPU without gradients. In 16 bits on a GPU, "auto" and "portable"
+            take PyTorch's kernel for long documents, at a few fixed sizes.
 
     Returns:
         `[T, H, P]` in `q`'s dtype.
@@ -56,10 +64,64 @@ def attention(
         impl,
         reference=reference.attention,
         portable=portable.attention,
+        triton=Kernels(
+            _kernels,
+            q.device,
+            _refusal(q, k, v, mask, scale, dropout_p),
+            as_called((1, 0, 5, 1, 40, 3), H, k.shape[1], P),
+        ),
         flex=flex.attention,
     )
-    y = run(q, k, v, layout=layout, mask=mask, scale=scale, dropout_p=dropout_p)
-    return y.to(q.dtype)
+    options = {"mask": mask, "scale": scale, "dropout_p": dropout_p}
+    runs = None
+    if impl in ("auto", "portable") and mask is None and long.takes(q):
+        runs = long.runs(layout)
+    if runs is None:
+        return run(q, k, v, layout=layout, **options).to(q.dtype)
+    fixed = checked("attention", "fixed-size", long.attention, reference.attention, FIXED_SIZE)
+    if len(runs) == 1:
+        return fixed(q, k, v, layout=layout, **options)
+    parts = zip(*(t.split([r.layout.num_tokens for r in runs]) for t in (q, k, v)), strict=True)
+    ys = [
+        (fixed if r.is_long else run)(*part, layout=r.layout, **options)
+        for r, part in zip(runs, parts, strict=True)
+    ]
+    return torch.cat(ys)
+
+
+def _refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    if mask is not None:
+        return "a 4-D attention_mask decides what is seen"
+    if dropout_p:
+        return f"attention_dropout is {dropout_p}"
+    return refuse_widths(q.shape[2], scale) or refuse_dtypes(q, k, v)
+
+
+def as_called(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int) -> Case:
+    """Small documents of a call's widths, to check kernels with."""
+    return Case("as-called", lengths, heads, kv_heads, head_dim)
+
+
+def refuse_widths(head_dim: int, scale: float | None) -> str | None:
+    if head_dim > WIDEST:
+        return f"a head of {head_dim} columns does not fit into one program (at most {WIDEST})"
+    if scale is not None and not scale > 0:
+        return f"the scale of the scores is {scale}, and not above 0"
+    return None
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.attention.kernels import attention
+
+    return attention
 
 
 def _check_mask(mask: Tensor, layout: SequenceLayout, heads: int) -> None:

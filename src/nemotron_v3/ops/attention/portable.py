@@ -8,12 +8,15 @@ needs a mask over all pairs of its tokens.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import on_device
+from nemotron_v3.ops._long_attention import without_plans
 
 
 def attention(
@@ -33,9 +36,14 @@ def attention(
     parts = []
     for count, length, index in groups.batches:
         batch = [_take(t, index).unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(
-            *batch, is_causal=length > 1, scale=scale, dropout_p=dropout_p, enable_gqa=_gqa(q, k)
-        )
+        with without_plans(q):
+            out = F.scaled_dot_product_attention(
+                *batch,
+                is_causal=length > 1,
+                scale=scale,
+                dropout_p=dropout_p,
+                enable_gqa=_gqa(q, k),
+            )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(parts) if parts else torch.zeros_like(q)
     return out if groups.token_order is None else out.index_select(0, groups.token_order)
@@ -100,16 +108,17 @@ class _Groups:
                 starts.setdefault(length, []).append(start)
         batches, places = [], []
         for length, firsts in starts.items():
-            of_rows = torch.tensor(firsts, device="cpu")[:, None]
-            tokens = (of_rows + torch.arange(length, device="cpu")).flatten()
+            count = len(firsts)
+            if all(b - a == length for a, b in pairwise(firsts)):
+                where = slice(firsts[0], firsts[0] + count * length)
+                tokens = torch.arange(where.start, where.stop, device=layout.device)
+            else:
+                of_rows = on_device(firsts, layout.device)[:, None]
+                tokens = (of_rows + torch.arange(length, device=layout.device)).flatten()
+                where = tokens
             places.append(tokens)
-            in_a_row = int(tokens[-1]) - firsts[0] + 1 == len(tokens)
-            where = (
-                slice(firsts[0], firsts[0] + len(tokens)) if in_a_row else tokens.to(layout.device)
-            )
-            batches.append((len(firsts), length, where))
+            batches.append((count, length, where))
         if not places:
             return cls((), None)
-        order = torch.cat(places).argsort()
-        in_order = torch.equal(order, torch.arange(layout.num_tokens, device="cpu"))
-        return cls(tuple(batches), None if in_order else order.to(layout.device))
+        in_order = all(a < b for a, b in pairwise(sum(starts.values(), [])))
+        return cls(tuple(batches), None if in_order else torch.cat(places).argsort())

@@ -1,9 +1,15 @@
 """The public attention of new tokens to a cache."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops import _long_attention as long
+from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.attention.op import as_called, refuse_widths
 from nemotron_v3.ops.cached_attention import portable, reference
 
 
@@ -33,7 +39,8 @@ def cached_attention(
         starts: tokens each row held before, on the host.
         positions: int64 `[rows]`, the same on the device.
         scale: of the scores, by default `P ** -0.5`.
-        impl: see `nemotron_v3.ops`.
+        impl: see `nemotron_v3.ops`. "auto" takes PyTorch's kernels for one token a row, and in 16
+            bits on a GPU for long prompts onto an empty cache, at a few fixed sizes.
 
     Returns:
         `[T, H, P]` in `q`'s dtype.
@@ -54,19 +61,40 @@ def cached_attention(
             f"{T} tokens and {rows} rows do not fit a layout of {layout.num_tokens} tokens in "
             f"{layout.num_documents} documents"
         )
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    one_token = layout.uniform_length == 1
     run = pick(
         "cached_attention",
-        impl,
+        "portable" if impl == "auto" and one_token else impl,
         reference=reference.cached_attention,
         portable=portable.cached_attention,
+        triton=Kernels(
+            _kernels,
+            q.device,
+            refuse_widths(P, scale) or refuse_dtypes(q, keys, values),
+            as_called((33,) * 3, H, J, P),
+        ),
     )
-    y = run(
-        q,
-        keys.to(q.dtype),
-        values.to(q.dtype),
-        layout=layout,
-        starts=starts,
-        positions=positions,
-        scale=scale,
-    )
-    return y.to(q.dtype)
+    runs = None
+    if impl in ("auto", "portable") and long.takes(q) and not any(starts):
+        runs = long.runs(layout)
+    if runs is None:
+        given = {"layout": layout, "starts": starts, "positions": positions}
+        return run(q, keys, values, **given, scale=scale).to(q.dtype)
+    parts = []
+    for r, of_q in zip(runs, q.split([r.layout.num_tokens for r in runs]), strict=True):
+        rows = slice(r.first, r.end)
+        k, v = keys[rows], values[rows]
+        if r.is_long:  # one prompt, and nothing before it
+            held = (t[0, :, : len(of_q)].transpose(0, 1) for t in (k, v))
+            parts.append(long.attend(of_q, *held, scale))
+        else:
+            given = {"starts": starts[rows], "positions": positions[rows]}
+            parts.append(run(of_q, k, v, layout=r.layout, **given, scale=scale))
+    return torch.cat(parts).to(q.dtype)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.cached_attention.kernels import cached_attention
+
+    return cached_attention

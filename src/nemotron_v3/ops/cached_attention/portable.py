@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import on_device
+from nemotron_v3.ops._long_attention import without_plans
 
 
 def cached_attention(
@@ -29,10 +31,10 @@ def cached_attention(
         return _group(q, keys, values, start, length, scale)
     parts, places = [], []
     for (start, length), rows in groups.items():
-        firsts = torch.tensor([layout.offsets[row] for row in rows], device="cpu")
-        tokens = firsts[:, None] + torch.arange(length, device="cpu")
-        places.append(tokens.flatten().to(q.device))
-        index = torch.tensor(rows, device=q.device)
+        firsts = on_device([layout.offsets[row] for row in rows], q.device)
+        tokens = firsts[:, None] + torch.arange(length, device=q.device)
+        places.append(tokens.flatten())
+        index = on_device(rows, q.device)
         mine = (t.index_select(0, index) for t in (keys, values))
         parts.append(_group(q.index_select(0, places[-1]), *mine, start, length, scale))
     if not parts:
@@ -49,15 +51,16 @@ def _group(
 
     total = start + length
     batch = q.unflatten(0, (-1, length)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        batch,
-        keys[:, :, :total],
-        values[:, :, :total],
-        attn_mask=causal_lower_right(length, total) if start and length > 1 else None,
-        is_causal=start == 0 and length > 1,
-        scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
+    with without_plans(q):
+        out = F.scaled_dot_product_attention(
+            batch,
+            keys[:, :, :total],
+            values[:, :, :total],
+            attn_mask=causal_lower_right(length, total) if start and length > 1 else None,
+            is_causal=start == 0 and length > 1,
+            scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -74,12 +77,13 @@ def _decode(
     if len(set(starts)) > 1:
         place = torch.arange(keys.shape[2], device=q.device)
         mask = (place <= positions[:, None])[:, None, None]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None],
-        keys,
-        values,
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
+    with without_plans(q):
+        out = F.scaled_dot_product_attention(
+            q[:, :, None],
+            keys,
+            values,
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
     return out[:, :, 0]

@@ -5,16 +5,16 @@ gate. A program holds BLOCK_T tokens of one group; all arithmetic is fp32.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops._sums import sum_partials
 from nemotron_v3.ops._triton import interpreted, power_of_two, programs, register, unit_stride
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     y,
     z,
@@ -55,7 +55,7 @@ def forward_kernel(
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_td)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     dout,
     y,

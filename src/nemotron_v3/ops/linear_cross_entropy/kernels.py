@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import needs_grad
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops._triton import interpreted, nobody_looks, programs, register
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 
-@triton.jit
+@kernel
 def softmax_kernel(
     logits,
     gradient,
@@ -101,7 +102,7 @@ def softmax_kernel(
             tl.store(p_out + i_v + o_v, b_d, mask=m_v, eviction_policy="evict_first")
 
 
-@triton.jit
+@kernel
 def scale_kernel(x, out, dloss, divisor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     """`x dloss / divisor`; in place nothing is touched where that is `x`."""
     b_scale = tl.load(dloss) / tl.load(divisor)

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops._triton import interpreted, register
 
 
-@triton.jit
+@kernel
 def forward_kernel(x, y, size, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + o, mask=o < size, other=0.0).to(tl.float32)
@@ -19,7 +20,7 @@ def forward_kernel(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + o, (b_relu * b_relu).to(y.dtype.element_ty), mask=o < size)
 
 
-@triton.jit
+@kernel
 def backward_kernel(dy, y, dx, size, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_y = tl.load(y + o, mask=o < size, other=0.0).to(tl.float32)

@@ -9,6 +9,8 @@ where not.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
+
 
 @triton.jit
 def _when(condition, mask):
@@ -16,7 +18,7 @@ def _when(condition, mask):
     return tl.where(condition, mask, False)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x,
     weight,
@@ -131,7 +133,7 @@ def _row(b_x, b_dy, taps, b_bias, before, due, b_dw, b_db, W: tl.constexpr, SILU
     return later[W - 1], inputs[: W - 1], later[: W - 1], sums, b_db + b_dpre
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     dy,
     x,
@@ -280,7 +282,7 @@ def backward_kernel(
     tl.store(p_sum + W * C, b_db, mask=m_c)
 
 
-@triton.jit
+@kernel
 def initial_backward_kernel(
     dy,
     x,

@@ -1,10 +1,11 @@
 """What joins a token's rows again. Letters: T tokens, K choices a token, R routed rows, X width."""
 
-import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 
-@triton.jit
+
+@kernel
 def combine_kernel(
     rows,
     place,
@@ -43,7 +44,7 @@ def combine_kernel(
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_tx)
 
 
-@triton.jit
+@kernel
 def gather_sums_kernel(partial, place, out, R, parts, BLOCK: tl.constexpr):
     """`out[r] = sum_i partial[i, place[r]]`: a row's gradient of its weight."""
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -7,6 +7,7 @@ step.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.experts.kernels.products import add_product
 
 
@@ -92,7 +93,7 @@ def _weights_tile(
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@kernel
 def weights_kernel(
     a,
     b,

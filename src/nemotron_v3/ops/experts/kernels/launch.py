@@ -24,6 +24,8 @@ FLOOR = 1e-30
 class Sorted:
     """Where rows lie. `table` holds, one after the other, the int32 tensors that follow it.
 
+    Each begins at a whole 16 bytes, for which kernels are compiled.
+
     Attributes:
         place: `[R]`, where each row (t, k) lies among the sorted ones.
         source: `[R]`, the token of each sorted row, -1 - token where its weight is nothing.
@@ -43,8 +45,10 @@ class Sorted:
     @classmethod
     def of(cls, table: Tensor, weights: Tensor, E: int) -> "Sorted":
         R = weights.shape[0]
-        sizes = [R, R, E + 1, E + 1, table.shape[0] - 2 * (R + E + 1)]
-        return cls(table, *table.split(sizes), weights)
+        sizes, places = [R, R, E + 1, E + 1], [_whole(n) for n in (R, R, E + 1, E + 1)]
+        *parts, tile_expert = table.split([*places, table.shape[0] - sum(places)])
+        parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return cls(table, *parts, tile_expert, weights)
 
     @property
     def most_tiles(self) -> int:
@@ -58,8 +62,13 @@ class LowRank(NamedTuple):
     matrix: Tensor
 
 
+def _whole(n: int) -> int:
+    """Places for n int32 numbers that end at a whole 16 bytes."""
+    return (n + 3) // 4 * 4
+
+
 def table_length(R: int, E: int, tile: int) -> int:
-    return 2 * (R + E + 1) + (R + tile - 1) // tile + E
+    return 2 * (_whole(R) + _whole(E + 1)) + (R + tile - 1) // tile + E
 
 
 def sort_rows(indices: Tensor, weights: Tensor, E: int, tile: int) -> Sorted:

@@ -9,6 +9,8 @@ stored (`EPILOGUE`, README.md).
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
+
 UP = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
 DOWN_BACKWARD = tl.constexpr(2)
@@ -265,7 +267,7 @@ def _rows_tile(
         tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@kernel
 def rows_kernel(
     a,
     b,

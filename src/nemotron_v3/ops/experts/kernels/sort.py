@@ -4,11 +4,12 @@ Letters: T tokens, K choices a token, R = T*K routed rows, E experts. Nothing is
 rows an expert has is known to the kernels alone, the host knows only the most there can be.
 """
 
-import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 
-@triton.jit
+
+@kernel
 def count_kernel(indices, counts, R, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """`counts[i, e]`: rows of expert e in the i-th block of rows. BLOCK_E is more than E."""
     i_b = tl.program_id(0)
@@ -20,7 +21,7 @@ def count_kernel(indices, counts, R, E, BLOCK: tl.constexpr, BLOCK_E: tl.constex
     tl.store(counts + i_b.to(tl.int64) * E + o_e, b_count, mask=o_e < E)
 
 
-@triton.jit
+@kernel
 def scan_kernel(counts, totals, blocks, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Turns counts into the number of rows in the blocks before; `totals[e]` is the sum."""
     o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -38,7 +39,7 @@ def scan_kernel(counts, totals, blocks, E, BLOCK: tl.constexpr, BLOCK_E: tl.cons
     tl.store(totals + o_e, b_before, mask=m_e)
 
 
-@triton.jit
+@kernel
 def schedule_kernel(
     totals, offsets, tile_first, tile_expert, E, TILE: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -55,7 +56,7 @@ def schedule_kernel(
         tl.store(tile_expert + b_last - b_tiles + i, o_e, mask=i < b_tiles)
 
 
-@triton.jit
+@kernel
 def place_kernel(
     indices,
     weights,

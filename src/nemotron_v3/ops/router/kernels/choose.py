@@ -7,10 +7,12 @@ that row alone.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
+
 OUT = tl.constexpr(-(2**31))  # the key of what cannot be chosen: below that of -inf
 
 
-@triton.jit
+@kernel
 def logits_kernel(
     x,
     weight,
@@ -96,7 +98,7 @@ def _keep_groups(
     return tl.where(b_kept > 0, b_key, OUT)
 
 
-@triton.jit
+@kernel
 def choose_kernel(
     logits,
     bias,
@@ -147,7 +149,7 @@ def choose_kernel(
     tl.store(scores + o_tk, b_chosen, mask=m_tk)
 
 
-@triton.jit
+@kernel
 def choose_backward_kernel(
     dweights,
     scores,

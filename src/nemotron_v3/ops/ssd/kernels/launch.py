@@ -113,16 +113,17 @@ def forward(
     final = None
     if wanted:
         final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    sweep = plan.sweep
+    widths = (x.stride(0), B.stride(0), P, N, plan.heads_of_group, b.chunk, b.p)
+    kinds = {
+        kind: ((*widths, kind.slice, kind.stages, b.precision), kind.warps)
+        for kind in (b.sweep, b.short_sweep)
+    }
     _sweeps(
-        plan.documents * H * -(-N // sweep.slice),
+        plan.documents * H * -(-N // plan.sweep.slice),
         (x, B, running, initial, before, final, plan.cu_seqlens, plan.first),
         (T, H),
-        (
-            *(x.stride(0), B.stride(0), P, N, plan.heads_of_group),
-            *(b.chunk, b.p, sweep.slice, sweep.stages, b.precision),
-        ),
-        sweep.warps,
+        *kinds[plan.sweep],
+        also=tuple(kinds.values()),
     )
     _scan(
         plan.chunks * 2 * (H // b.heads),

@@ -6,6 +6,7 @@ Letters as in scan.py. dB and dC then multiply each block of pairs once, and not
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.ssd.kernels.states import sweep
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay_down,
@@ -15,7 +16,7 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
 )
 
 
-@triton.jit
+@kernel
 def pairs_kernel(
     x,
     B,

@@ -13,6 +13,7 @@ so that only the tile's own block needs an exponential for each pair. Every fact
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.ssd.kernels.tiles import (
     decay,
     decay_down,
@@ -25,7 +26,7 @@ from nemotron_v3.ops.ssd.kernels.tiles import (
 )
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x,
     B,

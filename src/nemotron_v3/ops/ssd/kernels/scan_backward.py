@@ -12,6 +12,7 @@ reason.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.ssd.kernels.tiles import (
     add_product,
     decay,
@@ -292,7 +293,7 @@ def _dx(
         store_tile(dx + h * P, stride_dx, o_t, m_j, b_dx, P, BLOCK_P)
 
 
-@triton.jit
+@kernel
 def gradients_kernel(
     x,
     B,

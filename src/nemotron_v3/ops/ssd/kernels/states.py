@@ -8,10 +8,11 @@ do not depend on each other.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.ssd.kernels.tiles import decay
 
 
-@triton.jit
+@kernel
 def sweep_kernel(
     x,
     B,

@@ -9,6 +9,8 @@ fp32.
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._jit import kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,7 +36,7 @@ def softplus(u):
     return tl.maximum(u, 0.0) + 2.0 * s * (1.0 + q * r)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     raw,
     bias,
@@ -79,7 +81,7 @@ def forward_kernel(
     tl.store(p_steps + 1, b_dt.to(steps.dtype.element_ty), mask=m_th)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     raw,
     bias,
