@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nemotron_v3.adapters import LoraTargets, coverage, lora_targets
 from nemotron_v3.hf.accelerate import is_accelerated
+from nemotron_v3.hf.adapter_files import as_it_was, fitting, read_config
 from nemotron_v3.hf.exemption import exempt_if_loaded
 
 exempt_if_loaded()  # for models that were accelerated before PEFT was imported
@@ -67,18 +69,33 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, **kwargs: Any) 
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, **kwargs: Any) -> PeftModel:
-    """`peft.PeftModel.from_pretrained` for an accelerated model.
+    """`peft.PeftModel.from_pretrained` for an accelerated model, which loads all of an adapter or
+    nothing.
+
+    Tensors may be called by other names for the same: `backbone.` for `model.`, with what
+    torch.compile, DDP and FSDP put in front, without PEFT's own prefix.
 
     Args:
-        model: as for `add_lora`.
+        model: as for `add_lora`, without adapters.
         path: what `PeftModel.save_pretrained` wrote.
         **kwargs: `from_pretrained`'s, as `is_trainable=True` to train on.
 
     Raises:
-        ValueError: a model that is not accelerated, and what PEFT refuses.
+        ValueError: a model that is not accelerated, or has adapters; a config whose fields cannot
+            be; tensors that match nothing, are missing, named twice, of another shape or not
+            finite; what PEFT refuses. The model is as it was.
     """
     _check_accelerated(model)
-    return PeftModel.from_pretrained(model, path, **kwargs)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"a {type(model).__name__} that has adapters: call its load_adapter(path, name) for "
+            "another one"
+        )
+    config = kwargs.pop("config", None) or read_config(path, kwargs)
+    with fitting(model, path, config, kwargs) as directory, as_it_was(model, on_error_only=True):
+        if directory != os.fspath(path):
+            kwargs.pop("subfolder", None)
+        return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 
 
 @contextlib.contextmanager
