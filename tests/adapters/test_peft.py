@@ -158,18 +158,41 @@ def test_an_adapter_of_the_native_model_is_an_adapter_of_transformers(tmp_path):
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def test_the_config_is_as_it_was(tmp_path):
+def test_the_config_is_as_it_was():
     model = hf.accelerate(transformers_model())
     before = model.config.to_dict()
     wrapped = add_lora(model)
     assert model.config.model_type == wrapped.config.model_type == "nemotron_h"
     assert model.config.to_dict() == before and "model_type" not in vars(model.config)
-    with pytest.raises(RuntimeError), projections_as_modules(model):
-        raise RuntimeError
-    assert "model_type" not in vars(model.config)
-    with projections_as_modules(wrapped):
-        wrapped.add_adapter("second", lora_config(model, ["mamba"], r=2))
+
+
+def test_pefts_own_calls_take_out_proj_of_accelerated_models_and_of_no_others(tmp_path):
+    out_proj = peft.LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM")
+    model = hf.accelerate(transformers_model())
+    wrapped = add_lora(model)
+    wrapped.add_adapter("second", lora_config(model, ["mamba"], r=2))
     assert any("out_proj.lora_A.second" in name for name, _ in wrapped.named_parameters())
+    wrapped.save_pretrained(tmp_path, selected_adapters=["default"])
+    wrapped.load_adapter(tmp_path, "third")
+    wrapped.set_adapter("third")
+    ids = tokens(2, 9, vocab=258)
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        loaded = peft.PeftModel.from_pretrained(hf.accelerate(transformers_model()), tmp_path)
+        assert torch.equal(loaded.eval()(ids).logits, expected)
+    peft.get_peft_model(hf.accelerate(transformers_model()), out_proj)
+
+    plain = transformers_model()
+    with pytest.raises(ValueError, match="out_proj"):
+        peft.get_peft_model(plain, out_proj)
+    undone = hf.undo(hf.accelerate(transformers_model()))
+    with pytest.raises(ValueError, match="out_proj"):
+        peft.get_peft_model(undone, out_proj)
+    with pytest.raises(ValueError, match="not accelerated"), projections_as_modules(plain):
+        pass
+    conv = peft.LoraConfig(target_modules=["conv1d"])
+    with pytest.raises(ValueError, match="conv1d"):
+        peft.get_peft_model(hf.accelerate(transformers_model()), conv)
 
 
 def test_all_linear_is_every_projection_but_the_head():
@@ -202,5 +225,3 @@ def test_what_cannot_be_is_refused_and_the_model_is_untouched():
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert "model_type" not in vars(model.config)
-    with pytest.raises(ValueError, match="out_proj"):  # PEFT's own refusal still stands
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["out_proj"]))

@@ -1,6 +1,7 @@
 """TRL's supervised fine-tuning with packing, bf16 autocast and LoRA, up to a merged model."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,12 +21,7 @@ transformers = pytest.importorskip("transformers")
 from nemotron_v3 import hf  # noqa: E402
 from nemotron_v3.adapters import coverage  # noqa: E402
 from nemotron_v3.checkpoint import convert  # noqa: E402
-from nemotron_v3.hf.peft import (  # noqa: E402
-    add_lora,
-    load_lora,
-    lora_config,
-    projections_as_modules,
-)
+from nemotron_v3.hf.peft import add_lora, load_lora, lora_config  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.integration]
 ROOT = Path(__file__).parents[2]
@@ -209,11 +205,37 @@ def test_the_trainer_may_add_the_adapter_itself(tmp_path):
     model = accelerated(tmp_path / "base")
     options = arguments(tmp_path / "run", max_steps=2)
     given = {"train_dataset": texts(), "processing_class": byte_tokenizer()}
-    with pytest.raises(ValueError, match="out_proj"):
-        trl.SFTTrainer(model, options, peft_config=lora_config(model, r=4), **given)
-    with projections_as_modules(model):
-        trainer = trl.SFTTrainer(model, options, peft_config=lora_config(model, r=4), **given)
+    trainer = trl.SFTTrainer(model, options, peft_config=lora_config(model, r=4), **given)
     trainer.train()
     assert coverage(trainer.model).covered_blocks == 6
     b = [p for n, p in trainer.model.named_parameters() if "out_proj.lora_B" in n]
     assert len(b) == 2 and all(p.abs().sum() > 0 for p in b)
+
+
+def test_a_preference_trainer_adds_its_reference_adapter(tmp_path):
+    import datasets
+
+    transformers_model().save_pretrained(tmp_path / "base")
+    pairs = [{"prompt": "q" * i, "chosen": " yes", "rejected": " no"} for i in range(1, 5)]
+    options = trl.DPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = trl.DPOTrainer(
+        model=add_lora(accelerated(tmp_path / "base")),
+        args=options,
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    found = losses(trainer)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[-1] != found[0]

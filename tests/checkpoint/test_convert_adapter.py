@@ -196,19 +196,19 @@ def edit(**changes):
         (edit(lora_A__weight=torch.full((3, 48), torch.inf)), {}, "not finite: .*lora_A"),
         (edit(lora_A__weight=torch.zeros(3, 48, dtype=torch.int8)), {}, "dtype: .*I8"),
         (edit(lora_magnitude_vector=torch.ones(3)), {}, r"lora_magnitude_vector \(3,\)"),
-        (edit(gate=torch.ones(3)), {}, "has no backbone.layers.2.mixer.q_proj.gate"),
+        (edit(gate=torch.ones(3)), {}, "has no model.layers.2.mixer.q_proj.gate"),
         (edit(bias=torch.ones(80)), {}, "unexpected: .*q_proj.bias"),
         (edit(weight=torch.ones(80, 2)), {}, r"q_proj.weight is \(80, 2\)"),
         (lambda tensors: {}, {}, "the adapter changes nothing"),
         (
             lambda t: {name.replace("layers.2", "layers.7"): v for name, v in t.items()},
             {},
-            "has no backbone.layers.7.mixer.q_proj.weight",
+            "has no model.layers.7.mixer.q_proj.weight",
         ),
         (
             lambda t: {name.replace("q_proj", "conv1d"): v for name, v in t.items()},
             {},
-            "has no backbone.layers.2.mixer.conv1d",
+            "has no model.layers.2.mixer.conv1d",
         ),
         (
             lambda t: {
@@ -271,3 +271,71 @@ def test_a_head_that_is_the_embedding_matrix_stays_equal_to_it(tmp_path):
         "AB", (torch.randn(3, 48), torch.randn(97, 3)), strict=True)}  # fmt: skip
     with pytest.raises(CheckpointError, match=r"the checkpoint has no lm_head\.weight"):
         convert(tmp_path / "base", tmp_path / "no", adapter=write_adapter(tmp_path / "b", head))
+
+
+ENDLESS = "((([a-z_.0-9])*)*)*!"
+
+
+def twin(tensors):
+    """The same weight by another spelling."""
+    mine = {n: t for n, t in tensors.items() if "2.mixer.q_proj" in n}
+    return tensors | {n.replace(".backbone.", "._orig_mod.model."): 2 * t for n, t in mine.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (twin, {}, r"twice: .*_orig_mod.*q_proj.lora_A.*backbone.*are one tensor"),
+        (None, {"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        (None, {"lora_alpha": [6]}, r"lora_alpha is \[6\]"),
+        (None, {"lora_alpha": 1e30}, r"lora_alpha is 1e\+30"),
+        (None, {"r": 0}, "r is 0: an integer"),
+        (None, {"r": True}, "r is True"),
+        (None, {"r": 8}, "rank: .*q_proj has rank 3, adapter_config.json says 8"),
+        (None, {"rank_pattern": {"q_proj": 2}}, "rank 3, adapter_config.json says 2"),
+        (None, {"rank_pattern": {"q_proj": "3"}}, "rank_pattern gives '3' for 'q_proj'"),
+        (None, {"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern gives inf"),
+        (None, {"alpha_pattern": {ENDLESS: 8}}, "may take for ever to match"),
+        (None, {"target_modules": ENDLESS}, "may take for ever to match"),
+        (None, {"alpha_pattern": {"q_(": 8}}, "no regular expression"),
+        (None, {"use_dora": True}, "q_proj has no lora_magnitude_vector, and use_dora is True"),
+        (None, {"use_dora": "yes"}, "use_dora is 'yes'"),
+        (None, {"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        (None, {"bias": 3}, "bias is 3"),
+        (None, {"target_modules": ["in_proj"]}, "target: .*q_proj has an adapter"),
+        (
+            None,
+            {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.up_proj"]},
+            r"target: model.layers.2.mixer.o_proj is among target_modules and has no tensors",
+        ),
+        (None, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leaves it out"),
+        (None, {"modules_to_save": ["lm_head"]}, "'lm_head' of modules_to_save has no tensor"),
+        (
+            lambda t: t | {"base_model.model.backbone.norm_f.weight": torch.ones(48)},
+            {},
+            "whole: model.norm_f.weight is in the file",
+        ),
+        (None, {"trainable_token_indices": {"embeddings": [3]}}, "trainable_token_indices is"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_and_nothing_is_written(pair, change, settings, message):
+    tmp_path, tensors = pair
+    write_adapter(tmp_path / "adapter", change(tensors) if change else tensors, **settings)
+    before = contents(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    assert contents(tmp_path / "base") == before and not (tmp_path / "out").exists()
+
+
+def test_every_spelling_of_the_names_merges_alike(pair):
+    tmp_path, tensors = pair
+    merged = []
+    for i, prefix in enumerate(
+        ("base_model.model.backbone.", "base_model.model._orig_mod.model.", "module.model.", "")
+    ):
+        named = {n.replace("base_model.model.backbone.", prefix): t for n, t in tensors.items()}
+        adapter = write_adapter(tmp_path / f"adapter{i}", named)
+        convert(tmp_path / "base", tmp_path / f"merged{i}", adapter=adapter)
+        merged.append(from_pretrained(tmp_path / f"merged{i}").state_dict())
+    for other in merged[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in merged[0].items())

@@ -3,9 +3,9 @@
 The directory holds adapter_config.json and adapter_model.safetensors. A tensor of it is called as
 the module it belongs to, in front of which stands `base_model.model.` and behind which stand
 `lora_A.weight` and `lora_B.weight` (`lora_embedding_A` and `_B` for embeddings,
-`lora_magnitude_vector` for DoRA). Adapters of a stack of experts hold the ranks of all of them
-side by side. Any other tensor takes the place of the base's tensor of that name
-(`modules_to_save`, trained biases).
+`lora_magnitude_vector` for DoRA); `adapter_names` reads other spellings too. Adapters of a stack
+of experts hold the ranks of all of them side by side. Any other tensor takes the place of the
+base's tensor of that name (`modules_to_save`, trained biases).
 """
 
 import math
@@ -18,6 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nemotron_v3.checkpoint.adapter_config import config_problems
+from nemotron_v3.checkpoint.adapter_names import both_spellings, plain_adapter_name
+from nemotron_v3.checkpoint.adapter_patterns import find
+from nemotron_v3.checkpoint.adapter_targets import target_problems
 from nemotron_v3.checkpoint.convert_pieces import LowRank, Part
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import WEIGHT_DTYPES, read_json
@@ -32,7 +36,7 @@ _LORA = re.compile(
 # Initialisations that leave the base's weights as they are; the others train against changed ones.
 _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Settings that change what a layer computes, with what PEFT writes where they are not used.
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
@@ -91,6 +95,9 @@ def read_adapter(
         reader.sort(name)
     for module, halves in reader.halves.items():
         reader.pair(module, halves)
+    if not reader.problems:
+        changed = reader.adapter.updates
+        reader.problems += target_problems(config, changed, reader.saved, destinations, layers)
     if reader.problems:
         raise CheckpointError(
             f"{path}: {len(reader.problems)} tensors of the adapter do not fit the checkpoint",
@@ -110,13 +117,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path}: an adapter of type {kind!r}: only LORA is merged here")
+    if problems := config_problems(config):
+        raise CheckpointError(f"{path / CONFIG} cannot be an adapter's", problems)
     problems = [
         f"{key} is {config[key]!r}"
         for key, unused in _UNSUPPORTED.items()
         if config.get(key) not in unused
     ]
     init = config.get("init_lora_weights", True)
-    if init not in _INITS:
+    if not isinstance(init, (bool, str)) or init not in _INITS:
         problems.append(
             f"init_lora_weights is {init!r}: it belongs to a base whose weights were changed"
         )
@@ -153,21 +162,26 @@ class _Reader:
     layers: Mapping[int, int]
     depth: int
     halves: dict[str, dict[str, str]] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def sort(self, name: str) -> None:
-        short = name.removeprefix("base_model.model.")
+        short = plain_adapter_name(name)
         if self.shard.entries[name].dtype not in WEIGHT_DTYPES:
             self.problems.append(f"dtype: {name} is {self.shard.entries[name].dtype}")
         elif not self.shard.tensor(name).isfinite().all():
             self.problems.append(f"not finite: {name} holds NaN or infinity")
         elif match := _LORA.fullmatch(short):
             kind = (match["embedding"] or "") + match["kind"]
-            self.halves.setdefault(match["module"], {})[kind] = name
+            halves = self.halves.setdefault(match["module"], {})
+            if kind in halves:
+                self.problems.append(f"twice: {halves[kind]} and {name} are one tensor")
+            halves[kind] = name
         else:
             self._replace(name, short.replace(".base_layer.", "."))
 
     def _replace(self, name: str, short: str) -> None:
+        self.saved.append(short)
         place = self._place(short, name)
         if place is None:
             return
@@ -175,6 +189,9 @@ class _Reader:
         shape = self.shard.entries[name].shape
         if place.expert is not None or shape != wanted:
             self.problems.append(f"shape: {name} is {shape}, {place.memory} is {wanted}")
+        elif place.memory in self.adapter.replaced:
+            twin = self.adapter.replaced[place.memory].name
+            self.problems.append(f"twice: {twin} and {name} are one tensor")
         else:
             self.adapter.replaced[place.memory] = Part(self.shard, name, replaces=True)
 
@@ -224,9 +241,31 @@ class _Reader:
             told = f"lora_magnitude_vector {tuple(magnitude.shape)}"
             self.problems.append(f"shape: {module}: {told}, the weight is {wanted}")
             return None
-        update = LowRank(a, b, self._scale(module, a.shape[0]), magnitude)
-        self.adapter.updates[place.memory, place.expert] = update
+        if bool(self.config.get("use_dora")) != (magnitude is not None):
+            told = "has a" if magnitude is not None else "has no"
+            self.problems.append(
+                f"dora: {module} {told} lora_magnitude_vector, and use_dora is "
+                f"{self.config.get('use_dora', False)}"
+            )
+            return None
+        self._add(module, place.memory, place.expert, a, b, magnitude)
         return None
+
+    def _add(
+        self,
+        module: str,
+        memory: str,
+        expert: int | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None = None,
+    ) -> None:
+        if (memory, expert) in self.adapter.updates:
+            which = memory if expert is None else f"expert {expert} of {memory}"
+            self.problems.append(f"twice: {module} is another change of {which}")
+            return
+        update = LowRank(a, b, self._scale(module, a.shape[0]), magnitude)
+        self.adapter.updates[memory, expert] = update
 
     def _stack(self, module: str, a: Tensor, b: Tensor) -> None:
         """A `[E r, I]`, expert by expert, and B `[O, r E]`, rank by rank: by the shapes alone it is
@@ -257,6 +296,10 @@ class _Reader:
         rank = a.shape[0] // experts
         a_each = a.reshape(experts, rank, a.shape[1])
         b_each = b.reshape(b.shape[0], rank, experts)
+        for e in range(experts):
+            if (fitting[0], e) in self.adapter.updates:
+                self.problems.append(f"twice: {module} is another change of {fitting[0]}")
+                return
         scale = self._scale(stem, rank)
         for e in range(experts):
             self.adapter.updates[fitting[0], e] = LowRank(a_each[e], b_each[:, :, e], scale)
@@ -264,8 +307,12 @@ class _Reader:
     def _scale(self, module: str, rank: int) -> float:
         """PEFT's: alpha / r, or alpha / sqrt(r); a pattern is for the modules whose name, or its
         end, it is."""
-        patterns = self.config.get("alpha_pattern") or {}
-        told = {p: v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)}
+        told = self._told("rank_pattern", module)
+        ranks = set(told.values()) or {self.config.get("r", rank)}
+        if rank not in ranks:
+            said = " or ".join(map(str, sorted(ranks)))
+            self.problems.append(f"rank: {module} has rank {rank}, {CONFIG} says {said}")
+        told = self._told("alpha_pattern", module)
         if len(set(told.values())) > 1:
             # PEFT goes by the first one, and writes them in another order than it was given.
             listed = " and ".join(f"{pattern!r} ({value})" for pattern, value in told.items())
@@ -275,6 +322,12 @@ class _Reader:
             )
         alpha = next(iter(told.values()), self.config.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _told(self, field: str, module: str) -> dict[str, Any]:
+        """The entries of a table of patterns that are for a module, under either prefix."""
+        names = both_spellings(module)
+        table = self.config.get(field) or {}
+        return {pattern: value for pattern, value in table.items() if find(pattern, names)}
 
 
 def _fits(a: Tensor, b: Tensor, wanted: tuple[int, ...]) -> bool:

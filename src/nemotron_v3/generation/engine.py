@@ -30,6 +30,7 @@ from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.vocabulary import vocabulary_of
 
 _STOPPED = (
     "generation was interrupted within a step, and the cache may hold tokens that nobody was "
@@ -164,7 +165,10 @@ class _Run:
     ):
         self.model, self.options = model, options
         embedding = model.model.embeddings.weight
-        self.device, vocab_size = embedding.device, model.config.vocab_size
+        self.device, vocab_size = embedding.device, vocabulary_of(model)
+        config = model.config
+        if vocab_size != config.vocab_size:  # larger matrices were put in by hand
+            config = config.replace(vocab_size=vocab_size)
         self.prompts = read_prompts(input_ids, attention_mask, options.tokenizer, vocab_size)
         self.given = cache
         if cache is None:
@@ -175,7 +179,7 @@ class _Run:
         self.cache = cache
         copies = range(options.num_return_sequences)
         self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
-        eos = options.eos(model.config)
+        eos = options.eos(config)
         self.rows = [
             Row(eos, options.max_new_tokens, options.tokenizer, options.stops)
             for _ in self.row_prompts

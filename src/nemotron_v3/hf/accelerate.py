@@ -14,6 +14,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.hf import layers
 from nemotron_v3.hf import model as models
+from nemotron_v3.hf.exemption import exempt_if_loaded
 from nemotron_v3.hf.layers import SETTINGS, Accelerated, Settings
 from nemotron_v3.hf.versions import check_version
 
@@ -122,6 +123,7 @@ def swap_in(
     for module in changed:
         vars(module)[SETTINGS] = settings
         _set_class(module, CLASSES.get(type(module), type(module)))
+    exempt_if_loaded()
 
 
 def _find(model: Any) -> theirs.NemotronHForCausalLM:

@@ -22,6 +22,7 @@ from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig, NemotronV3Config, canonical_block_type
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.border import Border
+from nemotron_v3.hf.rows import project_rows
 from nemotron_v3.hf.states import (
     layer_holds_tokens,
     mamba_states,
@@ -108,8 +109,8 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
         if border is None or border.layout.token_index is None:
             return project(self.down_proj, ops.relu2(project(self.up_proj, x), impl=self.impl))
         layout = border.on(x.device)
-        h = ops.relu2(project(self.up_proj, layout.pack(x)), impl=self.impl)
-        return layout.unpack(project(self.down_proj, h))
+        h = ops.relu2(project_rows(self.up_proj, layout.pack(x), layout), impl=self.impl)
+        return layout.unpack(project_rows(self.down_proj, h, layout))
 
 
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
@@ -171,9 +172,9 @@ class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
         logits, weights, indices = self.gate(x, return_logits=wanted)  # [T, E], [T, K] twice
         if wanted:
             border.router_logits[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B * S, E]
-        routed = self.experts(project(self.fc1_latent_proj, x), indices, weights)
-        routed = project(self.fc2_latent_proj, routed)
-        return layout.unpack(routed + self.shared_experts(x))
+        routed = self.experts(project_rows(self.fc1_latent_proj, x, layout), indices, weights)
+        routed = project_rows(self.fc2_latent_proj, routed, layout)
+        return layout.unpack(routed + project_rows(self.shared_experts, x, layout))
 
 
 class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
@@ -191,15 +192,15 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "attention")
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
-        q, k, v = (
-            project(layer, x).unflatten(-1, (-1, self.head_dim))  # [T, H, P], [T, J, P] twice
+        q, k, v = (  # [T, H, P], [T, J, P] twice
+            project_rows(layer, x, layout).unflatten(-1, (-1, self.head_dim))
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is None:
             y = self._attend(q, k, v, layout, border.mask)
         else:
             y = self._follow(q, k, v, layout, cache, border)
-        return layout.unpack(project(self.o_proj, y.flatten(-2))), None
+        return layout.unpack(project_rows(self.o_proj, y.flatten(-2), layout)), None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None
@@ -272,13 +273,14 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         cache = one_cache(cache_params, cache)
         border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "mamba")
         layout = border.on(hidden_states.device)
-        zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
+        x = layout.pack(hidden_states)  # [T, D]
+        zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
         weights = self._weights()
         if cache is None:
             y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
         else:
             y = self._follow(zxbcdt, weights, layout, cache)
-        return layout.unpack(project(self.out_proj, y))
+        return layout.unpack(project_rows(self.out_proj, y, layout))
 
     def _follow(
         self,

@@ -1,8 +1,8 @@
 """PEFT's LoRA on accelerated models, out_proj included.
 
-By a model's type PEFT refuses adapters of a Mamba model's `out_proj`, since the CUDA kernels that
-transformers calls read its weight and would pass the adapter by. An accelerated model calls every
-projection as a module, so here they are let through; nothing of PEFT is changed.
+By a model's type PEFT refuses adapters of a Mamba model's `out_proj`. An accelerated model calls
+every projection as a module, and `exemption` lets PEFT know, whoever calls it: `get_peft_model`,
+`PeftModel.add_adapter`, a trainer. What is here adds checks that PEFT does not make.
 """
 
 import contextlib
@@ -11,10 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nemotron_v3.adapters import LoraTargets, coverage, lora_targets
 from nemotron_v3.hf.accelerate import is_accelerated
+from nemotron_v3.hf.adapter_files import as_it_was, fitting, read_config
+from nemotron_v3.hf.exemption import exempt_if_loaded
+
+exempt_if_loaded()  # for models that were accelerated before PEFT was imported
 
 
 def lora_config(
@@ -58,49 +63,59 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, **kwargs: Any) 
             accelerated. The model is as it was.
     """
     config = lora_config(model) if config is None else config
-    with projections_as_modules(model):
-        _check_targets(model, config)
-        return get_peft_model(model, config, **kwargs)
+    _check_accelerated(model)
+    _check_targets(model, config)
+    return get_peft_model(model, config, **kwargs)
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, **kwargs: Any) -> PeftModel:
-    """`peft.PeftModel.from_pretrained` for an accelerated model.
+    """`peft.PeftModel.from_pretrained` for an accelerated model, which loads all of an adapter or
+    nothing.
+
+    Tensors may be called by other names for the same: `backbone.` for `model.`, with what
+    torch.compile, DDP and FSDP put in front, without PEFT's own prefix.
 
     Args:
-        model: as for `add_lora`.
+        model: as for `add_lora`, without adapters.
         path: what `PeftModel.save_pretrained` wrote.
         **kwargs: `from_pretrained`'s, as `is_trainable=True` to train on.
 
     Raises:
-        ValueError: a model that is not accelerated, and what PEFT refuses.
+        ValueError: a model that is not accelerated, or has adapters; a config whose fields cannot
+            be; tensors that match nothing, are missing, named twice, of another shape or not
+            finite; what PEFT refuses. The model is as it was.
     """
-    with projections_as_modules(model):
-        return PeftModel.from_pretrained(model, path, **kwargs)
+    _check_accelerated(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"a {type(model).__name__} that has adapters: call its load_adapter(path, name) for "
+            "another one"
+        )
+    config = kwargs.pop("config", None) or read_config(path, kwargs)
+    with fitting(model, path, config, kwargs) as directory, as_it_was(model, on_error_only=True):
+        if directory != os.fspath(path):
+            kwargs.pop("subfolder", None)
+        return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 
 
 @contextlib.contextmanager
 def projections_as_modules(model: nn.Module) -> Iterator[None]:
-    """While it is open, PEFT adds and loads adapters of `out_proj` too: for what has no function
-    here, such as `PeftModel.load_adapter`.
+    """Once needed around calls of PEFT's own; an accelerated model needs it no more.
 
     Raises:
-        ValueError: a model that is not accelerated, for which PEFT is right to refuse them.
+        ValueError: a model that is not accelerated, for which PEFT is right to refuse `out_proj`.
     """
+    _check_accelerated(model)
+    yield
+
+
+def _check_accelerated(model: nn.Module) -> None:
+    exempt_if_loaded()
     if not is_accelerated(model):
         raise ValueError(
             f"a {type(model).__name__} that is not accelerated: call nemotron_v3.hf.accelerate on "
             "it first (transformers' kernels read out_proj's weight and pass its adapter by)"
         )
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = [c for c in configs.values() if getattr(c, "model_type", None) == "nemotron_h"]
-    # PEFT looks the type up; on the object it hides the one of its class.
-    for config in configs:
-        config.model_type = "nemotron_h, every projection called as a module"
-    try:
-        yield
-    finally:
-        for config in configs:
-            del config.model_type
 
 
 def _check_targets(model: nn.Module, config: LoraConfig) -> None:

@@ -23,6 +23,7 @@ from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
 from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
+from nemotron_v3.model.vocabulary import resize
 
 
 class NemotronV3Model(nn.Module):
@@ -342,6 +343,43 @@ class NemotronV3ForCausalLM(nn.Module):
         from nemotron_v3.generation import score
 
         return score(self, input_ids, layout, attention_mask, **layout_kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that looks tokens up."""
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another module in its place; a tied head multiplies by its weight."""
+        self.model.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give the embeddings and the head another number of tokens, in place.
+
+        Old tokens keep their rows, and `config.vocab_size` follows. The weights are new parameters:
+        make an optimiser afterwards.
+
+        Args:
+            new_num_tokens: how many; fewer than now drops the last ones, None keeps their number.
+            pad_to_multiple_of: round that up to a multiple.
+            mean_resizing: a new row is the mean of the old ones; False draws it as a fresh model's.
+
+        Returns:
+            The embeddings.
+
+        Raises:
+            ValueError: a number below 1, or too small for the tokens that the config names; weights
+                that are sharded, quantised or have adapters. The model is as it was.
+        """
+        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only the stream between blocks for the backward pass, and recompute each block."""

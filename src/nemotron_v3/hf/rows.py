@@ -1,0 +1,24 @@
+"""Projections of packed tokens that are still called as transformers calls them.
+
+Letters: B batch, S sequence, T packed tokens, D width in, E width out.
+"""
+
+from torch import Tensor, nn
+
+from nemotron_v3.layers.linear import is_watched, project
+from nemotron_v3.layout import SequenceLayout
+
+
+def project_rows(layer: nn.Module, x: Tensor, layout: SequenceLayout) -> Tensor:
+    """`layer` of the packed tokens `[T, D]`: `[T, E]`.
+
+    A plain linear layer is called with them. Anything else, as one with an adapter or a hook, may
+    ask which row of the batch a token is in (PEFT's `adapter_names` and activated LoRA do), so it
+    is called with the grid `[B, S, D]`: always where nothing is padded, and beside padding, which
+    is 0 then, where somebody looks on. `layer` may be a module of several projections.
+    """
+    if type(layer) is nn.Linear and not is_watched(layer):
+        return project(layer, x)
+    if layout.token_index is not None and not any(map(is_watched, layer.modules())):
+        return layer(x)
+    return layout.pack(layer(layout.unpack(x)))
