@@ -15,6 +15,7 @@ from torch import nn
 
 from nemotron_v3.adapters import LoraTargets, coverage, lora_targets
 from nemotron_v3.hf.accelerate import is_accelerated
+from nemotron_v3.model.model import NemotronV3Model
 
 
 def lora_config(
@@ -86,6 +87,13 @@ def projections_as_modules(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a model that is not accelerated, for which PEFT is right to refuse them.
     """
+    if any(isinstance(module, NemotronV3Model) for module in model.modules()):
+        raise ValueError(
+            f"a {type(model).__name__} is a model of nemotron_v3 itself: call "
+            "peft.get_peft_model(model, peft.LoraConfig(target_modules=[...])) with the names of "
+            "nemotron_v3.adapters.lora_targets(model), or, for a Trainer, load the checkpoint with "
+            "AutoModelForCausalLM.from_pretrained(path), accelerate that, then add_lora"
+        )
     if not is_accelerated(model):
         raise ValueError(
             f"a {type(model).__name__} that is not accelerated: call nemotron_v3.hf.accelerate on "
