@@ -83,7 +83,7 @@ def test_the_dtype_is_the_configs_or_that_of_most_of_the_file(tmp_path, told, st
     assert from_pretrained(tmp_path).lm_head.weight.dtype == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat61"])
 def test_a_dtype_that_no_model_has_is_refused(tmp_path, tensors, dtype):
     write_checkpoint(tmp_path, tensors, CONFIG)
     with pytest.raises(ValueError, match=r"give bfloat16, float16, float32, float64"):

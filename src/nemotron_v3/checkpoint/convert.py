@@ -21,6 +21,7 @@ from nemotron_v3.checkpoint.audit import read_config
 from nemotron_v3.checkpoint.convert_adapter import Adapter, read_adapter
 from nemotron_v3.checkpoint.convert_pieces import Part, StoredPiece, equal_values
 from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.load import check_depth, choose_layers, origin_of, skeleton
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, CheckpointOrigin, is_stack
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
@@ -29,7 +30,6 @@ from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, replacing
 from nemotron_v3.checkpoint.spelling import (
     Files,
     Spelling,
-    check_dtype,
     config_to_write,
     index_text,
 )
@@ -52,7 +52,7 @@ def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
@@ -221,7 +221,7 @@ def plan_conversion(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
@@ -230,7 +230,7 @@ def plan_conversion(
     overwrite: bool = False,
 ) -> Conversion:
     """What `convert` would do; nothing is written. Raises `CheckpointError` as it does."""
-    check_dtype(dtype)
+    dtype = weight_dtype(dtype, "saved")
     checkpoint = open_checkpoint(source)
     config = read_config(checkpoint)
     depth, tied = config.num_hidden_layers, config.tie_word_embeddings

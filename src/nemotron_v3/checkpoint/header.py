@@ -46,6 +46,7 @@ TORCH_DTYPES = WEIGHT_DTYPES | {
 WEIGHT_DTYPE_NAMES = ", ".join(
     str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES.values()
 )
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES.values()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _FOREIGN = {
@@ -69,6 +70,21 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def weight_dtype(dtype: Any, done: str) -> torch.dtype | None:
+    """A dtype that weights may be `done` (loaded, saved) in, by itself or by its name
+    (`"bfloat16"`, `"torch.bfloat16"`); None for `"auto"`, which leaves the choice here.
+
+    Raises `CheckpointError` for any other.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    found = _BY_NAME.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in _BY_NAME.values():
+        told = repr(dtype) if isinstance(dtype, str) else dtype
+        raise CheckpointError(f"no model is {done} in dtype {told}: give {WEIGHT_DTYPE_NAMES}")
+    return found
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from nemotron_v3.checkpoint.audit import Ledger, read_config, report, tied_head_equal
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.header import WEIGHT_DTYPE_NAMES, WEIGHT_DTYPES
+from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.names import CheckpointOrigin, majority_dtype, to_disk, to_memory
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,7 +19,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.no_grad()
 def from_pretrained(
     path: str | os.PathLike,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: BackendConfig | None = None,
     layers: int | Sequence[int] | None = None,
@@ -34,9 +34,9 @@ def from_pretrained(
 
     Args:
         path: a directory with config.json and model.safetensors, or an index and its shards.
-        dtype: bfloat16, float16, float32 or float64; None is the config's, else that of most of the
-            file's elements. `A_log`, `D`, `dt_bias` and `e_score_correction_bias` are fp32 or wider
-            all the same.
+        dtype: bfloat16, float16, float32 or float64, as torch's dtype or by name; None or "auto" is
+            the config's, else that of most of the file's elements. `A_log`, `D`, `dt_bias` and
+            `e_score_correction_bias` are fp32 or wider all the same.
         device: None is torch's default device.
         backend: a `BackendConfig`, a foreign one, or None for the default.
         layers: the first so many layers, or the indices of some in rising order, None for all; the
@@ -47,6 +47,7 @@ def from_pretrained(
             file; names, shapes or dtypes that are not those of the config, all listed.
         ValueError: a dtype or layers that cannot be.
     """
+    dtype = weight_dtype(dtype, "loaded")
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint)
     depth = config.num_hidden_layers
@@ -99,9 +100,7 @@ def _choose_dtype(
 ) -> torch.dtype:
     if dtype is None:
         stored = ((checkpoint.dtype(name), checkpoint.numel(name)) for name in checkpoint)
-        dtype = config.dtype or majority_dtype(stored)
-    if dtype not in WEIGHT_DTYPES.values():
-        raise CheckpointError(f"no model is loaded in dtype {dtype}: give {WEIGHT_DTYPE_NAMES}")
+        dtype = weight_dtype(config.dtype or majority_dtype(stored), "loaded")
     return dtype
 
 

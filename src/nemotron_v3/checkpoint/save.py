@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.header import DTYPE_NAMES, WEIGHT_DTYPE_NAMES, WEIGHT_DTYPES
+from nemotron_v3.checkpoint.header import (
+    DTYPE_NAMES,
+    WEIGHT_DTYPE_NAMES,
+    WEIGHT_DTYPES,
+    weight_dtype,
+)
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, is_carried
 from nemotron_v3.checkpoint.plan import tensors_of
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, replacing
 from nemotron_v3.checkpoint.spelling import (
     Spelling,
-    check_dtype,
     config_to_write,
     index_text,
 )
@@ -27,7 +31,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 def save_pretrained(
     model: NemotronV3ForCausalLM,
     path: str | os.PathLike,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
@@ -45,8 +49,9 @@ def save_pretrained(
         model: on any device.
         path: made if it does not exist; may be the directory the model was loaded from.
         dtype: of all weights but `A_log`, `D`, `dt_bias` and `e_score_correction_bias`, which are
-            written in fp32 or wider, and `mtp.*`, which stay as they are. None: each tensor in the
-            dtype it was read in if every value survives that, else the one it has in memory.
+            written in fp32 or wider, and `mtp.*`, which stay as they are; torch's dtype or its
+            name. None or "auto": each tensor in the dtype it was read in if every value survives
+            that, else the one it has in memory.
         max_shard_size: bytes, or text as "5GB", "500MB", "1GiB"; a larger tensor gets a shard of
             its own. None: the files that were read, where tensors and dtypes still are the same,
             else 5GB.
@@ -66,7 +71,7 @@ def save_pretrained(
             f"a {type(model).__name__} cannot be saved: give the NemotronV3ForCausalLM inside it"
         )
     spelling = Spelling.choose(model.checkpoint_origin, experts, prefix)
-    check_dtype(dtype)
+    dtype = weight_dtype(dtype, "saved")
     tensors = tensors_of(model)
     _check_complete(model, tensors)
     pieces = [p for name, t in tensors.items() for p in _pieces(spelling, name, t, dtype)]

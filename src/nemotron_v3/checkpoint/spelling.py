@@ -9,7 +9,6 @@ from functools import reduce
 import torch
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.header import WEIGHT_DTYPE_NAMES, WEIGHT_DTYPES
 from nemotron_v3.checkpoint.names import (
     EXPERTS,
     PREFIXES,
@@ -93,12 +92,6 @@ class Spelling:
         by_name = {piece.name: piece for piece in pieces}
         shards = {file: [by_name[n] for n in names] for file, names in origin.shards.items()}
         return Files(shards, origin.metadata, origin.index_metadata)
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise `CheckpointError` for a dtype that weights are not written in."""
-    if dtype is not None and dtype not in WEIGHT_DTYPES.values():
-        raise CheckpointError(f"no model is saved in dtype {dtype}: give {WEIGHT_DTYPE_NAMES}")
 
 
 def parse_size(size: int | str) -> int:

@@ -16,6 +16,7 @@ import torch
 from nemotron_v3.config import values
 from nemotron_v3.config.blocks import to_pattern
 from nemotron_v3.config.checks import check
+from nemotron_v3.config.foreign import AskedByTrainers
 from nemotron_v3.config.presets import preset_values
 from nemotron_v3.config.source import Source, Untyped, mend_text, parse_object, plain_json
 from nemotron_v3.config.spelling import (
@@ -266,6 +267,11 @@ class NemotronV3Config:
     def _parsed(cls, source: Source) -> Self:
         told = read_mapping(settings_of(cls), source.data)
         return cls(**told, num_hidden_layers=source.data.get("num_hidden_layers"), _origin=source)
+
+    # Else a trainer gets as far as setting `use_cache` of a frozen config, or further.
+    get_text_config = AskedByTrainers()
+    _name_or_path = AskedByTrainers()
+    num_labels = AskedByTrainers()
 
     # ------------------------------------------------------------------------- changing and writing
 

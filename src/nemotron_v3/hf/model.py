@@ -17,7 +17,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.border import PACKING_NAMES, Border
-from nemotron_v3.hf.layers import Accelerated
+from nemotron_v3.hf.layers import SETTINGS, Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.layout import SequenceLayout
@@ -28,7 +28,52 @@ IGNORE_INDEX = -100
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
 
-class NemotronHModel(Accelerated, theirs.NemotronHModel):
+class Whole:
+    """What the backbone, the language model and models with another head have in common.
+
+    Built from a config or by `from_pretrained`, the modules are the accelerated ones from the
+    start, and `A_log`, `D` and `dt_bias` stay fp32 whatever dtype the rest is loaded in.
+    """
+
+    _can_compile_fullgraph = False  # the ops are calls that no graph goes through
+    _keep_in_fp32_modules_strict = [
+        *theirs.NemotronHForCausalLM._keep_in_fp32_modules_strict,
+        *("A_log", "D", "dt_bias"),
+    ]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        from nemotron_v3.hf.accelerate import install_as_built
+
+        super().__init__(config, *args, **kwargs)
+        if SETTINGS not in vars(self):
+            install_as_built(self)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, for the names of files as well.
+
+        A Trainer resumes by handing over what a checkpoint's files hold, and looks over what does
+        not fit; their `backbone.` and single experts are found their places here.
+        """
+        state = as_in_memory(state_dict, self.state_dict(), strict)
+        return super().load_state_dict(state, strict, assign)
+
+
+class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
+    """transformers' `NemotronHModel`, the backbone without a head, computed by this package.
+
+    Args and Raises: as `NemotronHForCausalLM`.
+    """
+
+    # transformers renames and stacks a checkpoint's tensors (`backbone.`, one tensor an expert), in
+    # loading and in saving, only for a model whose class is its own; this one passes for it.
+    __module__ = theirs.__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by a function of this file, since `__module__` does not lead to the class."""
+        return _unpickled, ("NemotronHModel",), vars(self)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -76,11 +121,8 @@ class NemotronHModel(Accelerated, theirs.NemotronHModel):
         return output.to_tuple() if as_tuple else output
 
 
-class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
+class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
     """transformers' `NemotronHForCausalLM`, computed by this package.
-
-    Built from a config or by `from_pretrained`, its modules are the accelerated ones from the
-    start, and `A_log`, `D` and `dt_bias` stay fp32 whatever dtype the rest is loaded in.
 
     Args:
         config: a transformers `NemotronHConfig`.
@@ -90,38 +132,13 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
         ValueError: a config that asks for what this package does not have.
     """
 
-    # transformers renames and stacks a checkpoint's tensors (`backbone.`, one tensor an expert), in
-    # loading and in saving, only for a model whose class is its own; this one passes for it.
-    __module__ = theirs.__name__
-    _can_compile_fullgraph = False  # the ops are calls that no graph goes through
-    _keep_in_fp32_modules_strict = [
-        *theirs.NemotronHForCausalLM._keep_in_fp32_modules_strict,
-        *("A_log", "D", "dt_bias"),
-    ]
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        from nemotron_v3.hf.accelerate import swap_in
-
-        super().__init__(config, *args, **kwargs)
-        swap_in(self)
+    __module__ = theirs.__name__  # as the backbone's
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by a function of this file, since `__module__` does not lead to the class."""
-        return _unpickled, (), vars(self)
+        return _unpickled, ("NemotronHForCausalLM",), vars(self)
 
     def extra_repr(self) -> str:
         return "computed by nemotron_v3"
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As `nn.Module.load_state_dict`, for the names of files as well.
-
-        A Trainer resumes by handing over what a checkpoint's files hold, and looks over what does
-        not fit; their `backbone.` and single experts are found their places here.
-        """
-        state = as_in_memory(state_dict, self.state_dict(), strict)
-        return super().load_state_dict(state, strict, assign)
 
     def forward(
         self,
@@ -268,8 +285,9 @@ class NemotronHForCausalLM(Accelerated, theirs.NemotronHForCausalLM):
         return _per_item(total / count, targets, items)
 
 
-def _unpickled() -> NemotronHForCausalLM:
-    return NemotronHForCausalLM.__new__(NemotronHForCausalLM)
+def _unpickled(name: str = "NemotronHForCausalLM") -> NemotronHModel | NemotronHForCausalLM:
+    kind = {"NemotronHModel": NemotronHModel, "NemotronHForCausalLM": NemotronHForCausalLM}[name]
+    return kind.__new__(kind)
 
 
 _LOSS_NAMES = ("num_items_in_batch", "shift_labels", "ignore_index")

@@ -18,6 +18,7 @@ from nemotron_v3.adapters import LoraTargets, coverage, lora_targets
 from nemotron_v3.hf.accelerate import is_accelerated
 from nemotron_v3.hf.adapter_files import as_it_was, fitting, read_config
 from nemotron_v3.hf.exemption import exempt_if_loaded
+from nemotron_v3.model.model import NemotronV3Model
 
 exempt_if_loaded()  # for models that were accelerated before PEFT was imported
 
@@ -111,6 +112,13 @@ def projections_as_modules(model: nn.Module) -> Iterator[None]:
 
 def _check_accelerated(model: nn.Module) -> None:
     exempt_if_loaded()
+    if any(isinstance(module, NemotronV3Model) for module in model.modules()):
+        raise ValueError(
+            f"a {type(model).__name__} is a model of nemotron_v3 itself: call "
+            "peft.get_peft_model(model, peft.LoraConfig(target_modules=[...])) with the names of "
+            "nemotron_v3.adapters.lora_targets(model), or, for a Trainer, load the checkpoint with "
+            "AutoModelForCausalLM.from_pretrained(path), accelerate that, then add_lora"
+        )
     if not is_accelerated(model):
         raise ValueError(
             f"a {type(model).__name__} that is not accelerated: call nemotron_v3.hf.accelerate on "

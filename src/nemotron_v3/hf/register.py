@@ -1,55 +1,185 @@
-"""Have transformers' auto classes build accelerated models, from this package's code alone."""
+"""Have everything that looks a Nemotron-H model of transformers up build an accelerated one.
 
+Two things are changed, and given back exactly. The auto classes learn classes of this package, so
+that a checkpoint's own code is never run and heads are there that transformers lacks. And the
+constructors of transformers' own classes build accelerated models, so that it makes no difference
+by which name, and since when, somebody holds such a class.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.nemotron_h import configuration_nemotron_h as their_config
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
+from nemotron_v3.config import BackendConfig
+from nemotron_v3.hf import heads
 from nemotron_v3.hf import model as models
-from nemotron_v3.hf.accelerate import swap_in
+from nemotron_v3.hf.accelerate import (
+    AS_BUILT,
+    Options,
+    check_options,
+    install_as_built,
+)
+from nemotron_v3.hf.classes import accelerated_class
+from nemotron_v3.hf.exemption import exempt_if_loaded
+from nemotron_v3.hf.layers import Accelerated
 from nemotron_v3.hf.versions import check_version
 
 # The auto classes run a checkpoint's own code, if they are let, only where the class that they know
-# is transformers' own; one that says it is defined elsewhere comes first. Hence the two classes.
+# is transformers' own; one that says it is defined elsewhere comes first. Hence classes of the same
+# names here.
 
 
 class NemotronHConfig(their_config.NemotronHConfig):
     """transformers' config, defined here."""
 
 
-class NemotronHForCausalLM(models.NemotronHForCausalLM):
-    """The accelerated model for the auto classes; what they build is the plain accelerated one."""
+class NemotronHModel(models.NemotronHModel):
+    """The backbone for the auto classes; the class of what they build is `hf.NemotronHModel`."""
 
     __module__ = __name__
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        theirs.NemotronHForCausalLM.__init__(self, config, *args, **kwargs)
+        self.__class__ = models.NemotronHModel
+        models.NemotronHModel.__init__(self, config, *args, **kwargs)
+
+
+class NemotronHForCausalLM(models.NemotronHForCausalLM):
+    """The same of the language model."""
+
+    __module__ = __name__
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
         self.__class__ = models.NemotronHForCausalLM
-        swap_in(self)
+        models.NemotronHForCausalLM.__init__(self, config, *args, **kwargs)
 
 
-def register() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` build accelerated Nemotron-H models.
+_AUTO_CLASSES = {
+    AutoModel: NemotronHModel,
+    AutoModelForCausalLM: NemotronHForCausalLM,
+    AutoModelForSequenceClassification: heads.NemotronHForSequenceClassification,
+    AutoModelForTokenClassification: heads.NemotronHForTokenClassification,
+}
+_MODEL_TYPE = their_config.NemotronHConfig.model_type
+_MISSING = object()
+_gives_back: list[Callable[[], None]] = []  # what `unregister` does, last things first
 
-    From then on `AutoModelForCausalLM.from_pretrained(path)` gives a
-    `nemotron_v3.hf.NemotronHForCausalLM`; a checkpoint's own code (`auto_map`) is never run, not
-    even with `trust_remote_code=True`. Calling it again changes nothing.
+
+def register(*, backend: BackendConfig | None = None, loss: str = "logits") -> None:
+    """Let every Nemotron-H model of transformers that is built from now on be an accelerated one.
+
+    `AutoModel`, `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and
+    `AutoModelForTokenClassification` build accelerated models, and a checkpoint's own code
+    (`auto_map`) is never run, not even with `trust_remote_code=True`. So do transformers' classes
+    themselves, however somebody came by them, which reaches the reference, teacher and reward
+    models that trainers make; and PEFT adds and loads adapters of an accelerated `out_proj`.
+    Calling it again changes the options alone.
+
+    Args:
+        backend, loss: as for `nemotron_v3.hf.accelerate`, of the models that are built.
 
     Raises:
         ImportError: a transformers outside the supported versions.
+        ValueError: an option that is not offered.
     """
     check_version()
-    AutoConfig.register(_MODEL_TYPE, NemotronHConfig, exist_ok=True)
-    for config in (NemotronHConfig, their_config.NemotronHConfig):
-        AutoModelForCausalLM.register(config, NemotronHForCausalLM, exist_ok=True)
+    AS_BUILT.backend, AS_BUILT.loss = check_options(backend, loss), loss
+    if _gives_back:
+        return
+    _put(CONFIG_MAPPING._extra_content, _MODEL_TYPE, NemotronHConfig)
+    for auto_class, kind in _AUTO_CLASSES.items():
+        for config in (NemotronHConfig, their_config.NemotronHConfig):
+            _put(auto_class._model_mapping._extra_content, config, kind)
+    for kind in (theirs.NemotronHModel, theirs.NemotronHForCausalLM):
+        _set(kind, "__init__", _building_accelerated(kind.__init__))
+    for kind in (heads.NemotronHForSequenceClassification, heads.NemotronHForTokenClassification):
+        for module in (transformers, theirs):  # a head's name stands in the config that it saves
+            _set(module, kind.__name__, kind)
+    _let_peft_adapt_out_proj()
 
 
 def unregister() -> None:
-    """Let the auto classes build transformers' own models again; models built before stay."""
-    AutoConfig.register(_MODEL_TYPE, their_config.NemotronHConfig, exist_ok=True)
-    for config in (NemotronHConfig, their_config.NemotronHConfig):
-        AutoModelForCausalLM.register(config, theirs.NemotronHForCausalLM, exist_ok=True)
+    """Let transformers' models be built as its own again; models built before stay.
+
+    What `register` changed is the object that it was before, unless something else has changed it
+    since, which stays.
+    """
+    while _gives_back:
+        _gives_back.pop()()
+    AS_BUILT.backend, AS_BUILT.loss = Options().backend, Options().loss
 
 
-_MODEL_TYPE = their_config.NemotronHConfig.model_type
+def _put(mapping: dict, key: Any, value: Any) -> None:
+    """Set an item, until `unregister`."""
+    before = mapping.get(key, _MISSING)
+    mapping[key] = value
+
+    def give_back() -> None:
+        if mapping.get(key) is not value:
+            return
+        if before is _MISSING:
+            del mapping[key]
+        else:
+            mapping[key] = before
+
+    _gives_back.append(give_back)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, until `unregister`."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+
+    def give_back() -> None:
+        if vars(owner).get(name) is not value:
+            return
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    _gives_back.append(give_back)
+
+
+def _building_accelerated(original: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose object is accelerated, that of a subclass too if it can be."""
+
+    @wraps(original)
+    def __init__(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not _gives_back:  # something else has wrapped this one, so that it stayed
+            return original(self, config, *args, **kwargs)
+        if not isinstance(self, Accelerated):
+            _become_accelerated(self)
+        original(self, config, *args, **kwargs)
+        if isinstance(self, Accelerated):
+            install_as_built(self)
+
+    return __init__
+
+
+def _become_accelerated(model: nn.Module) -> None:
+    try:
+        model.__class__ = accelerated_class(type(model))
+    except TypeError as error:
+        if isinstance(model, theirs.NemotronHModel):  # the backbone in another model is one of ours
+            warnings.warn(f"it stays transformers' own: {error}", stacklevel=4)
+
+
+def _let_peft_adapt_out_proj() -> None:
+    """Of accelerated models alone, which is nothing that `unregister` has to take back."""
+    with contextlib.suppress(ImportError):
+        import peft  # noqa: F401
+    exempt_if_loaded()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_v3.checkpoint.names import to_memory
+from nemotron_v3.checkpoint.names import Place, to_memory
 
 
 def as_in_memory(
@@ -29,13 +29,13 @@ def as_in_memory(
     renamed: dict[str, Any] = {}
     stacks: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, tensor in state.items():
-        place = None if name in own else to_memory(name)
-        if place is None or place.memory not in own:
+        place, memory = (None, name) if name in own else _place(name, own)
+        if place is None or memory not in own:
             renamed[name] = tensor
         elif place.expert is None:
-            renamed[place.memory] = tensor
-        elif place.expert < own[place.memory].shape[0]:
-            stacks[place.memory][place.expert] = tensor
+            renamed[memory] = tensor
+        elif place.expert < own[memory].shape[0]:
+            stacks[memory][place.expert] = tensor
         else:
             renamed[name] = tensor
     for name, experts in stacks.items():
@@ -48,3 +48,13 @@ def as_in_memory(
                 mended[expert] = tensor.to(mended)
             renamed[name] = mended
     return renamed
+
+
+def _place(name: str, own: Mapping[str, Tensor]) -> tuple[Place | None, str]:
+    """The place of a name of files, and what the model calls it: a backbone by itself has no
+    `model.` in front, in memory and in its own files."""
+    place = to_memory(name)
+    if place is not None and place.memory in own:
+        return place, place.memory
+    place = place or to_memory("backbone." + name)
+    return place, "" if place is None else place.memory.removeprefix("model.")

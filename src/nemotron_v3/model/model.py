@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.config.foreign import AskedByTrainers
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
 from nemotron_v3.layers.init import init_, on_meta, place_on
@@ -34,6 +35,8 @@ class NemotronV3Model(nn.Module):
             attributes; never changed.
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
     """
+
+    accepts_loss_kwargs = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
@@ -197,6 +200,8 @@ class NemotronV3ForCausalLM(nn.Module):
         checkpoint_origin: how the checkpoint this model was read from spells things; None for a
             fresh model.
     """
+
+    accepts_loss_kwargs = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
