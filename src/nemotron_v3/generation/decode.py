@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
+from nemotron_v3.layers.calls import is_watched
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
 from nemotron_v3.ops._products import PackedWeight
@@ -105,9 +106,8 @@ class DecodeStep:
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     adapted = getattr(module, "low_rank", None) is not None
-    return known and not hooked and not adapted
+    return known and not adapted and not is_watched(module)
 
 
 class _MLPBlock:

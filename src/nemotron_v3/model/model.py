@@ -16,6 +16,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
+from nemotron_v3.layers.calls import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
@@ -362,15 +363,12 @@ class NemotronV3ForCausalLM(nn.Module):
 def plain_weight(head: nn.Module) -> Tensor | None:
     """The matrix `[V, D]` of a head that is nothing else, so that a loss may multiply by it itself.
 
-    None where the head has to be called: adapters, quantised or sharded weights, hooks, a bias,
-    another backend's projection.
+    None where the head has to be called: adapters, quantised or sharded weights, hooks (those of
+    all modules too), a bias, another backend's projection.
     """
-    modules = [head, *([head.embeddings] if isinstance(head, TiedHead) else ())]
-    hooked = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-    if type(head) not in (nn.Linear, TiedHead) or hooked or "forward" in vars(head):
+    if must_call(head, nn.Linear, TiedHead):
+        return None
+    if isinstance(head, TiedHead) and must_call(head.embeddings, nn.Embedding):
         return None
     if getattr(head, "bias", None) is not None:
         return None
