@@ -231,7 +231,8 @@ class _MoEBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
         mixer, form = block.mixer, step.form
         self._norm, self._gate = Norm(form, block.norm), mixer.gate
-        self._shared = MLP(form, mixer.shared_experts, self._norm)
+        shared = mixer.shared_experts
+        self._shared = None if shared is None else MLP(form, shared, self._norm)
         self._into = self._back = None
         if mixer.fc1_latent_proj is not None:
             self._into = Linear.of(form, mixer.fc1_latent_proj)
@@ -273,12 +274,13 @@ class _MoEBlock:
             routed = self._latent_sum.zero_()
             self._route(routed, self._into(x), weights, indices)
             hidden.add_(self._back(routed))
-        hidden.add_(self._shared(x))
+        if self._shared is not None:
+            hidden.add_(self._shared(x))
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts `[B, K]`, by the router itself only where someone watches it."""
+        """Weights and experts `[B, K]`, by the router itself where it does more than to route."""
         gate = self._gate
-        if gate.observed:
+        if gate.observed or not gate.is_plain:
             return gate(x)
         options = {
             "top_k": gate.top_k,

@@ -174,6 +174,11 @@ def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _backend(backend: Any) -> BackendConfig:
     backend = BackendConfig.from_any(backend)
+    if backend.fake_balanced_gate:
+        raise ValueError(
+            "fake_balanced_gate=True is not offered for a transformers model, whose router stays: "
+            "leave it out, or benchmark nemotron_v3.NemotronV3ForCausalLM"
+        )
     for name in ("attn", "linear", "rms_norm"):
         if getattr(backend, name) == "te":
             raise ValueError(

@@ -17,6 +17,7 @@ from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
@@ -25,7 +26,7 @@ from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
 
 
-class NemotronV3Mamba2Mixer(KeepsFp32):
+class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
     """Projection, causal convolution, state-space scan, gated norm, projection (arXiv 2405.21060).
 
     `A_log`, `D` and `dt_bias` are parameters of the mixer itself and stay fp32 or wider whatever
@@ -45,8 +46,8 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def __init__(self, config: Any, layer_idx: int, *, backend: BackendConfig | None = None):
         super().__init__()
-        config = NemotronV3Config.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        config = NemotronV3Config.from_any(config, "mamba")
+        self.backend = BackendConfig.from_any(backend, "mamba")
         self.layer_idx = layer_idx
         self.hidden_size = config.hidden_size
         self.num_heads = config.mamba_num_heads
@@ -115,7 +116,9 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)
-        layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
+        layout = enter(
+            hidden_states, self.hidden_size, attention_mask, kwargs, cache, layer_idx=self.layer_idx
+        )
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         if cache is not None:
             return self._follow(zxbcdt, layout, cache)

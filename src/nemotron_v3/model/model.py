@@ -20,6 +20,7 @@ from nemotron_v3.layers.calls import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.layers.offsets import of_this_call
 from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
@@ -86,6 +87,7 @@ class NemotronV3Model(nn.Module):
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         check_names(layout_kwargs, "the model")
         attention_mask = of_new_tokens(attention_mask, shape, cache)
+        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, cache)
         layout = SequenceLayout.resolve(
             shape, device, attention_mask, layout=layout, **layout_kwargs
         )
@@ -259,6 +261,7 @@ class NemotronV3ForCausalLM(nn.Module):
         check_names(layout_kwargs, "the model")
         check_kept(logits_to_keep)
         attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
+        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, past_key_values)
         layout = SequenceLayout.resolve(
             shape,
             device,

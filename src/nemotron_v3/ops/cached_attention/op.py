@@ -4,7 +4,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import pick, without_autocast
-from nemotron_v3.ops.cached_attention import portable, reference
+from nemotron_v3.ops.cached_attention import masked, portable, reference
 
 
 @without_autocast
@@ -16,6 +16,7 @@ def cached_attention(
     layout: SequenceLayout,
     starts: tuple[int, ...],
     positions: Tensor,
+    mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -32,6 +33,9 @@ def cached_attention(
         layout: of the new tokens.
         starts: tokens each row held before, on the host.
         positions: int64 `[rows]`, the same on the device.
+        mask: `[rows or 1, 1 or H, S, start + S]` where all rows hold `start` tokens and get S, bool
+            (True = attend) or additive floats: it alone decides; a query that may attend nothing
+            gives 0.
         scale: of the scores, by default `P ** -0.5`.
         impl: see `nemotron_v3.ops`.
 
@@ -54,6 +58,13 @@ def cached_attention(
             f"{T} tokens and {rows} rows do not fit a layout of {layout.num_tokens} tokens in "
             f"{layout.num_documents} documents"
         )
+    if mask is not None:
+        masked.check_mask(mask, q, layout, starts)
+        run = pick(
+            "masked cached_attention", impl, reference=masked.reference, portable=masked.portable
+        )
+        kind = {"mask": mask, "layout": layout, "scale": scale}
+        return run(q, keys.to(q.dtype), values.to(q.dtype), **kind).to(q.dtype)
     run = pick(
         "cached_attention",
         impl,
