@@ -283,6 +283,8 @@ def test_options_that_are_not_offered():
     for field in ("attn", "linear", "rms_norm"):
         backend = BackendConfig(**{field: "te"})
         refused(model, ValueError, f"{field}='te' is not offered", backend=backend)
+    even = BackendConfig(fake_balanced_gate=True)
+    refused(model, ValueError, "fake_balanced_gate=True is not offered", backend=even)
 
 
 def test_a_config_that_asks_for_more_is_refused():
