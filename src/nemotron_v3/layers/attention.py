@@ -98,7 +98,7 @@ class NemotronV3Attention(RefusesContextParallel):
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)
-        if cache is not None:
+        if cache is not None and layer_idx is None:
             check_layer(layer_idx, cache.states)
         mask = attention_mask if is_4d(attention_mask) else None
         padding_mask = attention_mask if mask is None else None
