@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "layers": rooms("ops layout cache config"),
     "model": rooms("layers ops layout cache config"),
     "checkpoint": rooms("model config"),
-    "generation": rooms("model ops layout cache config"),
+    # layers: a fast decode step asks whether a layer may be left uncalled, as layers and model do.
+    "generation": rooms("model layers ops layout cache config"),
     "data": rooms("config layout"),
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),

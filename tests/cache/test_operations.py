@@ -198,9 +198,9 @@ ERRORS = [
     (lambda c: NemotronHybridCache.cat([c, filled()]), "cache 1 has max_length None"),
     (
         lambda c: MODEL.model.layers[1].mixer(
-            torch.randn(2, 1, 48), torch.ones(2, 1, 1, 11), past_key_values=c, layer_idx=1
+            torch.randn(2, 1, 48), torch.ones(2, 1, 1, 12), past_key_values=c, layer_idx=1
         ),
-        "cannot be given with a cache",
+        r"shape \(2, 1, 1, 12\): behind 10 tokens of the cache, 1 new ones need \(2, 1, 1, 11\)",
     ),
     (lambda c: MODEL.model.layers[1].mixer(torch.randn(2, 1, 48), past_key_values=c), "layer None"),
 ]

@@ -1,6 +1,8 @@
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nemotron_v3.config import BackendConfig
 
@@ -30,7 +32,33 @@ def test_values_we_do_not_have_are_named(field, value):
         BackendConfig(**{field: value})
 
 
-def test_fake_routing_is_not_ignored():
-    with pytest.raises(ValueError, match="fake_balanced_gate"):
-        BackendConfig.from_any(SimpleNamespace(fake_balanced_gate=True))
+def test_fake_routing_is_read_and_its_noise_refused():
+    assert BackendConfig.from_any(SimpleNamespace(fake_balanced_gate=True)).fake_balanced_gate
     assert BackendConfig.from_any(SimpleNamespace(fake_balanced_gate=False)) == BackendConfig()
+    with pytest.raises(ValueError, match="fake_gate_noise is 0.1"):
+        BackendConfig.from_any(SimpleNamespace(fake_gate_noise=0.1))
+
+
+def test_a_part_reads_its_own_fields_alone():
+    foreign = SimpleNamespace(attn="eager", rms_norm="torch", fake_balanced_gate=True)
+    assert BackendConfig.from_any(foreign, "mlp") == BackendConfig()
+    assert BackendConfig.from_any(foreign, "moe") == BackendConfig(fake_balanced_gate=True)
+    assert BackendConfig.from_any(foreign, "block") == BackendConfig(rms_norm="torch")
+    with pytest.raises(ValueError, match="attn is 'eager'"):
+        BackendConfig.from_any(foreign, "attention")
+
+
+@dataclass
+class Released:
+    attn: str = "sdpa"
+    experts: str = "torch_mm"
+    gate_precision: torch.dtype | None = None
+    from_later: bool = False
+
+
+def test_a_field_that_nothing_reads_is_refused_once_it_is_used():
+    assert BackendConfig.from_any(Released(experts="gmm")) == BackendConfig()
+    with pytest.raises(ValueError, match="backend.from_later is True, and nothing here reads it"):
+        BackendConfig.from_any(Released(from_later=True))
+    with pytest.raises(ValueError, match="backend.ipml is 'portable'.*did you mean impl"):
+        BackendConfig.from_any({"ipml": "portable"})

@@ -228,7 +228,7 @@ def test_other_kinds_of_tokens_are_refused(arguments, message):
 
 def test_foreign_caches_and_unknown_arguments_are_refused():
     model = tiny_model()
-    with pytest.raises(TypeError, match="give a NemotronHybridCache"):
+    with pytest.raises(TypeError, match="give a nemotron_v3.NemotronHybridCache"):
         model(tokens(1, 3), past_key_values=object())
     with pytest.raises(TypeError, match="token_type_ids"):
         model(tokens(1, 3), token_type_ids=tokens(1, 3))

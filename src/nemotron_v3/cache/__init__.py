@@ -1,6 +1,7 @@
 """What a model remembers between calls: plain data with a position on each row."""
 
 from nemotron_v3.cache.cache import NemotronHybridCache
+from nemotron_v3.cache.outside import held_by
 from nemotron_v3.cache.step import Step
 
-__all__ = ["NemotronHybridCache", "Step"]
+__all__ = ["NemotronHybridCache", "Step", "held_by"]

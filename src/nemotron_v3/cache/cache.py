@@ -25,6 +25,7 @@ from nemotron_v3.cache.checks import (
 )
 from nemotron_v3.cache.file import read_states, write_states
 from nemotron_v3.cache.make import Sizes, fresh_states
+from nemotron_v3.cache.outside import OutsideView
 from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState, join
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import NemotronV3Config
@@ -37,7 +38,7 @@ _HALF_WAY = (
 )
 
 
-class NemotronHybridCache:
+class NemotronHybridCache(OutsideView):
     """Keys and values of attention layers, conv and SSM states of mamba layers, updated in place.
 
     Row r of the cache belongs to document r of the layout: a row of a batch, padded on any side, or
@@ -71,7 +72,7 @@ class NemotronHybridCache:
         max_length: int | None = None,
         rollback_window: int = 0,
     ):
-        self.config = NemotronV3Config.from_any(config)
+        self.config = NemotronV3Config.from_any(config, "cache")
         batch_size = at_least("batch_size", batch_size, 1)
         rollback_window = at_least("rollback_window", rollback_window, 0)
         max_length = None if max_length is None else at_least("max_length", max_length, 1)
@@ -106,24 +107,9 @@ class NemotronHybridCache:
         """Tokens each row holds, on the host; `positions` is the same on the device."""
         return tuple(self._lengths) if self._step is None else self._step.ends
 
-    @property
-    def has_previous_state(self) -> bool:
-        """Whether any row holds a token."""
-        return any(self.lengths)
-
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Tokens of the longest row, whatever layers the model has."""
         return max(self.lengths)
-
-    @property
-    def conv_states(self) -> dict[int, Tensor]:
-        """By layer: `[rows, conv_dim, conv_kernel]`, before activation, newest last."""
-        return {i: s.conv for i, s in self.states.items() if isinstance(s, MambaState)}
-
-    @property
-    def ssm_states(self) -> dict[int, Tensor]:
-        """By layer: `[rows, heads, head width, state]`."""
-        return {i: s.ssm for i, s in self.states.items() if isinstance(s, MambaState)}
 
     def __repr__(self) -> str:
         return (

@@ -113,6 +113,11 @@ def check_snapshot(
 
 
 def check_layer(layer: int | None, states: Mapping[int, LayerState]) -> None:
+    if layer is None:
+        raise ValueError(
+            "layer None holds no keys or states: give layer_idx, the layer's number in the config "
+            f"that the cache was made from, one of {list(states)}"
+        )
     if layer not in states:
         raise ValueError(
             f"layer {layer} has no state in this cache, whose layers are {list(states)}: give the "

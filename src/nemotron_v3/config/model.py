@@ -16,7 +16,7 @@ import torch
 from nemotron_v3.config import values
 from nemotron_v3.config.blocks import to_pattern
 from nemotron_v3.config.checks import check
-from nemotron_v3.config.foreign import AskedByTrainers
+from nemotron_v3.config.foreign import READ_BY, check_dropout
 from nemotron_v3.config.presets import preset_values
 from nemotron_v3.config.source import Source, Untyped, mend_text, parse_object, plain_json
 from nemotron_v3.config.spelling import (
@@ -32,6 +32,7 @@ from nemotron_v3.config.spelling import (
     settings_of,
     settle,
 )
+from nemotron_v3.config.trainers import AskedByTrainers
 
 ARCHITECTURE = "NemotronHForCausalLM"
 MODEL_TYPE = "nemotron_h"
@@ -89,7 +90,7 @@ class NemotronV3Config:
     n_groups: int = setting(8, _COUNT, "mamba_n_groups")
     conv_kernel: int = setting(4, _COUNT, "mamba_d_conv")
     chunk_size: int = setting(128, _COUNT, "mamba_chunk_size")
-    mamba_hidden_act: str = setting("silu", values.choice("silu"))
+    mamba_hidden_act: str = setting("silu", values.choice("silu", "swish"))  # one function
     use_conv_bias: bool = setting(True, values.flag, "mamba_conv_bias")
     # Every implementation obeys use_bias; files hold mamba_proj_bias beside it without effect.
     use_bias: bool = setting(False, values.flag, yielding=("mamba_proj_bias",))
@@ -134,7 +135,7 @@ class NemotronV3Config:
     residual_in_fp32: bool = setting(False, values.flag)
     rescale_prenorm_residual: bool = setting(True, values.flag)
     initializer_range: float = setting(0.02, _NOT_NEGATIVE)
-    hidden_dropout: float = setting(0.0, _FRACTION)
+    hidden_dropout: float = setting(0.0, values.only(0.0))  # which no implementation applies
 
     # Generation and storage
     pad_token_id: int | None = setting(0, values.token_id)
@@ -163,8 +164,8 @@ class NemotronV3Config:
         told = values.optional(_SIZE).read("num_hidden_layers", num_hidden_layers)
         untyped = isinstance(self._origin, Untyped)
         if untyped and told is not None:
-            put(self, "_origin", Untyped(told))
-        check(self, told, untyped)
+            put(self, "_origin", dataclasses.replace(self._origin, num_hidden_layers=told))
+        check(self, None if untyped and self._origin.of_a_part else told, untyped)
 
     def _take_pattern(self, pattern: str) -> None:
         blocks = values.blocks.read("hybrid_override_pattern", pattern)
@@ -176,9 +177,10 @@ class NemotronV3Config:
         put(self, "layers_block_type", blocks)
 
     def _count_layers(self) -> int:
-        if isinstance(self._origin, Untyped) and not self.layers_block_type:
-            return self._origin.num_hidden_layers
-        return len(self.layers_block_type)
+        origin, blocks = self._origin, self.layers_block_type
+        if isinstance(origin, Untyped) and (origin.of_a_part or not blocks):
+            return len(blocks) if origin.num_hidden_layers is None else origin.num_hidden_layers
+        return len(blocks)
 
     # ------------------------------------------------------------------------------ derived sizes
 
@@ -211,12 +213,19 @@ class NemotronV3Config:
     # ------------------------------------------------------------------------------------ reading
 
     @classmethod
-    def from_any(cls, source: Any) -> Self:
+    def from_any(cls, source: Any, *parts: str) -> Self:
         """The typed config of `source`, which stays as it is.
 
-        `source` may be a config of this class (returned itself), a mapping with the keys of a
-        `config.json`, transformers' `NemotronHConfig`, or any object with those attributes:
-        what such an object lacks gets its default here, and here alone.
+        Args:
+            source: a config of this class (returned itself), a mapping with the keys of a
+                `config.json`, transformers' `NemotronHConfig`, or any object with those attributes:
+                what such an object lacks gets its default here, and here alone.
+            *parts: of such an object, only what these parts of a model read (`foreign.READ_BY`),
+                and the number of layers that it announces; without them a whole model.
+
+        Raises:
+            TypeError: what is no config.
+            ValueError: a value that is not offered, or a contradiction.
         """
         if isinstance(source, cls):
             return source
@@ -227,9 +236,17 @@ class NemotronV3Config:
                 f"cannot read a config from {source!r}: give a NemotronV3Config, a mapping or an "
                 "object with its attributes (from_json reads a file, preset a released model)"
             )
-        told = read_attributes(settings_of(cls), source)
         depth = attribute(source, "num_hidden_layers")
-        return cls(**told, num_hidden_layers=None if depth is MISSING else depth, _origin=Untyped())
+        depth = None if depth is MISSING else depth
+        settings = settings_of(cls)
+        if parts:
+            wanted = {name for part in parts for name in READ_BY[part]}
+            wanted |= {"layers_block_type"} if depth is None else set()
+            settings = {name: settings[name] for name in wanted}
+        if "hidden_dropout" in settings:
+            check_dropout(source)
+        told = read_attributes(settings, source)
+        return cls(**told, num_hidden_layers=depth, _origin=Untyped(of_a_part=bool(parts)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -260,6 +277,7 @@ class NemotronV3Config:
         told = source.data.get("model_type", MODEL_TYPE)
         if told != MODEL_TYPE:
             raise ValueError(f"model_type is {told!r}: only {MODEL_TYPE!r} models are read here")
+        check_dropout(source.data)
         check_keys(settings_of(cls), source.data, also={"num_hidden_layers"})
         return cls._parsed(source)
 

@@ -8,8 +8,10 @@ import torch
 
 from nemotron_v3.config import values
 from nemotron_v3.config.checks import check_expert_sizes, check_routing
+from nemotron_v3.config.foreign import INERT_MOE_FIELDS, check_fields
 from nemotron_v3.config.model import NemotronV3Config
 from nemotron_v3.config.spelling import (
+    put,
     read_attributes,
     read_mapping,
     required,
@@ -26,24 +28,37 @@ class MoEConfig:
     """Router, experts and shared expert of a moe block.
 
     A field whose only offered value is its default stands here so that another value, handed in by
-    code written for AutoModel, is an error and not silently ignored.
+    code written for AutoModel, is an error and not silently ignored. Its other fields stand in
+    `nemotron_v3.config.foreign`: they change nothing here.
+
+    Attributes:
+        shared_expert_inter_dim: width of one shared expert; None is `moe_inter_dim`.
+        n_shared_experts: how many times that width the shared MLP has; 0 is none.
+        dtype: of the block's mixer; None is the model's.
+        gate_dtype: of the router's weight; None is `dtype`.
+        force_e_score_correction_bias: False leaves the bias out of the state dict, where it is 0;
+            not with several groups of experts.
+        router_weight_uses_score_correction_bias: whether the chosen experts are weighted by score
+            and bias, not by the score alone.
     """
 
     dim: int = required(_COUNT)  # hidden size; the model's unless moe_latent_size narrows it
     n_routed_experts: int = required(_COUNT)
     n_activated_experts: int = required(_COUNT)
     moe_inter_dim: int = required(_COUNT)
-    shared_expert_inter_dim: int = required(_COUNT)
+    shared_expert_inter_dim: int | None = setting(None, values.optional(values.whole(0)))
     inter_dim: int = setting(0, values.whole(0))
     moe_latent_size: int | None = setting(None, values.optional(_COUNT))
-    n_shared_experts: int = setting(1, values.only(1))
+    n_shared_experts: int = setting(1, values.whole(0))
     n_expert_groups: int = setting(1, _COUNT)
     n_limited_groups: int = setting(1, _COUNT)
     norm_topk_prob: bool = setting(True, values.flag)
     route_scale: float = setting(1.0, values.number())
     train_gate: bool = setting(True, values.flag)
     dtype: torch.dtype | None = setting(None, values.optional(values.dtype))
+    gate_dtype: torch.dtype | None = setting(None, values.optional(values.dtype))
     force_e_score_correction_bias: bool = setting(True, values.flag)
+    router_weight_uses_score_correction_bias: bool = setting(False, values.flag)
     score_func: str = setting("sigmoid", values.choice("sigmoid"))
     expert_activation: str = setting("relu2", values.choice("relu2"))
     shared_expert_activation: str = setting("relu2", values.choice("relu2"))
@@ -63,6 +78,18 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.shared_expert_inter_dim is None:
+            put(self, "shared_expert_inter_dim", self.moe_inter_dim)
+        if self.n_shared_experts and not self.shared_expert_inter_dim:
+            raise ValueError(
+                f"shared_expert_inter_dim is 0 beside n_shared_experts {self.n_shared_experts}: "
+                "give a width of at least 1, or set n_shared_experts to 0"
+            )
+        if not self.force_e_score_correction_bias and self.n_expert_groups > 1:
+            raise ValueError(
+                f"force_e_score_correction_bias is False with n_expert_groups "
+                f"{self.n_expert_groups}: groups are chosen by scores with a bias; set it to True"
+            )
         check_routing(
             self,
             experts="n_routed_experts",
@@ -75,12 +102,17 @@ class MoEConfig:
     def from_any(cls, source: Any) -> Self:
         """The typed form of `source`: ours, a `NemotronV3Config`, a mapping, or any object.
 
-        A foreign object's other fields are not looked at, and it stays as it is.
+        A foreign object stays as it is.
+
+        Raises:
+            ValueError: a value that is not offered, a field that is missing, or one that nothing
+                here reads (of a mapping, or of a dataclass where it is not at its default).
         """
         if isinstance(source, cls):
             return source
         if isinstance(source, NemotronV3Config):
             return cls.from_config(source)
+        check_fields("moe_config", source, settings_of(cls), INERT_MOE_FIELDS)
         read = read_mapping if isinstance(source, Mapping) else read_attributes
         told = read(settings_of(cls), source)
         missing = [

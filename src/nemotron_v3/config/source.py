@@ -19,9 +19,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Untyped:
-    """A foreign object that a config was read from, which may leave things unsaid."""
+    """A foreign object that a config was read from, which may leave things unsaid.
 
-    num_hidden_layers: int = 0  # what it announced; counts where it named no block types
+    Attributes:
+        num_hidden_layers: what it announced, which counts where it named no block types.
+        of_a_part: whether a part of a model read it, which believes the announced number.
+    """
+
+    num_hidden_layers: int | None = None
+    of_a_part: bool = False
 
 
 def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:

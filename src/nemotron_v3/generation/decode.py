@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
+from nemotron_v3.layers.calls import is_watched
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
 from nemotron_v3.ops._products import PackedWeight
@@ -105,9 +106,8 @@ class DecodeStep:
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     adapted = getattr(module, "low_rank", None) is not None
-    return known and not hooked and not adapted
+    return known and not adapted and not is_watched(module)
 
 
 class _MLPBlock:
@@ -231,7 +231,8 @@ class _MoEBlock:
     def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
         mixer, form = block.mixer, step.form
         self._norm, self._gate = Norm(form, block.norm), mixer.gate
-        self._shared = MLP(form, mixer.shared_experts, self._norm)
+        shared = mixer.shared_experts
+        self._shared = None if shared is None else MLP(form, shared, self._norm)
         self._into = self._back = None
         if mixer.fc1_latent_proj is not None:
             self._into = Linear.of(form, mixer.fc1_latent_proj)
@@ -273,12 +274,13 @@ class _MoEBlock:
             routed = self._latent_sum.zero_()
             self._route(routed, self._into(x), weights, indices)
             hidden.add_(self._back(routed))
-        hidden.add_(self._shared(x))
+        if self._shared is not None:
+            hidden.add_(self._shared(x))
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts `[B, K]`, by the router itself only where someone watches it."""
+        """Weights and experts `[B, K]`, by the router itself where it does more than to route."""
         gate = self._gate
-        if gate.observed:
+        if gate.observed or not gate.is_plain:
             return gate(x)
         options = {
             "top_k": gate.top_k,

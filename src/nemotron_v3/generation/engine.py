@@ -27,6 +27,7 @@ from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import Sampler
 from nemotron_v3.generation.stopping import Row
+from nemotron_v3.layers.border import full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -196,7 +197,7 @@ class _Run:
         """What of each prompt the cache does not hold yet; checks that all of the run fits it."""
         if not isinstance(cache, NemotronHybridCache):
             raise TypeError(
-                f"past_key_values is a {type(cache).__name__}: give a NemotronHybridCache made "
+                f"past_key_values is a {full_name(cache)}: give a NemotronHybridCache made "
                 "from the model's config"
             )
         if cache.batch_size != len(self.prompts):

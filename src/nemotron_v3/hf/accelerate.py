@@ -117,6 +117,11 @@ def is_accelerated(model: nn.Module) -> bool:
 def check_options(backend: Any, loss: Any) -> BackendConfig:
     """The typed backend; raises ValueError for an option that is not offered."""
     backend = BackendConfig.from_any(backend)
+    if backend.fake_balanced_gate:
+        raise ValueError(
+            "fake_balanced_gate=True is not offered for a transformers model, whose router stays: "
+            "leave it out, or benchmark nemotron_v3.NemotronV3ForCausalLM"
+        )
     for name in ("attn", "linear", "rms_norm"):
         if getattr(backend, name) == "te":
             raise ValueError(

@@ -29,6 +29,7 @@ from nemotron_v3.hf.states import (
     one_cache,
     write_mamba_states,
 )
+from nemotron_v3.layers.calls import has_global_hooks, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
@@ -275,7 +276,9 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
-        weights = self._weights()
+        called = _is_called(self.conv1d, nn.Conv1d)
+        called = _is_called(self.norm, theirs.NemotronHRMSNormGated) or called
+        weights = None if called else self._weights()
         if cache is None:
             y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
         else:
@@ -285,20 +288,21 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
     def _follow(
         self,
         zxbcdt: Tensor,
-        weights: tuple[Tensor | None, ...],
+        weights: tuple[Tensor | None, ...] | None,
         layout: SequenceLayout,
         cache: Cache,
     ) -> Tensor:
         """From the states of a cache, which it holds the next ones of afterwards."""
         held = mamba_states(cache, self.layer_idx)
-        tracked = (zxbcdt, *weights, *(held or ()))
         differentiable = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in tracked
+            tensor.requires_grad for tensor in (zxbcdt, *self.parameters(), *(held or ()))
         )
-        if held is not None and layout.uniform_length == 1 and not differentiable:
+        step = held is not None and layout.uniform_length == 1 and not differentiable
+        if step and weights is not None:
             conv, ssm = held
+            eps = self.settings.config.layer_norm_epsilon
             return opaque.mamba2_step(
-                zxbcdt, *weights, conv_state=conv, ssm_state=ssm, **self._sizes()
+                zxbcdt, *weights, conv_state=conv, ssm_state=ssm, eps=eps, **self._sizes()
             )
         states = {}
         if held is not None:
@@ -313,14 +317,30 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
     def _scan(
         self,
         zxbcdt: Tensor,
-        weights: tuple[Tensor | None, ...],
+        weights: tuple[Tensor | None, ...] | None,
         layout: SequenceLayout,
         **states: Any,
     ) -> tuple[Any, ...]:
+        config = self.settings.config
+        if weights is None:
+            return opaque.mamba2_by_modules(
+                zxbcdt,
+                self.conv1d,
+                self.norm,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                taps=config.conv_kernel,
+                chunk_size=config.chunk_size,
+                layout=layout,
+                **self._sizes(),
+                **states,
+            )
         return opaque.mamba2(
             zxbcdt,
             *weights,
-            chunk_size=self.settings.config.chunk_size,
+            eps=config.layer_norm_epsilon,
+            chunk_size=config.chunk_size,
             layout=layout,
             **self._sizes(),
             **states,
@@ -339,7 +359,6 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
             "head_dim": config.mamba_head_dim,
             "state_size": config.ssm_state_size,
             "dt_limit": config.time_step_limit,
-            "eps": config.layer_norm_epsilon,
             "impl": settings.backend.impl,
         }
 
@@ -395,11 +414,11 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float)
     return out.transpose(1, 2)
 
 
-def _fetched(module: nn.Module, read: Callable[[nn.Module], Any]) -> Any:
-    """What `read` finds in a child whose forward is not called, since an op does its work.
+def _is_called(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the conv1d or norm of a mixer has to be called, which an op passes by otherwise.
 
     Raises:
-        TypeError: an adapter stands in its place, which would be passed over.
+        TypeError: an adapter stands in its place: PEFT's own compute other shapes.
     """
     if getattr(module, "base_layer", None) is not None:
         raise TypeError(
@@ -407,6 +426,18 @@ def _fetched(module: nn.Module, read: Callable[[nn.Module], Any]) -> Any:
             "weights an op reads: its adapter would have no effect; leave it out of the targets, "
             "or call nemotron_v3.hf.undo(model)"
         )
+    return must_call(module, kind) and not _only_fetches(module, kind)
+
+
+def _only_fetches(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nothing happens at a call but that accelerate brings weights and inputs together."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    placed = type(getattr(module, "_hf_hook", None)).__name__ == "AlignDevicesHook"
+    return placed and type(module) is kind and not hooks and not has_global_hooks()
+
+
+def _fetched(module: nn.Module, read: Callable[[nn.Module], Any]) -> Any:
+    """What `read` finds in a child whose forward is not called, since an op does its work."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return read(module)

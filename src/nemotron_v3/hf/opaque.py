@@ -7,6 +7,7 @@ compiled anew for. What lies between them, projections and norms, is compiled.
 import torch
 
 from nemotron_v3 import ops
+from nemotron_v3.layers import mamba2_by_modules as by_modules
 
 attention = torch.compiler.disable(ops.attention)
 cached_attention = torch.compiler.disable(ops.cached_attention)
@@ -14,6 +15,7 @@ cross_entropy = torch.compiler.disable(ops.cross_entropy)
 experts = torch.compiler.disable(ops.experts)
 linear_cross_entropy = torch.compiler.disable(ops.linear_cross_entropy)
 mamba2 = torch.compiler.disable(ops.mamba2)
+mamba2_by_modules = torch.compiler.disable(by_modules.mamba2_by_modules)
 mamba2_step = torch.compiler.disable(ops.mamba2_step)
 router = torch.compiler.disable(ops.router)
 shift_labels = torch.compiler.disable(ops.shift_labels)

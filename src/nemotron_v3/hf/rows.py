@@ -5,7 +5,8 @@ Letters: B batch, S sequence, T packed tokens, D width in, E width out.
 
 from torch import Tensor, nn
 
-from nemotron_v3.layers.linear import is_watched, project
+from nemotron_v3.layers.calls import is_watched, must_call
+from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -17,7 +18,7 @@ def project_rows(layer: nn.Module, x: Tensor, layout: SequenceLayout) -> Tensor:
     is called with the grid `[B, S, D]`: always where nothing is padded, and beside padding, which
     is 0 then, where somebody looks on. `layer` may be a module of several projections.
     """
-    if type(layer) is nn.Linear and not is_watched(layer):
+    if not must_call(layer, nn.Linear):
         return project(layer, x)
     if layout.token_index is not None and not any(map(is_watched, layer.modules())):
         return layer(x)

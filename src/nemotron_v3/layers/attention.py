@@ -7,20 +7,22 @@ head width.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3 import ops
-from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.cache.checks import check_keys
+from nemotron_v3.cache import NemotronHybridCache, held_by
+from nemotron_v3.cache.checks import check_keys, check_layer
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import as_cache, enter
+from nemotron_v3.layers.border import as_cache, enter, is_4d
+from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.transformer_engine import make_te_attention
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.cached_attention.masked import check_mask
 
 
-class NemotronV3Attention(nn.Module):
+class NemotronV3Attention(RefusesContextParallel):
     """Causal grouped-query attention (Ainslie et al. 2023) without rotary embedding.
 
     Args:
@@ -30,6 +32,9 @@ class NemotronV3Attention(nn.Module):
             `attn="sdpa"` runs `nemotron_v3.ops.attention` as `impl` says, `"flex"` its form on
             PyTorch's flex attention, `"te"` Transformer Engine's attention.
 
+    Attributes:
+        backend: what was given, a `BackendConfig()` for None.
+
     Raises:
         ValueError: a config that contradicts itself.
         ModuleNotFoundError: `attn="te"` where Transformer Engine is not installed.
@@ -37,8 +42,9 @@ class NemotronV3Attention(nn.Module):
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
-        config = NemotronV3Config.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        config = NemotronV3Config.from_any(config, "attention")
+        self.backend = BackendConfig() if backend is None else backend
+        self.chosen = chosen = BackendConfig.from_any(backend, "attention")
         self.hidden_size = config.hidden_size
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
@@ -50,13 +56,13 @@ class NemotronV3Attention(nn.Module):
 
         query_width = self.num_attention_heads * self.head_dim
         key_width = self.num_key_value_heads * self.head_dim
-        kind = {"bias": self.attention_bias, "backend": self.backend, "dtype": config.dtype}
+        kind = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
         self.q_proj = make_linear(self.hidden_size, query_width, **kind)
         self.k_proj = make_linear(self.hidden_size, key_width, **kind)
         self.v_proj = make_linear(self.hidden_size, key_width, **kind)
         self.o_proj = make_linear(query_width, self.hidden_size, **kind)
-        self.core = make_te_attention(config) if self.backend.attn == "te" else ops.attention
-        self.impl = "flex" if self.backend.attn == "flex" else self.backend.impl
+        self.core = make_te_attention(config) if chosen.attn == "te" else ops.attention
+        self.impl = "flex" if chosen.attn == "flex" else chosen.impl
         if not on_meta(self):
             self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
 
@@ -73,7 +79,9 @@ class NemotronV3Attention(nn.Module):
         Args:
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension, in the model's dtype.
             attention_mask: `[B, S]`, 1 = real and 0 = padding; or `[B, 1, S, S]`, bool (True =
-                attend) or additive floats, which then decides alone.
+                attend) or additive floats, which then decides alone. With a cache it is
+                `[B or 1, 1 or H, S, held + S]`: all S tokens are stored, and rows have to hold
+                equally many.
             past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
                 updated in place; dropout does not act then. A padding mask may also cover what came
                 before.
@@ -85,19 +93,24 @@ class NemotronV3Attention(nn.Module):
             The shape and dtype of `hidden_states`; 0 at padding.
 
         Raises:
-            ValueError: shapes, masks or layouts that do not fit; a 4-D mask with a cache.
+            ValueError: shapes, masks or layouts that do not fit; a 4-D mask where rows of the cache
+                hold different numbers of tokens.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)
-        is_4d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
-        mask = attention_mask if is_4d else None
-        if mask is not None and cache is not None:
-            raise ValueError(
-                f"a 4-D attention_mask {tuple(mask.shape)} cannot be given with a cache, which "
-                "knows what each row holds: give a padding mask"
-            )
+        if cache is not None and layer_idx is None:
+            check_layer(layer_idx, cache.states)
+        mask = attention_mask if is_4d(attention_mask) else None
         padding_mask = attention_mask if mask is None else None
-        layout = enter(hidden_states, self.hidden_size, padding_mask, attn_kwargs, cache)
+        layout = enter(
+            hidden_states,
+            self.hidden_size,
+            padding_mask,
+            attn_kwargs,
+            cache,
+            layer_idx=layer_idx,
+            by_token=mask is not None,
+        )
         x = layout.pack(hidden_states)  # [T, D]
         q = project(self.q_proj, x).unflatten(
             -1, (self.num_attention_heads, self.head_dim)
@@ -107,7 +120,7 @@ class NemotronV3Attention(nn.Module):
         )  # [T, J, P]
         v = project(self.v_proj, x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         if cache is not None:
-            return self._follow(q, k, v, layout, cache, layer_idx)
+            return self._follow(q, k, v, layout, cache, layer_idx, mask)
         y = self.core(
             q,
             k,
@@ -127,10 +140,16 @@ class NemotronV3Attention(nn.Module):
         layout: SequenceLayout,
         cache: NemotronHybridCache,
         layer_idx: int | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """Store the new keys and values, and attend to all that each row holds."""
+        """Store the new keys and values, and attend to all that each row holds, or to what a mask
+        says."""
         check_keys(cache.states.get(layer_idx), layer_idx, k, v)
-        state, step = cache.begin(layer_idx, layout)
+        rows = layout
+        if mask is not None:
+            rows = rows_of(layout)
+            check_mask(mask, q, rows, held_by(cache, layer_idx))
+        state, step = cache.begin(layer_idx, rows)
         before = (state.keys, state.values)
         try:
             keys, values = state.append(k, v, step)
@@ -141,12 +160,17 @@ class NemotronV3Attention(nn.Module):
                 layout=step.layout,
                 starts=step.starts,
                 positions=step.positions,
-                impl=self.backend.impl,
+                mask=mask,
+                impl=self.chosen.impl,
             )
             return layout.unpack(project(self.o_proj, y.flatten(-2)))
         except BaseException:
             cache.abandon(layer_idx, before)
             raise
+
+    def setup_cp_attention(self, cp_mesh: Any) -> None:
+        """Raises ValueError: the layer cannot share a document's tokens with other processes."""
+        refuse("setup_cp_attention", type(self).__name__)
 
     def init_weights(
         self,
@@ -168,3 +192,18 @@ class NemotronV3Attention(nn.Module):
             rescale_prenorm_residual=rescale_prenorm_residual,
             buffer_device=buffer_device,
         )
+
+
+def rows_of(layout: SequenceLayout) -> SequenceLayout:
+    """All tokens of each row as one document: a mask decides which of them see each other.
+
+    Raises:
+        ValueError: a layout with padding, which would not be stored.
+    """
+    B, S = layout.shape if len(layout.shape) == 2 else (1, *layout.shape)
+    if layout.token_index is not None:
+        raise ValueError(
+            f"a layout of {layout.num_tokens} real tokens on a grid of {B * S} contradicts a 4-D "
+            "mask with a cache, which stores all of them: give a padding mask"
+        )
+    return SequenceLayout.plain(B, S, layout.device)

@@ -170,6 +170,12 @@ def balance_(
 
 
 def _biases(load: ExpertLoad) -> dict[str, Tensor]:
+    for name, router in load.routers.items():
+        if "e_score_correction_bias" not in router.state_dict():
+            raise RuntimeError(
+                f"{name} was made without a bias (force_e_score_correction_bias=False), so that "
+                "what is moved would be in no state dict: leave that field True"
+            )
     return {name: router.e_score_correction_bias for name, router in load.routers.items()}
 
 

@@ -13,7 +13,7 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import as_cache, check_floats, check_names, enter
+from nemotron_v3.layers.border import as_cache, check_floats, check_names, enter, is_4d
 from nemotron_v3.layers.init import place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
@@ -48,23 +48,34 @@ class NemotronV3Block(nn.Module):
         block_type: str | None = None,
     ):
         super().__init__()
-        config = NemotronV3Config.from_any(config)
-        backend = BackendConfig.from_any(backend)
         if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
             raise TypeError(f"layer_idx is {layer_idx!r}: give the block's number in the model")
         if block_type is None:
-            if not 0 <= layer_idx < config.num_hidden_layers:
+            types = NemotronV3Config.from_any(config, "types").layers_block_type
+            if not 0 <= layer_idx < len(types):
                 raise ValueError(
-                    f"layer_idx {layer_idx} is outside the model's {config.num_hidden_layers} "
+                    f"layer_idx {layer_idx} is outside the model's {len(types)} "
                     "layers: give block_type for a block of its own"
                 )
-            block_type = config.layers_block_type[layer_idx]
+            block_type = types[layer_idx]
+        part = canonical_block_type(block_type)
+        if part == "moe" and moe_config is not None:
+            part = "moe beside a moe_config"
+        config = NemotronV3Config.from_any(config, "block", part)
         self.config = config
         self.layer_idx = layer_idx
         self.block_type = canonical_block_type(block_type)
         self.residual_in_fp32 = config.residual_in_fp32
+        dtype = config.dtype
+        if self.block_type == "moe":
+            moe_config = MoEConfig.from_any(config if moe_config is None else moe_config)
+            dtype = moe_config.dtype or dtype
+        # The norm hands the stream over in the mixer's dtype, which is its weight's.
         self.norm = NemotronV3RMSNorm(
-            config.hidden_size, config.layer_norm_epsilon, config.dtype, backend
+            config.hidden_size,
+            config.layer_norm_epsilon,
+            dtype,
+            BackendConfig.from_any(backend, "block"),
         )
         self.mixer = _make_mixer(self.block_type, config, layer_idx, moe_config, backend)
 
@@ -96,12 +107,13 @@ class NemotronV3Block(nn.Module):
         Args:
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
             attention_mask: a padding mask, whose padding keeps its stream as it is and is in no
-                gradient of a weight; attention also takes a 4-D mask, an mlp ignores one.
+                gradient of a weight; attention also takes a 4-D mask, mlp and moe ignore one.
             past_key_values: a `NemotronHybridCache`: the tokens follow what it holds, and it is
                 updated in place.
             cache_position: without effect: the cache knows the position of each row.
             **attn_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
-                `SequenceLayout.resolve`.
+                `SequenceLayout.resolve`. In mlp and moe blocks offsets may end before the last
+                token: what follows are real tokens too.
 
         Returns:
             The shape of `hidden_states`, in its dtype; in fp32 with `residual_in_fp32`.
@@ -117,8 +129,11 @@ class NemotronV3Block(nn.Module):
                 torch.promote_types(hidden_states.dtype, torch.float32)
             )
         mask = None
-        if self.block_type in ("attention", "mlp") and _is_4d(attention_mask):
+        by_token = self.block_type in ("mlp", "moe")
+        if (by_token or self.block_type == "attention") and is_4d(attention_mask):
             mask, attention_mask = attention_mask, None
+        if by_token:  # pairs of tokens say nothing to it
+            mask = None
         if self.block_type == "mlp" and attention_mask is None and not attn_kwargs:
             return hidden_states + self.mixer(self.norm(hidden_states))
         layout = attn_kwargs.get("layout")
@@ -130,7 +145,15 @@ class NemotronV3Block(nn.Module):
             and layout.shape == hidden_states.shape[:-1]
         ):  # not as a model hands it to its blocks, many times a token
             width = self.config.hidden_size
-            layout = enter(hidden_states, width, attention_mask, attn_kwargs, cache)
+            layout = enter(
+                hidden_states,
+                width,
+                attention_mask,
+                attn_kwargs,
+                cache,
+                layer_idx=None if by_token else self.layer_idx,
+                by_token=by_token or mask is not None,
+            )
         if cache is None:
             return self._add(hidden_states, layout, mask, None)
         begun = cache.begun
@@ -149,9 +172,13 @@ class NemotronV3Block(nn.Module):
     ) -> Tensor:
         """`x + mixer(norm(x))`; padding is in neither, nor in any gradient of their weights."""
         if layout.token_index is None or mask is not None:
-            return hidden_states + self._mix(self.norm(hidden_states), layout, mask, cache)
-        x = self.norm(layout.pack(hidden_states))  # [T, D]
-        return hidden_states + layout.unpack(self._mix(x, layout.packed, None, cache))
+            y = self._mix(self.norm(hidden_states), layout, mask, cache)
+        else:
+            x = self.norm(layout.pack(hidden_states))  # [T, D]
+            y = layout.unpack(self._mix(x, layout.packed, None, cache))
+        if self.block_type == "moe":  # whose dtype may be its own
+            y = y.to(hidden_states.dtype)
+        return hidden_states + y
 
     def _mix(
         self,
@@ -180,10 +207,6 @@ class NemotronV3Block(nn.Module):
         self.mixer.init_weights(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
 
 
-def _is_4d(mask: Tensor | None) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 4
-
-
 def _make_mixer(
     block_type: str,
     config: NemotronV3Config,
@@ -197,7 +220,6 @@ def _make_mixer(
         return NemotronV3Attention(config, backend)
     if block_type == "mlp":
         return NemotronV3MLP.from_config(config, backend)
-    moe_config = MoEConfig.from_any(config if moe_config is None else moe_config)
     if moe_config.dim != config.hidden_size:
         raise ValueError(
             f"moe_config.dim is {moe_config.dim}, the model's hidden_size {config.hidden_size}: "
@@ -207,7 +229,7 @@ def _make_mixer(
         moe_config,
         mlp_bias=config.mlp_bias,
         initializer_range=config.initializer_range,
-        dtype=config.dtype,
+        dtype=moe_config.dtype or config.dtype,
         backend=backend,
         num_hidden_layers=config.num_hidden_layers,
         rescale_prenorm_residual=config.rescale_prenorm_residual,

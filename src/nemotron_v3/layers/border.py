@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.layers.offsets import of_this_call
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -15,6 +16,9 @@ def enter(
     attention_mask: Tensor | None,
     layout_kwargs: dict[str, Any],
     cache: NemotronHybridCache | None = None,
+    *,
+    layer_idx: int | None = None,
+    by_token: bool = False,
 ) -> SequenceLayout:
     """Check the hidden states and resolve the layout of their tokens.
 
@@ -23,6 +27,8 @@ def enter(
         attention_mask: a 2-D padding mask or None.
         layout_kwargs: the keyword arguments of `SequenceLayout.resolve`.
         cache: what the tokens follow, or None.
+        layer_idx: the layer's number in the cache, if it has a state there.
+        by_token: whether the layer works token by token (see `of_this_call`).
 
     Raises:
         ValueError: another rank or width, or a layout that does not fit.
@@ -45,6 +51,7 @@ def enter(
         ):
             return layout  # as a model hands it to its blocks, many times a token
     attention_mask = of_new_tokens(attention_mask, shape, cache)
+    layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, cache, layer_idx, by_token)
     return SequenceLayout.resolve(shape, hidden_states.device, attention_mask, **layout_kwargs)
 
 
@@ -93,6 +100,11 @@ def of_new_tokens(
     return mask[..., -shape[-1] :]
 
 
+def is_4d(mask: Any) -> bool:
+    """Whether a mask speaks of pairs of tokens."""
+    return isinstance(mask, Tensor) and mask.dim() == 4
+
+
 def _up_to_2d(mask: Any) -> bool:
     return isinstance(mask, Tensor) and 1 <= mask.dim() <= 2
 
@@ -118,6 +130,13 @@ def as_cache(past_key_values: Any) -> NemotronHybridCache | None:
     if past_key_values is None or isinstance(past_key_values, NemotronHybridCache):
         return past_key_values
     raise TypeError(
-        f"past_key_values is a {type(past_key_values).__name__}: give a NemotronHybridCache made "
-        "from the model's config"
+        f"past_key_values is a {full_name(past_key_values)}: give a "
+        "nemotron_v3.NemotronHybridCache made from the model's config"
     )
+
+
+def full_name(value: Any) -> str:
+    """The class of a value with its module, for another package's class of the same name."""
+    kind = type(value)
+    own = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{own}{kind.__qualname__}"

@@ -4,9 +4,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from nemotron_v3.config import BackendConfig
+from nemotron_v3.layers.calls import must_call
 from nemotron_v3.layers.extra_state import keep_state_dict_names
 from nemotron_v3.ops import _products
 
@@ -52,7 +52,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Raises:
         TypeError: `x` has another dtype than the weights, and no autocast brings them together.
     """
-    if torch.compiler.is_compiling() or type(layer) is not nn.Linear or is_watched(layer):
+    if torch.compiler.is_compiling() or must_call(layer, nn.Linear):
         return layer(x)
     if x.dtype != layer.weight.dtype:
         _check_dtype(layer, x)
@@ -67,18 +67,6 @@ def _check_dtype(layer: nn.Linear, x: Tensor) -> None:
             f"hidden states are {x.dtype}, the layer's weights {layer.weight.dtype}: cast the "
             f"hidden states, or the layer by .to({x.dtype}), or use torch.autocast"
         )
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether something else is to happen at its call: hooks, or another `forward` on it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or _has_any_global_hook()
-    )
 
 
 def load_transformer_engine(field: str) -> ModuleType:

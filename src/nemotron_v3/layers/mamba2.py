@@ -16,14 +16,17 @@ from nemotron_v3.cache.states import MambaState
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
+from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
+from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
 from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
 
 
-class NemotronV3Mamba2Mixer(KeepsFp32):
+class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
     """Projection, causal convolution, state-space scan, gated norm, projection (arXiv 2405.21060).
 
     `A_log`, `D` and `dt_bias` are parameters of the mixer itself and stay fp32 or wider whatever
@@ -43,8 +46,8 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def __init__(self, config: Any, layer_idx: int, *, backend: BackendConfig | None = None):
         super().__init__()
-        config = NemotronV3Config.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        config = NemotronV3Config.from_any(config, "mamba")
+        self.backend = BackendConfig.from_any(backend, "mamba")
         self.layer_idx = layer_idx
         self.hidden_size = config.hidden_size
         self.num_heads = config.mamba_num_heads
@@ -113,7 +116,9 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
         cache = as_cache(past_key_values)
-        layout = enter(hidden_states, self.hidden_size, attention_mask, kwargs, cache)
+        layout = enter(
+            hidden_states, self.hidden_size, attention_mask, kwargs, cache, layer_idx=self.layer_idx
+        )
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
         if cache is not None:
             return self._follow(zxbcdt, layout, cache)
@@ -122,12 +127,33 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Any, ...]:
         """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
+        if self._calls_modules:
+            return mamba2_by_modules(
+                zxbcdt,
+                self.conv1d,
+                self.norm,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                taps=self.conv_kernel_size,
+                chunk_size=self.chunk_size,
+                **self._sizes(),
+                **layout_and_states,
+            )
         return ops.mamba2(
             zxbcdt,
             *self._weights(),
+            eps=self.norm.variance_epsilon,
             chunk_size=self.chunk_size,
             **self._sizes(),
             **layout_and_states,
+        )
+
+    @property
+    def _calls_modules(self) -> bool:
+        """Whether conv1d or norm has to be called, which an op passes by."""
+        return must_call(self.conv1d, nn.Conv1d) or must_call(
+            self.norm, NemotronV3MambaRMSNormGated
         )
 
     def _follow(self, zxbcdt: Tensor, layout: SequenceLayout, cache: NemotronHybridCache) -> Tensor:
@@ -144,11 +170,7 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
 
     def _core(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
         """The core on tokens that follow a state, which moves on: y `[T, H*P]`."""
-        seen = (zxbcdt, state.ssm, state.conv, *self._weights())
-        differentiable = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in seen
-        )
-        if step.is_decode and not differentiable and not state.has_graph:
+        if step.is_decode and not self._differentiable(zxbcdt, state) and not self._calls_modules:
             if step.window:
                 state.remember(step.layout.seq_idx.long(), step.positions)
             state.touched = True
@@ -157,6 +179,7 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
                 *self._weights(),
                 conv_state=state.conv,
                 ssm_state=state.ssm,
+                eps=self.norm.variance_epsilon,
                 **self._sizes(),
             )
         if not step.window or not step.layout.num_tokens:
@@ -167,6 +190,13 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
             tokens = zxbcdt.index_select(0, piece.tokens)
             parts.append(self._scan_on(tokens, state, piece.layout))
         return torch.cat(parts).index_select(0, step.piece_order)
+
+    def _differentiable(self, zxbcdt: Tensor, state: MambaState) -> bool:
+        """Whether a backward pass may come through the core, now or from the states."""
+        tensors = (zxbcdt, *self.parameters())
+        return state.has_graph or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        )
 
     def _scan_on(self, zxbcdt: Tensor, state: MambaState, layout: SequenceLayout) -> Tensor:
         y, conv, ssm = self._scan(
@@ -191,7 +221,6 @@ class NemotronV3Mamba2Mixer(KeepsFp32):
             "head_dim": self.head_dim,
             "state_size": self.ssm_state_size,
             "dt_limit": self.time_step_limit,
-            "eps": self.norm.variance_epsilon,
             "impl": self.backend.impl,
         }
 

@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import check_floats, check_size
+from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.ops import relu2
 
 
-class NemotronV3MLP(nn.Module):
+class NemotronV3MLP(RefusesContextParallel):
     """`down_proj(relu(up_proj(x))^2)`, no gate (So et al. 2021, Primer).
 
     Args:
@@ -45,7 +46,7 @@ class NemotronV3MLP(nn.Module):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.initializer_range = initializer_range
-        backend = BackendConfig.from_any(backend)
+        backend = BackendConfig.from_any(backend, "mlp")
         self.impl = backend.impl
         kind = {"bias": bias, "backend": backend, "dtype": dtype}
         self.up_proj = make_linear(hidden_size, intermediate_size, **kind)
@@ -56,7 +57,7 @@ class NemotronV3MLP(nn.Module):
     @classmethod
     def from_config(cls, config: Any, backend: BackendConfig | None = None) -> "NemotronV3MLP":
         """The MLP of an `-` block."""
-        config = NemotronV3Config.from_any(config)
+        config = NemotronV3Config.from_any(config, "mlp")
         return cls(
             config.hidden_size,
             config.intermediate_size,

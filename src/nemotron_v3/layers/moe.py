@@ -7,11 +7,13 @@ the experts see (D, or the latent size), F expert width.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3.config import BackendConfig, MoEConfig
-from nemotron_v3.layers.border import enter
+from nemotron_v3.layers.border import enter, is_4d
+from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
+from nemotron_v3.layers.even import EvenRouter
 from nemotron_v3.layers.experts import NemotronV3Experts
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
@@ -19,7 +21,7 @@ from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.router import NemotronV3Router
 
 
-class NemotronV3MoE(nn.Module):
+class NemotronV3MoE(RefusesContextParallel):
     """Routed squared-ReLU experts plus a shared one that sees every token.
 
     With a latent size the routed experts work between `fc1_latent_proj` and `fc2_latent_proj`; the
@@ -30,10 +32,12 @@ class NemotronV3MoE(nn.Module):
         mlp_bias: bias of the shared expert and the latent projections.
         initializer_range: standard deviation of a fresh draw.
         dtype: of the parameters; None is `config.dtype`, else torch's default.
-        backend: a `BackendConfig`, a foreign one, or None for the default.
+        backend: a `BackendConfig`, a foreign one, or None for the default. With
+            `fake_balanced_gate` tokens go to the experts evenly, whatever the router says.
         num_hidden_layers, rescale_prenorm_residual: of the model, for the first draw.
 
     Attributes:
+        shared_experts: the shared MLP, `n_shared_experts` times as wide as one, or None.
         dispatcher: brings tokens to their experts and back; `LocalDispatcher` unless another is put
             in its place (experts spread over processes).
 
@@ -54,21 +58,24 @@ class NemotronV3MoE(nn.Module):
     ):
         super().__init__()
         config = MoEConfig.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        self.backend = BackendConfig.from_any(backend, "moe")
         dtype = dtype or config.dtype
         self.hidden_size = config.dim
         self.initializer_range = initializer_range
         self.dispatcher: ExpertDispatcher = LocalDispatcher()
-        self.gate = NemotronV3Router(config, dtype, self.backend.impl)
+        router = EvenRouter if self.backend.fake_balanced_gate else NemotronV3Router
+        self.gate = router(config, dtype, self.backend.impl)
         self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
         kind = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
-        self.shared_experts = NemotronV3MLP(
-            config.dim,
-            config.shared_expert_inter_dim,
-            initializer_range=initializer_range,
-            draw=False,
-            **kind,
-        )
+        self.shared_experts: NemotronV3MLP | None = None
+        if config.n_shared_experts:
+            self.shared_experts = NemotronV3MLP(
+                config.dim,
+                config.n_shared_experts * config.shared_expert_inter_dim,
+                initializer_range=initializer_range,
+                draw=False,
+                **kind,
+            )
         self.fc1_latent_proj = self.fc2_latent_proj = None
         if config.moe_latent_size is not None:
             self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **kind)
@@ -83,9 +90,11 @@ class NemotronV3MoE(nn.Module):
 
         Args:
             hidden_states: `[B, S, D]`, or `[T, D]` without a batch dimension.
-            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
+            attention_mask: `[B, S]`, 1 = real and 0 = padding, or None; a 4-D mask, which speaks of
+                pairs of tokens, says nothing here.
             **layout_kwargs: `layout`, `cu_seqlens`, `seq_idx` and the rest of
-                `SequenceLayout.resolve`.
+                `SequenceLayout.resolve`. Offsets may end before the last token: what follows are
+                real tokens too.
 
         Returns:
             The shape and dtype of `hidden_states`; 0 at padding.
@@ -94,7 +103,10 @@ class NemotronV3MoE(nn.Module):
             ValueError: shapes, masks or layouts that do not fit.
             TypeError: an unknown keyword argument.
         """
-        layout = enter(hidden_states, self.hidden_size, attention_mask, layout_kwargs)
+        attention_mask = None if is_4d(attention_mask) else attention_mask
+        layout = enter(
+            hidden_states, self.hidden_size, attention_mask, layout_kwargs, by_token=True
+        )
         x = layout.pack(hidden_states)  # [T, D]
         weights, indices = self.gate(x, layout)  # [T, K]
         latent = x if self.fc1_latent_proj is None else project(self.fc1_latent_proj, x)  # [T, X]
@@ -102,7 +114,9 @@ class NemotronV3MoE(nn.Module):
         routed = self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
         if self.fc2_latent_proj is not None:
             routed = project(self.fc2_latent_proj, routed)
-        return layout.unpack(routed + self.shared_experts(x))
+        if self.shared_experts is not None:
+            routed = routed + self.shared_experts(x)
+        return layout.unpack(routed)
 
     def init_weights(
         self,

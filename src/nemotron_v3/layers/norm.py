@@ -49,6 +49,10 @@ class NemotronV3RMSNorm(nn.Module):
             hidden_states, self.weight, self.variance_epsilon, self.weight.dtype, impl=impl
         )
 
+    def reset_parameters(self) -> None:
+        """The weight is ones again, as `torch.nn.RMSNorm` has it."""
+        nn.init.ones_(self.weight)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
@@ -84,6 +88,10 @@ class NemotronV3MambaRMSNormGated(nn.Module):
         return ops.gated_rms_norm(
             hidden_states, gate, self.weight, self.group_size, self.variance_epsilon
         )
+
+    def reset_parameters(self) -> None:
+        """The weight is ones again."""
+        nn.init.ones_(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, group_size={self.group_size}, eps={self.variance_epsilon}"

@@ -45,7 +45,8 @@ Watcher = Callable[[Routing], None]
 
 
 class NemotronV3Router(KeepsFp32):
-    """Sigmoid top-k router; `e_score_correction_bias` moves the choice, never the weights.
+    """Sigmoid top-k router; `e_score_correction_bias` moves the choice, and the weights only where
+    a `MoEConfig` says so (`router_weight_uses_score_correction_bias`).
 
     Logits and scores are fp32 or wider, and the bias is a persistent buffer that stays so.
 
@@ -64,13 +65,16 @@ class NemotronV3Router(KeepsFp32):
         self.topk_group = config.n_limited_groups
         self.norm_topk_prob = config.norm_topk_prob
         self.scaling_factor = config.route_scale
+        self.weights_use_bias = config.router_weight_uses_score_correction_bias
         self.impl = impl
         self.watchers: list[Watcher] = []
         self.forced: Callable[[int], Tensor] | None = None
+        dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
         bias = torch.zeros(config.n_routed_experts, dtype=at_least_fp32(dtype))
-        self.register_buffer("e_score_correction_bias", bias)
+        kept = config.force_e_score_correction_bias
+        self.register_buffer("e_score_correction_bias", bias, persistent=kept)
 
     def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> tuple[Tensor, Tensor]:
         """`[T, D]` -> weights `[T, K]` in fp32 or wider, and expert numbers `[T, K]`.
@@ -107,13 +111,21 @@ class NemotronV3Router(KeepsFp32):
 
     def weights_of(self, x: Tensor, indices: Tensor) -> Tensor:
         """The weights `[T, K]` that the tokens have for experts chosen elsewhere, `[T, K]`."""
-        weights = self.scores(x).gather(1, indices)
+        scores = self.scores(x)
+        if self.weights_use_bias:
+            scores = scores + self.e_score_correction_bias.to(scores.dtype)
+        weights = scores.gather(1, indices)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.scaling_factor
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call that nobody watches is `ops.router` and nothing more."""
+        return not self.weights_use_bias
+
     def _by_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.router(
+        weights, indices = ops.router(
             x,
             self.weight,
             self.e_score_correction_bias,
@@ -124,6 +136,7 @@ class NemotronV3Router(KeepsFp32):
             scaling_factor=self.scaling_factor,
             impl=self.impl,
         )
+        return (self.weights_of(x, indices) if self.weights_use_bias else weights), indices
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither watched nor forced."""

@@ -27,6 +27,32 @@ def check_tensor(name: str, x: Any) -> None:
         raise ValueError(f"{name} is on the meta device, and its values are needed: give them")
 
 
+def agreed(name: str, alone: Any, of_queries: Any, of_keys: Any) -> Any:
+    """The value of a setting that has names of its own for queries and keys; None: not given.
+
+    Raises:
+        ValueError: two of them that differ.
+    """
+    told = {name: alone, f"{name}_q": of_queries, f"{name}_kv": of_keys}
+    given = [(key, value) for key, value in told.items() if value is not None]
+    for key, value in given[1:]:
+        first, its = given[0]
+        if _plain(value) != _plain(its):
+            raise ValueError(
+                f"{first} {_plain(its)} and {key} {_plain(value)} contradict each other: every "
+                f"token is a query and a key, so give {name} alone, or the same twice"
+            )
+    return given[0][1] if given else None
+
+
+def _plain(value: Any) -> Any:
+    return value.flatten().tolist() if isinstance(value, Tensor) and value.dim() else _whole(value)
+
+
+def _whole(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def read_offsets(name: str, offsets: Tensor) -> list[int]:
     check_tensor(name, offsets)
     if offsets.dim() == 2 and offsets.shape[0] == 1:
@@ -57,6 +83,24 @@ def check_slots(offsets: list[int], slots: list[int]) -> None:
                 f"document {document} has {b - a} tokens (cu_seqlens) but a place of "
                 f"{end - start} (cu_seqlens_padded)"
             )
+
+
+def lengths_among(
+    offsets: list[int], rows: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Lengths of documents whose offsets count real tokens alone, `rows` where each row starts."""
+    if offsets[-1] != rows[-1]:
+        raise ValueError(
+            f"cu_seqlens ends at {offsets[-1]}, but attention_mask has {rows[-1]} real tokens of "
+            f"{grid_size(shape)}: they contradict each other; give one of them"
+        )
+    for row, border in enumerate(rows[1:-1]):
+        if border not in offsets:
+            raise ValueError(
+                f"a document crosses from row {row} into row {row + 1} of the {shape} batch: "
+                f"cu_seqlens must hold the row border {border}, counted in real tokens"
+            )
+    return tuple(b - a for a, b in pairwise(offsets))
 
 
 def check_row_borders(shape: tuple[int, ...], slots: list[int]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nemotron_v3.layout.checks import (
+    agreed,
     check_max_seqlen,
     check_qkv_format,
     check_row_borders,
@@ -27,6 +28,7 @@ from nemotron_v3.layout.checks import (
     fit_mask,
     grid_rows,
     grid_size,
+    lengths_among,
     read_offsets,
     shortened,
 )
@@ -215,12 +217,16 @@ class SequenceLayout:
         layout: "SequenceLayout | None" = None,
         cu_seqlens: Tensor | None = None,
         cu_seqlens_padded: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
         max_seqlen: int | Tensor | None = None,
+        max_seqlen_q: int | Tensor | None = None,
+        max_seqlen_kv: int | Tensor | None = None,
         qkv_format: str | None = None,
         seq_idx: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cp_size: int = 1,
-        cp_rank: int = 0,
+        cp_size: int | None = None,
+        cp_rank: int | None = None,
     ) -> "SequenceLayout":
         """The one layout that a layer's or a model's keyword arguments describe.
 
@@ -229,17 +235,22 @@ class SequenceLayout:
             device: where the hidden states are.
             attention_mask: a 2-D padding mask, or None.
             layout, cu_seqlens, seq_idx: say the same in three ways; more than one must agree.
+                Beside a mask, offsets that end at its number of real tokens count those alone, in
+                grid order.
             cu_seqlens_padded: see `from_cu_seqlens`.
+            cu_seqlens_q, cu_seqlens_kv: other names of cu_seqlens: each token is a query and a key.
             max_seqlen: an upper bound of the document lengths; checked, not needed.
+            max_seqlen_q, max_seqlen_kv: other names of it.
             qkv_format: `"thd"` (packed) or `"bshd"`; checked, not needed.
             position_ids: accepted and without effect: the model has no positional term.
-            cp_size, cp_rank: 1 and 0; a layer that was given a context-parallel group checks them
-                itself.
+            cp_size, cp_rank: 1 and 0, or None: no layer shares a document with other processes.
 
         Raises:
             ValueError: arguments that contradict each other or the shape.
         """
-        if cp_size != 1 or cp_rank != 0:
+        cu_seqlens = agreed("cu_seqlens", cu_seqlens, cu_seqlens_q, cu_seqlens_kv)
+        max_seqlen = agreed("max_seqlen", max_seqlen, max_seqlen_q, max_seqlen_kv)
+        if cp_size not in (None, 1) or cp_rank not in (None, 0):
             raise ValueError(
                 f"cp_size={cp_size}, cp_rank={cp_rank} but this layer was given no "
                 "context-parallel group: leave them out, or shard the model first"
@@ -252,11 +263,15 @@ class SequenceLayout:
             if not isinstance(layout, SequenceLayout):
                 raise TypeError(f"layout is a {type(layout).__name__}: give a SequenceLayout")
             candidates.append(("layout", layout))
-        if cu_seqlens is not None:
-            built = cls.from_cu_seqlens(cu_seqlens, shape, cu_seqlens_padded)
-            candidates.append(("cu_seqlens", built))
         if attention_mask is not None:
             attention_mask = fit_mask(attention_mask, shape)
+        if cu_seqlens is not None:
+            built = None
+            if attention_mask is not None and cu_seqlens_padded is None:
+                built = cls._of_real_tokens(cu_seqlens, attention_mask, shape)
+            if built is None:
+                built = cls.from_cu_seqlens(cu_seqlens, shape, cu_seqlens_padded)
+            candidates.append(("cu_seqlens", built))
         if seq_idx is not None:
             seq_idx = fit_grid("seq_idx", seq_idx, shape)
             if attention_mask is not None:
@@ -305,6 +320,18 @@ class SequenceLayout:
         if token_index is not None:
             token_index = on_device(token_index, cu_seqlens.device)
         return cls(tuple(shape), lengths, cu_seqlens, token_index)
+
+    @classmethod
+    def _of_real_tokens(
+        cls, cu_seqlens: Tensor, mask: Tensor, shape: tuple[int, ...]
+    ) -> "SequenceLayout | None":
+        """Offsets into the tokens that a mask marks as real; None where they are none of those."""
+        offsets = read_offsets("cu_seqlens", cu_seqlens)
+        if offsets[-1] == grid_size(shape):
+            return None
+        real = cls.from_padding_mask(mask.reshape(grid_rows(shape), shape[-1]))
+        lengths = lengths_among(offsets, real.offsets, shape)
+        return cls._build(shape, lengths, real.token_index, cu_seqlens.device)
 
     # --- what it says -------------------------------------------------------------------------
 

@@ -14,12 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.config.foreign import AskedByTrainers
+from nemotron_v3.config.trainers import AskedByTrainers
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
+from nemotron_v3.layers.calls import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
+from nemotron_v3.layers.offsets import of_this_call
 from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
@@ -89,6 +91,7 @@ class NemotronV3Model(nn.Module):
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         check_names(layout_kwargs, "the model")
         attention_mask = of_new_tokens(attention_mask, shape, cache)
+        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, cache)
         layout = SequenceLayout.resolve(
             shape, device, attention_mask, layout=layout, **layout_kwargs
         )
@@ -264,6 +267,7 @@ class NemotronV3ForCausalLM(nn.Module):
         check_names(layout_kwargs, "the model")
         check_kept(logits_to_keep)
         attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
+        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, past_key_values)
         layout = SequenceLayout.resolve(
             shape,
             device,
@@ -405,15 +409,12 @@ class NemotronV3ForCausalLM(nn.Module):
 def plain_weight(head: nn.Module) -> Tensor | None:
     """The matrix `[V, D]` of a head that is nothing else, so that a loss may multiply by it itself.
 
-    None where the head has to be called: adapters, quantised or sharded weights, hooks, a bias,
-    another backend's projection.
+    None where the head has to be called: adapters, quantised or sharded weights, hooks (those of
+    all modules too), a bias, another backend's projection.
     """
-    modules = [head, *([head.embeddings] if isinstance(head, TiedHead) else ())]
-    hooked = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-    if type(head) not in (nn.Linear, TiedHead) or hooked or "forward" in vars(head):
+    if must_call(head, nn.Linear, TiedHead):
+        return None
+    if isinstance(head, TiedHead) and must_call(head.embeddings, nn.Embedding):
         return None
     if getattr(head, "bias", None) is not None:
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nemotron_v3.layers.attention import NemotronV3Attention
+from nemotron_v3.layers.even import EvenRouter
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3Router
@@ -100,13 +101,15 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield "mamba2", *_form("mamba2", module.backend.impl, module)
             yield "mamba2_step", *_form("mamba2_step", module.backend.impl, module)
         case NemotronV3Attention():
-            if module.backend.attn == "sdpa":
-                yield "attention", *_form("attention", module.backend.impl, module)
+            if module.chosen.attn == "sdpa":
+                yield "attention", *_form("attention", module.chosen.impl, module)
                 yield from _long_documents(module)
             else:
-                uses = {"te": _TE, "flex": "flex"}[module.backend.attn]
-                yield "attention", uses, f"attn={module.backend.attn!r}"
-            yield "cached_attention", *_form("cached_attention", module.backend.impl, module)
+                uses = {"te": _TE, "flex": "flex"}[module.chosen.attn]
+                yield "attention", uses, f"attn={module.chosen.attn!r}"
+            yield "cached_attention", *_form("cached_attention", module.chosen.impl, module)
+        case EvenRouter():
+            yield "router", "even", "fake_balanced_gate=True"
         case NemotronV3Router():
             yield "router", *_form("router", module.impl, module)
         case NemotronV3Experts():

@@ -66,13 +66,14 @@ def _masked(
     some = attends.any(-1, keepdim=True)  # [B, 1, S, 1]
     # A softmax over nothing is 0/0: let such a query attend everything, and drop what it reads.
     mask = mask | ~some if mask.dtype == torch.bool else mask.to(q.dtype).masked_fill(~some, 0)
-    out = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in grid),
-        attn_mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        enable_gqa=_gqa(q, k),
-    )
+    with without_plans(q):
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in grid),
+            attn_mask=mask,
+            scale=scale,
+            dropout_p=dropout_p,
+            enable_gqa=_gqa(q, k),
+        )
     out = out.masked_fill(~some, 0).transpose(1, 2)
     return layout.pack(out[0] if len(layout.shape) == 1 else out)
 

@@ -10,7 +10,7 @@ from nemotron_v3.ops import _long_attention as long
 from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention.op import as_called, refuse_widths
-from nemotron_v3.ops.cached_attention import portable, reference
+from nemotron_v3.ops.cached_attention import masked, portable, reference
 
 
 @without_autocast
@@ -22,6 +22,7 @@ def cached_attention(
     layout: SequenceLayout,
     starts: tuple[int, ...],
     positions: Tensor,
+    mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -38,6 +39,9 @@ def cached_attention(
         layout: of the new tokens.
         starts: tokens each row held before, on the host.
         positions: int64 `[rows]`, the same on the device.
+        mask: `[rows or 1, 1 or H, S, start + S]` where all rows hold `start` tokens and get S, bool
+            (True = attend) or additive floats: it alone decides; a query that may attend nothing
+            gives 0.
         scale: of the scores, by default `P ** -0.5`.
         impl: see `nemotron_v3.ops`. "auto" takes PyTorch's kernels for one token a row, and in 16
             bits on a GPU for long prompts onto an empty cache, at a few fixed sizes.
@@ -62,6 +66,12 @@ def cached_attention(
             f"{layout.num_documents} documents"
         )
     keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if mask is not None:
+        masked.check_mask(mask, q, layout, starts)
+        run = pick(
+            "masked cached_attention", impl, reference=masked.reference, portable=masked.portable
+        )
+        return run(q, keys, values, mask=mask, layout=layout, scale=scale).to(q.dtype)
     one_token = layout.uniform_length == 1
     run = pick(
         "cached_attention",
