@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops._empty import of_no_tokens
 from nemotron_v3.ops.attention import flex, portable, reference
 
 
@@ -51,6 +52,8 @@ def attention(
         )
     if mask is not None:
         _check_mask(mask, layout, H)
+    if not T:
+        return of_no_tokens(q, k, v)
     run = pick(
         "attention",
         impl,
