@@ -7,6 +7,7 @@ compiled anew for. What lies between them, projections and norms, is compiled.
 import torch
 
 from nemotron_v3 import ops
+from nemotron_v3.model import loss
 
 attention = torch.compiler.disable(ops.attention)
 cached_attention = torch.compiler.disable(ops.cached_attention)
@@ -16,4 +17,5 @@ linear_cross_entropy = torch.compiler.disable(ops.linear_cross_entropy)
 mamba2 = torch.compiler.disable(ops.mamba2)
 mamba2_step = torch.compiler.disable(ops.mamba2_step)
 router = torch.compiler.disable(ops.router)
-shift_labels = torch.compiler.disable(ops.shift_labels)
+refuse_stray_label = torch.compiler.disable(loss.refuse_stray_label)
+targets_of = torch.compiler.disable(loss.targets_of)
