@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nemotron_v3 import NemotronV3Config, NemotronV3ForCausalLM
+from nemotron_v3 import NemotronV3Config, NemotronV3ForCausalLM, SequenceLayout
 
 ALL_BLOCKS = "ME*-M*E"
 WITHOUT_MOE = "M*-M"
@@ -55,3 +55,10 @@ def disturb(model: torch.nn.Module, generator: torch.Generator) -> None:
 def tokens(*shape: int, seed: int = 0, vocab: int = 97) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab, shape, generator=generator)
+
+
+def labels_of(ids: torch.Tensor, where: torch.Tensor | SequenceLayout) -> torch.Tensor:
+    """The tokens as labels, -100 at the padding of a mask or of a layout."""
+    if isinstance(where, SequenceLayout):
+        where = where.unpack(torch.ones(where.num_tokens, dtype=torch.int64))
+    return ids.masked_fill(where == 0, -100)

@@ -1,13 +1,17 @@
 """SequenceLayout: every way of saying how tokens lie says the same, and nonsense is refused."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
+from torch.distributed.utils import _apply_to_tensors
 from torch.utils import _pytree as pytree
 
 from nemotron_v3 import SequenceLayout
-from nemotron_v3.layout import sequence
+from nemotron_v3.layout import modes, sequence
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
 
@@ -91,7 +95,45 @@ def test_it_is_a_pytree():
     layout = SequenceLayout.from_padding_mask(MASK)
     leaves, spec = pytree.tree_flatten(layout)
     assert len(leaves) == 2
-    assert pytree.tree_unflatten(leaves, spec).same_as(layout)
+    assert pytree.tree_unflatten(leaves, spec) is layout
+    copies = pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
+    assert copies is not layout and copies.same_as(layout)
+    assert pytree.tree_map(type, layout).cu_seqlens is torch.Tensor  # no tensors: let through
+    text = pytree.treespec_dumps(spec)
+    assert pytree.tree_unflatten(leaves, pytree.treespec_loads(text)).same_as(layout)
+    assert copy.deepcopy(spec) == spec
+
+
+def test_what_takes_dataclasses_apart_leaves_it_alone():
+    layout = SequenceLayout.from_lengths([5, 11])
+    table = layout.derived("a table", lambda _: object())
+    # As FSDP casts the arguments of each of its groups.
+    seen = _apply_to_tensors(lambda t: t.clone(), {"layout": layout})["layout"]
+    assert seen.derived("a table", lambda _: object()) is table
+    with pytest.raises(AttributeError, match="does not change"):
+        layout.lengths = (16,)
+
+
+CUT = {
+    "a pack": SequenceLayout.from_lengths([3, 2, 2, 3]),
+    "a batch": SequenceLayout.plain(2, 5),
+    "a padded batch": SequenceLayout.from_padding_mask(MASK),
+}
+
+
+@pytest.mark.parametrize("layout", CUT.values(), ids=CUT)
+def test_a_layout_that_is_cut_into_micro_batches_is_refused(layout):
+    with pytest.raises(ValueError, match="make one layout a micro-batch"):
+        split_args_kwargs_into_chunks((torch.zeros(4, 3),), {"layout": layout}, 2)
+
+
+def test_a_mask_and_numbers_are_cut_into_the_layouts_of_micro_batches():
+    numbers = torch.arange(4)[:, None].expand_as(MASK)
+    said = {"attention_mask": MASK, "seq_idx": numbers}
+    _, parts = split_args_kwargs_into_chunks((MASK,), said, 2)
+    found = [resolve((2, 5), part["attention_mask"], seq_idx=part["seq_idx"]) for part in parts]
+    expected = [SequenceLayout.from_padding_mask(half) for half in MASK.chunk(2)]
+    assert all(a.same_as(b) for a, b in zip(found, expected, strict=True))
 
 
 BAD_OFFSETS = [
@@ -210,12 +252,14 @@ def test_tables_built_in_a_graph_capture_serve_that_capture_alone(monkeypatch):
     """There they hold nothing before the first replay: zeros stand for that here."""
     layout = SequenceLayout.from_padding_mask(MASK)
     expected = [table.clone() for table in tables(SequenceLayout.from_padding_mask(MASK))]
-    monkeypatch.setattr(sequence, "capturing", lambda device: True)
+    for module in (modes, sequence):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
     for table in tables(layout):
         table.zero_()
     monkeypatch.undo()
     assert all(map(torch.equal, tables(layout), expected))
-    monkeypatch.setattr(sequence, "capturing", lambda device: True)
+    for module in (modes, sequence):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
     kept = tables(layout)  # built before the capture: they are taken, and stay
     monkeypatch.undo()
     assert all(a is b for a, b in zip(kept, tables(layout), strict=True))
@@ -224,8 +268,8 @@ def test_tables_built_in_a_graph_capture_serve_that_capture_alone(monkeypatch):
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_capture_is_looked_for_on_a_gpu_only(monkeypatch, capture):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture)
-    assert sequence.capturing(torch.device("cuda", 0)) is capture
-    assert not sequence.capturing(torch.device("cpu"))
+    assert modes.capturing(torch.device("cuda", 0)) is capture
+    assert not modes.capturing(torch.device("cpu"))
 
 
 MADE = {
@@ -248,3 +292,56 @@ def test_a_layout_made_in_inference_mode_serves_training(name):
     weight = torch.ones(layout.num_tokens, requires_grad=True)
     (weight * tables(layout)[0]).sum().backward()  # saved for the backward pass
     assert torch.equal(weight.grad, tables(layout)[0].float())
+
+
+# --- position ids ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "lengths"),
+    [
+        ([[0, 1, 2, 0, 1, 0]], None, (3, 2, 1)),
+        ([[7, 8, 0, 1, 2, 3]], None, (2, 4)),  # a piece of a pack
+        ([[1, 2, 3, 1, 2, 3]], None, (3, 3)),  # counted from 1
+        ([[0, 1, 2, 3, 4, 5]], None, (6,)),
+        ([[0, 1, 2, 0, 1, 0]], [[1, 1, 1, 1, 1, 1]], (3, 2, 1)),
+        ([[0, 1, 2, 0, 0, 0]], [[1, 1, 1, 1, 0, 0]], (3, 1)),
+        ([[0, 1, 2, 3, 0, 0]], [[1, 1, 1, 1, 0, 0]], (4,)),
+        ([[1, 1, 0, 1, 2, 3]], [[0, 0, 1, 1, 1, 1]], (4,)),  # left padding, counted
+        ([[0, 0, 0, 1, 2, 3]], [[0, 0, 1, 1, 1, 1]], (4,)),
+        ([[0, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1]], (4,)),
+        ([[0, 1, 2, 3, 4, 5]], [[1, 1, 0, 0, 1, 1]], (4,)),  # places
+        ([[0, 1, 1, 1, 2, 3]], [[1, 1, 0, 0, 1, 1]], (4,)),  # real tokens
+        ([[0, 1, 0, 0, 0, 1]], [[1, 1, 0, 0, 1, 1]], (2, 2)),
+        ([[5, 17, 3, 0, 99, 2]], None, (6,)),  # no count of documents
+    ],
+)
+def test_documents_start_where_positions_start_anew(positions, mask, lengths):
+    mask = None if mask is None else torch.tensor(mask)
+    found = resolve((1, 6), mask, position_ids=torch.tensor(positions))
+    assert found.lengths == lengths
+    if mask is not None:
+        assert torch.equal(found.unpack(torch.ones(found.num_tokens)), mask[0:1].float())
+
+
+def test_positions_of_one_row_hold_for_all_and_rows_stay_apart():
+    one = torch.tensor([0, 1, 0, 1, 2])
+    assert resolve((2, 5), position_ids=one).lengths == (2, 3, 2, 3)
+    assert resolve((2, 5), position_ids=one[None]).lengths == (2, 3, 2, 3)
+    assert resolve((5,), position_ids=one).lengths == (2, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    assert resolve((2, 5), mask, position_ids=one).lengths == (2, 2, 0)
+
+
+def test_positions_that_contradict_documents_are_refused():
+    positions = torch.tensor([0, 1, 2, 0, 1])
+    agreeing, other = torch.tensor([0, 3, 5]), torch.tensor([0, 5])
+    assert resolve((5,), cu_seqlens=agreeing, position_ids=positions).lengths == (3, 2)
+    assert resolve((5,), cu_seqlens=agreeing, position_ids=torch.arange(5)).lengths == (3, 2)
+    for said in ({"cu_seqlens": other}, {"layout": SequenceLayout.from_cu_seqlens(other)}):
+        with pytest.raises(ValueError, match="position_ids contradict each other"):
+            resolve((5,), position_ids=positions, **said)
+    with pytest.raises(ValueError, match=r"position_ids have shape \(4,\)"):
+        resolve((5,), position_ids=torch.arange(4))
+    with pytest.raises(TypeError, match="position_ids are a list"):
+        resolve((5,), position_ids=[0, 1, 2, 3, 4])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from nemotron_v3 import NemotronV3ForCausalLM, SequenceLayout
 from tests.accuracy import document_lengths
-from tests.models import WITHOUT_MOE, tiny_model, tokens
+from tests.models import WITHOUT_MOE, labels_of, tiny_model, tokens
 
 # One-token documents, lengths around the conv width (4) and the chunk (16).
 LENGTHS = [1, 3, 4, 5, 1, 15, 16, 17, 2, 33]
@@ -105,7 +105,7 @@ def test_the_losses_of_all_layouts_agree():
     losses = [
         model(flat, labels=flat, cu_seqlens=offsets, max_seqlen=33).loss,
         model(flat[None], labels=flat[None], seq_idx=numbers[None]).loss,
-        model(ids, mask, labels=ids).loss,
+        model(ids, mask, labels=labels_of(ids, mask)).loss,
     ]
     for loss in losses:
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

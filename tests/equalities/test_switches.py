@@ -7,13 +7,13 @@ from torch import Tensor
 
 from nemotron_v3 import NemotronV3ForCausalLM, SequenceLayout
 from tests.accuracy import layouts
-from tests.models import ALL_BLOCKS, WITHOUT_MOE, tiny_model, tokens
+from tests.models import ALL_BLOCKS, WITHOUT_MOE, labels_of, tiny_model, tokens
 
 
 def results(model: NemotronV3ForCausalLM, ids: Tensor, layout: SequenceLayout) -> list[Tensor]:
     """Logits, loss and every gradient."""
     model.zero_grad()
-    out = model(ids, labels=ids, layout=layout)
+    out = model(ids, labels=labels_of(ids, layout), layout=layout)
     out.loss.backward()
     return [out.logits.detach(), out.loss.detach(), *(p.grad for p in model.parameters())]
 

@@ -36,12 +36,25 @@ def test_positions_of_one_row_hold_for_all():
     assert layout((2, 6), position_ids=rows).lengths == (2, 4, 6)
 
 
-def test_positions_say_nothing_beside_a_mask():
-    """generate() counts the real tokens of left-padded rows."""
+@pytest.mark.parametrize("at_padding", [0, 1])
+def test_positions_of_left_padded_rows_are_one_document(at_padding):
+    """generate() counts their real tokens."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    positions = torch.tensor([[1, 1, 0, 1, 2, 3]])
-    found = layout(attention_mask=mask, position_ids=positions)
-    assert found.lengths == (4,) and found.token_index.tolist() == [2, 3, 4, 5]
+    for positions in ([[at_padding, at_padding, 0, 1, 2, 3]], [[0, 1, 2, 3, 4, 5]]):
+        found = layout(attention_mask=mask, position_ids=torch.tensor(positions))
+        assert found.lengths == (4,) and found.token_index.tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("tail", [0, 2])
+def test_positions_that_start_anew_beside_a_mask_are_borders(tail):
+    mask = torch.tensor([[1] * 6 + [0] * tail])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0] + [0] * tail])
+    said = {"attention_mask": mask, "position_ids": positions}
+    assert layout((1, 6 + tail), **said).lengths == (3, 2, 1)
+    kinds = {"full_attention": None, "linear_attention": mask}
+    assert layout((1, 6 + tail), **said | {"attention_mask": kinds}).lengths == (3, 2, 1)
+    with pytest.raises(ValueError, match="3 documents in a batch of 1 rows and a cache"):
+        layout((1, 6 + tail), **said, cached=True)
 
 
 def test_positions_beside_a_4d_mask_say_where_scans_start():

@@ -17,7 +17,7 @@ from torch import nn
 from nemotron_v3 import BackendConfig, NemotronV3ForCausalLM, SequenceLayout, ops
 from nemotron_v3.layers import NemotronV3Attention, NemotronV3Block
 from tests.accuracy import document_lengths
-from tests.models import tiny_config, tiny_model, tokens
+from tests.models import labels_of, tiny_config, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -195,9 +195,10 @@ FORMATS = {
 def test_transformer_engine_gives_the_same_numbers_and_gradients(te, layout, changes):
     ours, theirs = both(**changes)
     ids = tokens(*LAYOUTS[layout].shape)
+    labels = labels_of(ids, LAYOUTS[layout])
     results = []
     for model in (ours, theirs):
-        out = model(ids, labels=ids, layout=LAYOUTS[layout])
+        out = model(ids, labels=labels, layout=LAYOUTS[layout])
         out.loss.backward()
         results.append((out.logits, dict(model.named_parameters())))
     (a, grads), (b, other) = results

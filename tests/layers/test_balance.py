@@ -254,3 +254,21 @@ def test_bad_rates_and_counts_of_nothing_are_refused():
         balance_(load, math.nan)
     with pytest.raises(ValueError, match="without mixture-of-experts blocks"):
         ExpertLoad(tiny_model("M*-"))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Gradient accumulation over parts with different numbers of documents and targets."""
+    model = tiny_model().double().train()
+    parts = [tokens(1, 5), tokens(3, 30, seed=1)]
+    flat = torch.cat([part.flatten() for part in parts])
+    layout, targets, documents = SequenceLayout.from_lengths([5, 30, 30, 30]), 4 + 3 * 29, 4
+    found = []
+    with BalanceLoss(model, 0.1) as balance:
+        whole = model(flat, labels=flat, layout=layout).loss + balance.take()
+        found.append(torch.autograd.grad(whole, list(model.parameters())))
+        for part in parts:
+            loss = model(part, labels=part, num_items_in_batch=targets).loss
+            (loss + balance.take() * len(part) / documents).backward()
+    found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * a.abs().max()

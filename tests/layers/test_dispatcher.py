@@ -5,7 +5,7 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layers.dispatcher import LocalDispatcher, Sent
-from tests.models import tiny_model, tokens
+from tests.models import labels_of, tiny_model, tokens
 
 
 class Halves:
@@ -51,7 +51,7 @@ def test_experts_in_two_places_give_the_local_result(latent):
         if spread:
             for layer in layers:
                 layer.dispatcher = Halves(8)
-        out = model(ids, mask, labels=ids)
+        out = model(ids, mask, labels=labels_of(ids, mask))
         out.loss.backward()
         results.append([out.logits, out.loss, *(p.grad for p in model.parameters())])
     assert all(min(layer.dispatcher.rows_of[0]) > 0 for layer in layers)

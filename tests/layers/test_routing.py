@@ -11,10 +11,11 @@ from nemotron_v3.layers import NemotronV3MoE
 from nemotron_v3.layers.balance import BalanceLoss, ExpertLoad
 from nemotron_v3.layers.replay import RoutingRecord, record_routing, replay_routing
 from nemotron_v3.layers.router import checkpoint_contexts, routers
-from tests.models import tiny_model, tokens
+from tests.models import labels_of, tiny_model, tokens
 
 IDS, MASK = tokens(2, 20), torch.ones(2, 20)
 MASK[1, 12:] = 0
+LABELS = labels_of(IDS, MASK)
 NAMES = ["model.layers.1.mixer.gate", "model.layers.6.mixer.gate"]
 
 
@@ -64,11 +65,11 @@ def test_a_replay_routes_as_recorded_whatever_the_bias_says():
 
 def test_a_replay_has_the_gradients_of_a_model_that_chooses_so():
     model = tiny_model().double()
-    record, out = record_of(model, labels=IDS)
+    record, out = record_of(model, labels=LABELS)
     names, parameters = zip(*model.named_parameters(), strict=True)
     expected = torch.autograd.grad(out.loss, parameters)
     with replay_routing(model, record):
-        loss = model(IDS, MASK, labels=IDS).loss
+        loss = model(IDS, MASK, labels=LABELS).loss
     for name, a, b in zip(names, torch.autograd.grad(loss, parameters), expected, strict=True):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max(), name
         assert "gate" not in name or b.abs().max() > 0
@@ -101,7 +102,7 @@ def test_a_checkpoint_recomputes_a_replayed_routing(inside):
         torch.manual_seed(3)
         other = make(model)
         with replay_routing(other, record):
-            loss = other(IDS, MASK, labels=IDS).loss
+            loss = other(IDS, MASK, labels=LABELS).loss
             if inside:
                 loss.backward()
         if not inside:
@@ -114,12 +115,12 @@ def test_a_checkpoint_recomputes_a_replayed_routing(inside):
 def test_a_checkpoint_recomputes_the_same_routing_and_is_recorded_once():
     model = checkpointed(tiny_model())
     with record_routing(model) as record, ExpertLoad(model) as load:
-        model(IDS, MASK, labels=IDS).loss.backward()
+        model(IDS, MASK, labels=LABELS).loss.backward()
     assert [len(calls) for calls in record.indices.values()] == [1, 1]
     assert all(int(counts.sum()) == 32 * 3 for counts in load.counts.values())
     recomputed = []
     with record_routing(model) as first:
-        loss = model(IDS, MASK, labels=IDS).loss
+        loss = model(IDS, MASK, labels=LABELS).loss
         for router in routers(model).values():
             choose = router._by_scores
             router._by_scores = lambda x, choose=choose: (
@@ -224,7 +225,7 @@ def test_a_balance_loss_under_checkpoints_has_the_same_gradients():
     for make in (lambda m: m, checkpointed):
         model = make(tiny_model())
         with BalanceLoss(model, 0.1) as balance:
-            loss = model(IDS, MASK, labels=IDS).loss + balance.take()
+            loss = model(IDS, MASK, labels=LABELS).loss + balance.take()
         loss.backward()
         assert balance.take() == 0.0
         seen.append([loss, *(p.grad for p in model.parameters())])

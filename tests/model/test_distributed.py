@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from nemotron_v3 import NemotronV3ForCausalLM
 from nemotron_v3.model.output import Unread
 from nemotron_v3.parallel import shard_model
-from tests.models import tiny_model, tokens
+from tests.models import tiny_config, tiny_model, tokens
 
 PROCESSES = 2
 SECONDS = 90
@@ -66,12 +67,18 @@ def half(rank: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def expected_gradients(model: nn.Module) -> dict[str, Tensor]:
+def half_or_padding(rank: int) -> dict[str, Tensor]:
+    """The last process has run out of data."""
+    mask = torch.full((1, 40), int(rank + 1 < PROCESSES))
+    return half(rank) | {"attention_mask": mask}
+
+
+def expected_gradients(model: nn.Module, batch_of: Callable = half) -> dict[str, Tensor]:
     """The mean over both halves, summed in fp32, in the dtype of the parameter."""
     total: dict[str, Tensor] = {}
     for rank in range(PROCESSES):
         model.zero_grad()
-        model(**half(rank)).loss.backward()
+        model(**batch_of(rank)).loss.backward()
         for name, parameter in model.named_parameters():
             gradient = parameter.grad.float() / PROCESSES
             total[name] = total[name] + gradient if name in total else gradient
@@ -153,7 +160,73 @@ def fsdp_computing_in_bf16(rank: int) -> None:
     assert_equal(rounded, sums)
 
 
-WORKERS = [ddp, ddp_that_looks_into_outputs, fsdp_of_a_bf16_model, fsdp_computing_in_bf16]
+LATENT_AND_BIASES = {"moe_latent_size": 28, "attention_bias": True, "tie_word_embeddings": True}
+
+
+def ddp_where_one_has_padding_alone(rank: int) -> None:
+    for changes in ({}, LATENT_AND_BIASES):
+        model = tiny_model(**changes)
+        gradients = expected_gradients(copy.deepcopy(model), half_or_padding)
+        shared = DistributedDataParallel(model)
+        for _ in range(2):  # the second step finds what the first left undone
+            model.zero_grad()
+            shared(**half_or_padding(rank)).loss.backward()
+            assert_equal({n: p.grad for n, p in model.named_parameters()}, gradients)
+
+
+def fsdp_where_one_has_padding_alone(rank: int) -> None:
+    for changes in ({}, LATENT_AND_BIASES):
+        model = tiny_model(**changes)
+        gradients = expected_gradients(copy.deepcopy(model), half_or_padding)
+        shard_model(model)
+        for _ in range(2):
+            model.zero_grad()
+            model(**half_or_padding(rank)).loss.backward()
+            found = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+            assert_equal(found, gradients)
+
+
+def fsdp_from_the_meta_device(rank: int) -> None:
+    """The weights of one process with the first one's seed, in parts; then a step."""
+    torch.manual_seed(0)
+    alone = NemotronV3ForCausalLM(tiny_config(moe_latent_size=28))
+    torch.manual_seed(0)
+    alone.init_weights()
+    with torch.device("meta"):
+        model = NemotronV3ForCausalLM(tiny_config(moe_latent_size=28))
+    shard_model(model)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    torch.manual_seed(rank)
+    model.init_weights()
+    drawn = {n: p.full_tensor() for n, p in model.named_parameters()}
+    assert_equal(drawn, {n: p.detach() for n, p in alone.named_parameters()})
+    assert all(p.to_local().numel() < p.numel() for p in model.parameters())
+    gradients = expected_gradients(alone)
+    model(**half(rank)).loss.backward()
+    assert_equal({n: p.grad.full_tensor() for n, p in model.named_parameters()}, gradients)
+
+
+def fsdp_that_casts_inputs(rank: int) -> None:
+    """All blocks of a pass see one layout, and the tables that it keeps."""
+    model, seen = tiny_model(), []
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard_model(model, mp_policy=policy)
+    for block in model.model.layers:
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["layout"]), with_kwargs=True
+        )
+    model(**half(rank)).loss.backward()
+    assert len(seen) == len(model.model.layers) and all(each is seen[0] for each in seen)
+
+
+WORKERS = [
+    *(ddp, ddp_that_looks_into_outputs, ddp_where_one_has_padding_alone),
+    *(fsdp_of_a_bf16_model, fsdp_computing_in_bf16, fsdp_where_one_has_padding_alone),
+    *(fsdp_from_the_meta_device, fsdp_that_casts_inputs),
+]
 
 
 def every_worker(rank: int) -> None:

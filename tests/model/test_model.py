@@ -13,7 +13,7 @@ from nemotron_v3 import (
     parameter_groups,
 )
 from nemotron_v3.config import PRESETS
-from tests.models import ALL_BLOCKS, tiny_config, tiny_model, tokens
+from tests.models import ALL_BLOCKS, labels_of, tiny_config, tiny_model, tokens
 
 
 def test_the_loss_is_the_mean_over_targets_inside_documents():
@@ -42,7 +42,8 @@ def test_no_target_gives_no_loss_and_no_gradient():
 def test_labels_do_not_change_the_logits_and_padding_holds_none():
     model = tiny_model()
     ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
-    with_labels, without = model(ids, mask, labels=ids).logits, model(ids, mask).logits
+    with_labels = model(ids, mask, labels=labels_of(ids, mask)).logits
+    without = model(ids, mask).logits
     torch.testing.assert_close(with_labels, without)
     assert torch.count_nonzero(with_labels[mask == 0]) == 0
     assert (with_labels[mask == 1].abs().sum(-1) > 0).all()
@@ -92,7 +93,7 @@ def test_checkpointing_changes_no_gradient(residual_in_fp32):
         torch.manual_seed(5)
         ids, mask = tokens(2, 40), torch.ones(2, 40)
         mask[1, 20:] = 0
-        model(ids, mask, labels=ids).loss.backward()
+        model(ids, mask, labels=labels_of(ids, mask)).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

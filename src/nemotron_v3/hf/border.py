@@ -71,8 +71,9 @@ class Border:
             device: where they are.
             attention_mask: a padding mask `[B, S]`, or `[B, past + S]` with a cache; a 4-D mask; or
                 a dict of both by kind of layer, as `create_masks_for_generate` makes them.
-            position_ids: `[B or 1, S]`; without a padding mask, a document starts where they do not
-                go on by one.
+            position_ids: `[B or 1, S]`; a document starts at a real token whose position does not
+                go on from the one before. Positions of left-padded rows go on, whether they count
+                the real tokens or the places.
             follows: whether a cache holds tokens already.
             cached: whether a cache is there at all: it holds one sequence a row.
             router_logits: whether the caller wants them.
@@ -90,11 +91,11 @@ class Border:
             blind = shape[1] == 1 and capturing(padding.device)
             new = None if blind else padding[:, -shape[1] :]
         explicit = _explicit(packing, shape)
-        # A 4-D mask speaks of attention alone: scans go by the positions, without a cache.
-        counted = padding is None and (mask is None or not cached)
-        if not explicit and counted and not follows:
-            explicit = _from_positions(position_ids, shape)
         layout = _resolve(shape, device, new, explicit)
+        # A 4-D mask speaks of attention alone: scans go by the positions, without a cache.
+        counted = mask is None or padding is not None or not cached
+        if not explicit and counted and not follows:
+            layout = layout.split_by(position_ids, every_break=True)
         if cached and layout.num_documents != shape[0]:
             raise ValueError(
                 f"{layout.num_documents} documents in a batch of {shape[0]} rows and a cache, "
@@ -181,26 +182,6 @@ def _explicit(packing: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]
         if longest is not None:
             found["max_seqlen"] = longest
     return found
-
-
-def _from_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> dict[str, Any]:
-    """The documents that positions count, where they count more than one a row."""
-    if position_ids is None or shape[1] < 2:
-        return {}
-    if not isinstance(position_ids, Tensor):
-        raise TypeError(f"position_ids are a {type(position_ids).__name__}: give a tensor")
-    positions = position_ids if position_ids.dim() == 2 else position_ids[None]
-    if positions.dim() != 2 or positions.shape[1] != shape[1]:
-        raise ValueError(
-            f"position_ids have shape {tuple(position_ids.shape)}, the tokens {shape}: they must "
-            "match"
-        )
-    starts = positions.diff(dim=1) != 1
-    if not bool(starts.any()):
-        return {}
-    first = torch.zeros_like(positions[:, :1])
-    numbers = torch.cat([first, starts.cumsum(1)], 1)
-    return {"seq_idx": numbers.expand(shape)}
 
 
 def _resolve(

@@ -41,6 +41,7 @@ def _alone(
     cache: Cache | None = None,
     layer: int = 0,
     block_type: str = "",
+    position_ids: Tensor | None = None,
 ) -> Border:
     """What its own arguments say about the tokens of a layer that is called alone."""
     B, S = hidden_states.shape[:2]
@@ -48,6 +49,7 @@ def _alone(
         (B, S),
         hidden_states.device,
         attention_mask=attention_mask,
+        position_ids=position_ids,
         follows=layer_holds_tokens(cache, layer, block_type, B),
         cached=cache is not None,
     )
@@ -190,7 +192,14 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
     ) -> tuple[Tensor, None]:
         """`[B, S, D]` -> `[B, S, D]`, and None where transformers may have attention weights."""
         cache = one_cache(past_key_values, cache)
-        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "attention")
+        border = border or _alone(
+            hidden_states,
+            attention_mask,
+            cache,
+            self.layer_idx,
+            "attention",
+            kwargs.get("position_ids"),
+        )
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         q, k, v = (  # [T, H, P], [T, J, P] twice
@@ -272,7 +281,14 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`, along each document from its first token or the cache."""
         cache = one_cache(cache_params, cache)
-        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, "mamba")
+        border = border or _alone(
+            hidden_states,
+            attention_mask,
+            cache,
+            self.layer_idx,
+            "mamba",
+            kwargs.get("position_ids"),
+        )
         layout = border.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
@@ -378,7 +394,9 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
         """`x + mixer(norm(x))`: `[B, S, D]` -> `[B, S, D]`; fp32 with `residual_in_fp32`."""
         cache = one_cache(past_key_values, cache)
         kind = canonical_block_type(self.block_type)
-        border = border or _alone(hidden_states, attention_mask, cache, self.layer_idx, kind)
+        border = border or _alone(
+            hidden_states, attention_mask, cache, self.layer_idx, kind, position_ids
+        )
         if self.settings.config.residual_in_fp32:
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
             hidden_states = hidden_states.to(wide)

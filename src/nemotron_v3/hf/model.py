@@ -22,9 +22,9 @@ from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 from nemotron_v3.model.model import plain_weight
 
-IGNORE_INDEX = -100
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
 
@@ -159,12 +159,14 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
             input_ids: int64 `[B, S]`.
             attention_mask: `[B, S]`, 1 = real; `[B, past + S]` with a cache; a 4-D mask; or a dict
                 of both by kind of layer.
-            position_ids: `[B or 1, S]`; where no padding mask is given, a document starts where
-                they do not go on by one.
+            position_ids: `[B or 1, S]`; a document starts at a real token where they do not go on
+                from the one before. Beside `seq_idx` or offsets, which say it, they say nothing.
             past_key_values: a cache of transformers, updated in place.
             cache: the same, as transformers calls it since 5.24.
             inputs_embeds: `[B, S, D]` in place of `input_ids`.
-            labels: int64 `[B, S]`, shifted by one inside and never across a document's border.
+            labels: int64 `[B, S]`, shifted by one inside and never across a document's border. A
+                label at padding counts right behind a real token, and has to be -100 elsewhere in a
+                row that holds one.
             use_cache: None makes a cache as the config says, but not in training nor for a pack.
             logits_to_keep: logits of the last so many positions (0: all), or of a tensor's.
             **kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`
@@ -177,7 +179,8 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
             `router_logits` (`[B * S, E]` a moe layer).
 
         Raises:
-            ValueError: arguments that contradict each other, or that no accelerated model serves.
+            ValueError: arguments that contradict each other, or that no accelerated model serves; a
+                label that padding would have to predict.
             TypeError: a mask or cache of another kind.
         """
         cache = one_cache(past_key_values, cache)
@@ -210,6 +213,9 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
         for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
             if given is not None and not self._has_own_loss():
                 check_labels(given, border.layout.shape, name=name)
+        if not self._has_own_loss():
+            check_items(kwargs.get("num_items_in_batch"))
+            _refuse_strays(labels, border.layout, kwargs)
         passed_on = {k: v for k, v in kwargs.items() if k not in PACKING_NAMES}
         out = self.model(
             input_ids=input_ids,
@@ -257,7 +263,7 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
             )
         targets = _targets(labels, layout, logits.device, kwargs)  # [B, S]
         mean = opaque.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return _per_item(mean, targets, kwargs.get("num_items_in_batch"))
+        return per_item(mean, targets, kwargs.get("num_items_in_batch"))
 
     def _linear_loss(
         self, hidden: Tensor, labels: Tensor | None, layout: SequenceLayout, kwargs: dict[str, Any]
@@ -276,13 +282,13 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
         weight = plain_weight(self.lm_head)
         if weight is not None:
             mean = opaque.linear_cross_entropy(hidden, weight, targets, impl=self.impl)
-            return _per_item(mean, targets, items)
+            return per_item(mean, targets, items)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for x, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             part = checkpoint(partial(_summed_loss, self.lm_head), x, t, use_reentrant=False)
             total = total + part.to(total.device)
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)
-        return _per_item(total / count, targets, items)
+        return per_item(total / count, targets, items)
 
 
 def _unpickled(name: str = "NemotronHForCausalLM") -> NemotronHModel | NemotronHForCausalLM:
@@ -372,23 +378,28 @@ def _packed_targets(
     """int64 `[T]`: the label of each token's successor in its document, -100 where none counts."""
     shifted = kwargs.get("shift_labels")
     if shifted is None:
-        targets = opaque.shift_labels(labels.to(layout.device), layout)
-    else:
-        targets = layout.pack(shifted.to(layout.device))
+        return opaque.targets_of(_labels(labels, layout, kwargs), layout)
+    return layout.pack(_labels(shifted, layout, kwargs))
+
+
+def _labels(given: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]) -> Tensor:
+    """Where the layout is, with -100 for what does not count."""
+    given = given.to(layout.device)
     ignored = kwargs.get("ignore_index", IGNORE_INDEX)
-    if ignored == IGNORE_INDEX:
-        return targets
-    return targets.masked_fill(targets == ignored, IGNORE_INDEX)
+    return given if ignored == IGNORE_INDEX else given.masked_fill(given == ignored, IGNORE_INDEX)
 
 
-def _per_item(mean: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
-    """The mean over targets, or with `items` their sum divided by it (gradient accumulation)."""
-    if items is None:
-        return mean
-    count = (targets != IGNORE_INDEX).sum()
-    if isinstance(items, Tensor):
-        items = items.to(mean.device)
-    return mean * (count / items)
+def _refuse_strays(labels: Tensor | None, layout: SequenceLayout, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a label that padding would have to predict.
+
+    The mask was read just now, so that a GPU has nothing left to do that one more read waits for.
+    """
+    shifted = kwargs.get("shift_labels")
+    given = labels if shifted is None else shifted
+    if given is not None and layout.token_index is not None:
+        opaque.refuse_stray_label(
+            _labels(given, layout, kwargs), layout, shifted=shifted is not None
+        )
 
 
 def _summed_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layers import mamba2_by_modules as by_modules
+from nemotron_v3.model import loss
 
 attention = torch.compiler.disable(ops.attention)
 cached_attention = torch.compiler.disable(ops.cached_attention)
@@ -18,4 +19,5 @@ mamba2 = torch.compiler.disable(ops.mamba2)
 mamba2_by_modules = torch.compiler.disable(by_modules.mamba2_by_modules)
 mamba2_step = torch.compiler.disable(ops.mamba2_step)
 router = torch.compiler.disable(ops.router)
-shift_labels = torch.compiler.disable(ops.shift_labels)
+refuse_stray_label = torch.compiler.disable(loss.refuse_stray_label)
+targets_of = torch.compiler.disable(loss.targets_of)

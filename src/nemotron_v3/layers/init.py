@@ -29,12 +29,29 @@ def init_(
 
     Args:
         name: the tensor's name within its layer, such as `out_proj.weight`.
-        tensor: filled in place.
+        tensor: filled in place. For a sharded one (a DTensor) every process must call this: the
+            first draws the whole tensor, and each keeps its part of that draw.
         std: the config's `initializer_range`.
         shrink: divides the spread of a projection back into the residual stream (Radford et al.
             2019, GPT-2); drawing anew, not dividing, is what makes a second call harmless.
         time_step: (time_step_min, time_step_max, time_step_floor), needed for `dt_bias`.
     """
+    if hasattr(tensor, "device_mesh"):
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
+        _draw(name, whole, std, shrink, time_step)
+        # Without placements it is replicated: a checked one is sent from the first process.
+        tensor.copy_(type(tensor).from_local(whole, tensor.device_mesh, run_check=True))
+    else:
+        _draw(name, tensor, std, shrink, time_step)
+
+
+def _draw(
+    name: str,
+    tensor: Tensor,
+    std: float,
+    shrink: float,
+    time_step: tuple[float, float, float] | None,
+) -> None:
     parts = name.split(".")
     if parts[-1] in ("bias", "e_score_correction_bias"):
         tensor.zero_()

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -158,3 +159,15 @@ def fit_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
             "attention layer takes a 4-D mask"
         )
     return fit_grid("attention_mask", mask, shape)
+
+
+def check_mask_agrees(name: str, layout: Any, mask: Tensor) -> None:
+    """Raises ValueError unless a mask marks just the tokens that a layout, given as `name`, has."""
+    real = torch.zeros(grid_size(layout.shape), dtype=torch.bool, device="cpu")
+    real[slice(None) if layout.token_index is None else layout.token_index.cpu()] = True
+    marked = (mask.detach().cpu() != 0).flatten()
+    if not torch.equal(real, marked):
+        raise ValueError(
+            f"{name} and attention_mask contradict each other: {int(real.sum())} real tokens "
+            f"and {int(marked.sum())} marked ones; give one of them"
+        )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,3 +39,20 @@ def on_device(values: Sequence[int] | Tensor, device: torch.device | str | None)
         return values.to(device)
     # A copy from other memory would wait until the device has done all that it was given.
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def once(function: Callable) -> property:
+    """A property computed once. functools' own takes a lock that `torch.compile` cannot trace."""
+    name = f"_{function.__name__}"
+
+    def get(self: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(self)
+        if name in self.__dict__:
+            return self.__dict__[name]
+        value = ordinary(function)(self)
+        if not (isinstance(value, Tensor) and capturing(self.device)):
+            self.__dict__[name] = value
+        return value
+
+    return property(get, doc=function.__doc__)

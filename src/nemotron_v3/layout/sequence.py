@@ -9,16 +9,15 @@ plain batch are one case.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from nemotron_v3.layout.checks import (
     agreed,
+    check_mask_agrees,
     check_max_seqlen,
     check_qkv_format,
     check_row_borders,
@@ -32,26 +31,10 @@ from nemotron_v3.layout.checks import (
     read_offsets,
     shortened,
 )
-from nemotron_v3.layout.modes import capturing, on_device, ordinary
+from nemotron_v3.layout.modes import capturing, on_device, once, ordinary
+from nemotron_v3.layout.positions import count_on, fit_positions
 
 PADDING = -1
-
-
-def _once(function: Callable) -> property:
-    """A property computed once. functools' own takes a lock that `torch.compile` cannot trace."""
-    name = f"_{function.__name__}"
-
-    def get(self: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(self)
-        if name in self.__dict__:
-            return self.__dict__[name]
-        value = ordinary(function)(self)
-        if not (isinstance(value, Tensor) and capturing(self.device)):
-            self.__dict__[name] = value
-        return value
-
-    return property(get, doc=function.__doc__)
 
 
 def _equal(lengths: tuple[int, ...]) -> bool:
@@ -59,12 +42,13 @@ def _equal(lengths: tuple[int, ...]) -> bool:
     return all(length == lengths[0] for length in lengths[1:])
 
 
-@dataclass(frozen=True, eq=False)
 class SequenceLayout:
     """Documents on a grid of tokens; build it with one of the `from_*` constructors or `plain`.
 
     Tensor values are read once, by the constructor, which also checks them; nothing is read back
-    from the device afterwards.
+    from the device afterwards. A layout does not change. It is no dataclass, so that what takes
+    dataclasses among a module's arguments apart, to cast or move the tensors in them (FSDP), leaves
+    it alone: all blocks of a pass see one object, and the index tables that it keeps.
 
     Attributes:
         shape: the grid, `(B, S)` or `(T,)`.
@@ -79,6 +63,22 @@ class SequenceLayout:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     token_index: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        lengths: tuple[int, ...],
+        cu_seqlens: Tensor,
+        token_index: Tensor | None,
+    ):
+        put = object.__setattr__
+        put(self, "shape", shape)
+        put(self, "lengths", lengths)
+        put(self, "cu_seqlens", cu_seqlens)
+        put(self, "token_index", token_index)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a SequenceLayout does not change: build another for a new {name}")
 
     # --- constructors -------------------------------------------------------------------------
 
@@ -242,7 +242,10 @@ class SequenceLayout:
             max_seqlen: an upper bound of the document lengths; checked, not needed.
             max_seqlen_q, max_seqlen_kv: other names of it.
             qkv_format: `"thd"` (packed) or `"bshd"`; checked, not needed.
-            position_ids: accepted and without effect: the model has no positional term.
+            position_ids: of the grid's shape, or one row for all. There is no positional term:
+                they count documents. Where they start anew, at 0 or 1, within what the other
+                arguments call one document (of a mask or of nothing: a row), another one begins;
+                numbers that break off elsewhere are no such count, and say nothing.
             cp_size, cp_rank: 1 and 0, or None: no layer shares a document with other processes.
 
         Raises:
@@ -279,11 +282,10 @@ class SequenceLayout:
                 seq_idx = seq_idx.masked_fill(attention_mask.to(seq_idx.device) == 0, PADDING)
             candidates.append(("seq_idx", cls.from_seq_idx(seq_idx)))
         if not candidates:
-            if attention_mask is None:
-                rows = shape if len(shape) == 2 else (1, *shape)
-                return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
-            mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
-            candidates.append(("attention_mask", mask._with_shape(shape)))
+            rows = cls._of_rows(shape, device, attention_mask).split_by(position_ids)
+            if attention_mask is not None:
+                check_max_seqlen(max_seqlen, rows.lengths)
+            return rows.to(device)
         name, chosen = candidates[0]
         if chosen.shape != tuple(shape):
             raise ValueError(
@@ -296,9 +298,25 @@ class SequenceLayout:
                     f"{shortened(chosen.lengths)} and {shortened(other.lengths)}; give one of them"
                 )
         if attention_mask is not None and name in ("layout", "cu_seqlens"):
-            chosen._check_mask(name, attention_mask)
+            check_mask_agrees(name, chosen, attention_mask)
         check_max_seqlen(max_seqlen, chosen.lengths)
+        if (counted := chosen.split_by(position_ids)) is not chosen:
+            raise ValueError(
+                f"{name} and position_ids contradict each other: documents of lengths "
+                f"{shortened(chosen.lengths)} and {shortened(counted.lengths)}; give one of them"
+            )
         return chosen.to(device)
+
+    @classmethod
+    def _of_rows(
+        cls, shape: tuple[int, ...], device: torch.device, attention_mask: Tensor | None
+    ) -> Self:
+        """One document a row, of all its tokens or of those that a mask marks."""
+        if attention_mask is None:
+            rows = shape if len(shape) == 2 else (1, *shape)
+            return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+        mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
+        return mask._with_shape(shape)
 
     @classmethod
     @ordinary
@@ -343,34 +361,34 @@ class SequenceLayout:
     def num_documents(self) -> int:
         return len(self.lengths)
 
-    @_once
+    @once
     def num_tokens(self) -> int:
         """Real tokens, T."""
         return sum(self.lengths)
 
-    @_once
+    @once
     def offsets(self) -> tuple[int, ...]:
         """`cu_seqlens` on the host."""
         return (0, *accumulate(self.lengths))
 
-    @_once
+    @once
     def uniform_length(self) -> int | None:
         """The documents' common length, or None where they differ."""
         return self.lengths[0] if _equal(self.lengths) else None
 
-    @_once
+    @once
     def packed(self) -> "SequenceLayout":
         """The layout of the packed tokens themselves: grid `(T,)`, no padding."""
         return SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
 
-    @_once
+    @once
     def seq_idx(self) -> Tensor:
         """int32 `[T]`: the document of each packed token, counted from 0."""
         lengths = self.cu_seqlens.diff()
         documents = torch.arange(self.num_documents, dtype=torch.int32, device=self.device)
         return documents.repeat_interleave(lengths, output_size=self.num_tokens)
 
-    @_once
+    @once
     def last_tokens(self) -> Tensor:
         """int64: the packed position of the last token of each document that has one."""
         last = [end - 1 for start, end in pairwise(self.offsets) if end > start]
@@ -386,6 +404,37 @@ class SequenceLayout:
         if self.token_index is None or other.token_index is None:
             return self.token_index is other.token_index
         return torch.equal(self.token_index, other.token_index.to(self.device))
+
+    @ordinary
+    def split_by(self, position_ids: Tensor | None, *, every_break: bool = False) -> Self:
+        """The layout whose documents also start where positions do (reads tensors: border use).
+
+        Args:
+            position_ids: on the grid, or one row for all; None says nothing, and neither do those
+                of rows of one token.
+            every_break: start a document wherever positions do not go on; else only where all
+                breaks are restarts at 0 or 1 (`positions.count_on`).
+
+        Returns:
+            Itself where positions start nothing.
+
+        Raises:
+            TypeError, ValueError: no tensor, or one of another shape.
+        """
+        if position_ids is None or self.shape[-1] < 2:
+            return self
+        positions = fit_positions(position_ids, self.shape)
+        if positions.is_meta:  # without values
+            return self
+        positions, index = positions.detach().cpu().flatten(), None
+        places = torch.arange(len(positions), device="cpu")
+        if self.token_index is not None:
+            places = index = self.token_index.cpu()
+            positions = positions[places]
+        lengths = count_on(positions, places, self.lengths, restarts_alone=not every_break)
+        if lengths == self.lengths:
+            return self
+        return self._build(self.shape, lengths, index, self.device)
 
     # --- moving tokens ------------------------------------------------------------------------
 
@@ -434,22 +483,12 @@ class SequenceLayout:
             self._tables[key] = tables
         return tables
 
-    @_once
+    @once
     def _tables(self) -> dict[Hashable, Any]:
         return {}
 
     def _with_shape(self, shape: tuple[int, ...]) -> "SequenceLayout":
         return SequenceLayout(tuple(shape), self.lengths, self.cu_seqlens, self.token_index)
-
-    def _check_mask(self, name: str, mask: Tensor) -> None:
-        real = torch.zeros(grid_size(self.shape), dtype=torch.bool, device="cpu")
-        real[slice(None) if self.token_index is None else self.token_index.cpu()] = True
-        marked = (mask.detach().cpu() != 0).flatten()
-        if not torch.equal(real, marked):
-            raise ValueError(
-                f"{name} and attention_mask contradict each other: {int(real.sum())} real tokens "
-                f"and {int(marked.sum())} marked ones; give one of them"
-            )
 
     def __repr__(self) -> str:
         padding = grid_size(self.shape) - self.num_tokens
@@ -457,20 +496,3 @@ class SequenceLayout:
             f"SequenceLayout(shape={self.shape}, documents={self.num_documents}, "
             f"lengths={shortened(self.lengths)}, padding={padding}, device={self.device})"
         )
-
-
-def _flatten(layout: SequenceLayout) -> tuple[list[Any], tuple[Any, ...]]:
-    return [layout.cu_seqlens, layout.token_index], (layout.shape, layout.lengths)
-
-
-def _unflatten(children: Any, context: tuple[Any, ...]) -> SequenceLayout:
-    cu_seqlens, token_index = children
-    return SequenceLayout(*context, cu_seqlens, token_index)
-
-
-pytree.register_pytree_node(
-    SequenceLayout,
-    _flatten,
-    _unflatten,
-    serialized_type_name="nemotron_v3.SequenceLayout",
-)

@@ -24,7 +24,15 @@ from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layers.offsets import of_this_call
 from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import capturing
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.loss import (
+    check_items,
+    per_item,
+    refuse_stray_label,
+    stray_label,
+    targets_of,
+)
 from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
 from nemotron_v3.model.vocabulary import resize
 
@@ -237,6 +245,7 @@ class NemotronV3ForCausalLM(nn.Module):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         **layout_kwargs: Any,
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss where labels are given.
@@ -245,27 +254,38 @@ class NemotronV3ForCausalLM(nn.Module):
             input_ids: int64 `[B, S]`, or `[T]` without a batch dimension.
             attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
             labels: int64 of `input_ids`' shape, usually the same tensor: the shift by one happens
-                here and never crosses a document's border; -100 does not count.
+                here and never crosses a document's border; -100 does not count. A label at padding
+                counts right behind a real token, and has to be -100 elsewhere in a row that holds
+                one.
             layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
             past_key_values: a `NemotronHybridCache` with one row a document: the tokens follow what
                 it holds, and it is updated in place.
             inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
-            position_ids: without effect: the model has no positional term.
+            position_ids: of `input_ids`' shape, or one row for all: a document starts where they
+                start anew, also beside a mask. The model has no positional term: nothing else of
+                them counts.
             use_cache: True makes a fresh cache where none is given; it comes back in the output.
             output_hidden_states: keep the stream after each block.
             logits_to_keep: logits of the last so many positions only (0: of all), or of the
                 positions in a tensor. The loss always counts all of them. With labels and 0, logits
                 are computed when the output's are first read, and otherwise never.
+            num_items_in_batch: what the sum over the targets is divided by, in place of their
+                number here: the number of targets of all the parts whose gradients are added up. A
+                tensor is not read.
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:
-            ValueError, TypeError: see `NemotronV3Model.forward`; labels of another shape.
+            ValueError, TypeError: see `NemotronV3Model.forward`; labels of another shape; a label
+                that padding would have to predict. Where a ready `layout` is given on a GPU nothing
+                is read back: the loss is then NaN.
         """
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         if labels is not None:
             check_labels(labels, shape, device)
         check_names(layout_kwargs, "the model")
         check_kept(logits_to_keep)
+        check_items(num_items_in_batch)
+        made_here = layout is None
         attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
         layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, past_key_values)
         layout = SequenceLayout.resolve(
@@ -276,6 +296,8 @@ class NemotronV3ForCausalLM(nn.Module):
             position_ids=position_ids,
             **layout_kwargs,
         )
+        if labels is not None and _may_read(labels, made_here):
+            refuse_stray_label(labels, layout)
         if use_cache and past_key_values is None:
             past_key_values = NemotronHybridCache(
                 self.config, layout.num_documents, self.model.embeddings.weight.dtype, device
@@ -291,10 +313,12 @@ class NemotronV3ForCausalLM(nn.Module):
         )
         hidden = out.last_hidden_state
         if cache is None:
-            loss, logits = self._head(hidden, labels, layout, logits_to_keep)
+            loss, logits = self._head(hidden, labels, layout, logits_to_keep, num_items_in_batch)
         else:
             try:
-                loss, logits = self._head(hidden, labels, layout, logits_to_keep)
+                loss, logits = self._head(
+                    hidden, labels, layout, logits_to_keep, num_items_in_batch
+                )
             except BaseException:  # such as want of memory for the logits of a long prompt
                 cache.interrupted(begun)
                 raise
@@ -306,17 +330,22 @@ class NemotronV3ForCausalLM(nn.Module):
         labels: Tensor | None,
         layout: SequenceLayout,
         logits_to_keep: int | Tensor,
+        items: int | Tensor | None,
     ) -> tuple[Tensor | None, Tensor | Unread]:
         """The loss, None without labels, and the logits."""
         if labels is None:
             return None, self.lm_head(_keep(hidden, logits_to_keep))
-        return self._loss(hidden, labels, layout, logits_to_keep)
+        targets = targets_of(labels, layout)
+        mean, logits = self._mean(hidden, targets, layout, logits_to_keep)
+        loss = per_item(mean, targets, items)
+        if not _may_read(labels, False) and (stray := stray_label(labels, layout)) is not None:
+            loss = loss.masked_fill(stray, float("nan"))
+        return loss, logits
 
-    def _loss(
-        self, hidden: Tensor, labels: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor
+    def _mean(
+        self, hidden: Tensor, targets: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor
     ) -> tuple[Tensor, Tensor | Unread]:
-        """The loss, and the logits: those asked for by `logits_to_keep`, else unread ones."""
-        targets = ops.shift_labels(labels, layout)
+        """The mean loss, and the logits: those asked for by `logits_to_keep`, else unread ones."""
         packed = layout.pack(hidden)  # [T, D]
         weight = plain_weight(self.lm_head)
         if weight is None:
@@ -420,6 +449,13 @@ def plain_weight(head: nn.Module) -> Tensor | None:
         return None
     weight = head.weight
     return weight if type(weight) in (Tensor, nn.Parameter) else None
+
+
+def _may_read(labels: Tensor, made_here: bool) -> bool:
+    """Whether looking at labels costs no wait that the pass does not have already."""
+    if torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return False
+    return labels.is_cpu or (made_here and not capturing(labels.device))
 
 
 def _identity(x: Tensor) -> Tensor:

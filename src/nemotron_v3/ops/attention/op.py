@@ -8,6 +8,7 @@ from torch import Tensor
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import _long_attention as long
 from nemotron_v3.ops._dispatch import Kernels, checked, pick, without_autocast
+from nemotron_v3.ops._empty import of_no_tokens
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention import flex, portable, reference
 from nemotron_v3.ops.attention.cases import FIXED_SIZE, Case
@@ -59,6 +60,8 @@ def attention(
         )
     if mask is not None:
         _check_mask(mask, layout, H)
+    if not T:
+        return of_no_tokens(q, k, v)
     run = pick(
         "attention",
         impl,

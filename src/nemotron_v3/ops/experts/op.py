@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops._empty import of_no_tokens
 from nemotron_v3.ops._triton import DTYPES, refuse_dtypes
 from nemotron_v3.ops.experts import portable, reference
 from nemotron_v3.ops.relu2.op import relu2
@@ -53,6 +54,8 @@ def experts(
             f"({x.shape[0]}, choices)"
         )
     dtype = autocast_matmul_dtype(x)
+    if not x.shape[0]:
+        return of_no_tokens(x.to(dtype), weights, up_proj, down_proj)
     run = pick(
         "experts",
         impl,

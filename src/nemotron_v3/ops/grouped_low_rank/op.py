@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
+from nemotron_v3.ops._empty import of_no_tokens
 from nemotron_v3.ops.experts.op import refuse_experts
 from nemotron_v3.ops.grouped_low_rank import portable, reference
 from nemotron_v3.ops.grouped_low_rank.merge import (
@@ -66,6 +67,9 @@ def grouped_low_rank(
     check_low_rank("up_proj", up_proj, up_a, up_b)
     check_low_rank("down_proj", down_proj, down_a, down_b)
     dtype = autocast_matmul_dtype(x)
+    if not x.shape[0]:
+        low_rank = (up_a, up_b, down_a, down_b)
+        return of_no_tokens(x.to(dtype), weights, up_proj, down_proj, *low_rank)
     run = pick(
         "grouped_low_rank",
         impl,

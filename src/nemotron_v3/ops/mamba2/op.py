@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
+from nemotron_v3.ops._empty import of_no_tokens
 from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
 from nemotron_v3.ops.mamba2 import portable, reference
 
@@ -98,6 +99,8 @@ def mamba2(
         ssm_states=ssm_states,
         return_final_states=return_final_states,
     )
+    if not zxbcdt.shape[0]:
+        results = (of_no_tokens(results[0], *parameters[:6]), *results[1:])
     return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))
 
 
