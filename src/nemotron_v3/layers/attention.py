@@ -130,9 +130,10 @@ class NemotronV3Attention(nn.Module):
     ) -> Tensor:
         """Store the new keys and values, and attend to all that each row holds."""
         check_keys(cache.states.get(layer_idx), layer_idx, k, v)
-        state, step = cache.begin(layer_idx, layout)
+        state, since = cache.states[layer_idx], cache.begun
         before = (state.keys, state.values)
         try:
+            state, step = cache.begin(layer_idx, layout)
             keys, values = state.append(k, v, step)
             y = ops.cached_attention(
                 q,
@@ -145,7 +146,7 @@ class NemotronV3Attention(nn.Module):
             )
             return layout.unpack(project(self.o_proj, y.flatten(-2)))
         except BaseException:
-            cache.abandon(layer_idx, before)
+            cache.abandon(layer_idx, before, since)
             raise
 
     def init_weights(

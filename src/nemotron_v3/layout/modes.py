@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def ordinary(function: Callable) -> Callable:
@@ -22,6 +23,14 @@ def ordinary(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """`tensor` as it may outlive a call: an ordinary copy of one that inference mode has made."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 def capturing(device: torch.device) -> bool:
