@@ -143,8 +143,11 @@ class NemotronV3Model(nn.Module):
                     "a cache is updated in place and cannot be recomputed: disable gradient "
                     "checkpointing, or leave the cache out"
                 )
-            # Only where something watches: a compiler takes a checkpoint without contexts better.
-            contexts = {"context_fn": checkpoint_contexts} if observed(block) else {}
+            # A compiler takes a checkpoint without contexts better: only where something watches.
+            told = block.block_type == "moe" and (
+                not torch.compiler.is_compiling() or observed(block)
+            )
+            contexts = {"context_fn": checkpoint_contexts} if told else {}
             run = partial(block, layout=layout)
             return checkpoint(run, hidden, use_reentrant=False, **contexts)
         return block(hidden, past_key_values=cache, layout=layout)
