@@ -84,6 +84,23 @@ def test_an_operation_in_inference_mode_on_a_cache_with_a_graph(name, after):
         cache.rollback(1)
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_loss_over_several_steps_where_one_projection_is_trained(name):
+    """As adapters do: the others' keys or values have no graph, and stand in that of attention."""
+    gradients = []
+    for pieces in ([12], [5, 1, 6]):
+        model = tiny_model("*-*").double().requires_grad_(False)
+        weights = [getattr(model.model.layers[i].mixer, name).weight for i in (0, 2)]
+        for weight in weights:
+            weight.requires_grad_()
+        cache = NemotronHybridCache(model.config, 1, torch.float64)
+        parts = IDS[:, :12].split(pieces, dim=1)
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+        gradients.append(torch.autograd.grad(logits.square().sum(), weights))
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-10 * one.abs().max()
+
+
 def test_layers_of_one_step_in_several_modes():
     """Tables that the first layer derives serve the others."""
     model = MODELS["M*-M"]

@@ -129,25 +129,35 @@ class KeyValueState(LayerState):
         for tensor in self.tensors().values():
             tensor[rows] = tensor[rows].masked_fill(gone, 0)
 
-    def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k: Tensor, v: Tensor, step: Step, in_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
 
         L is the longest row's length; a shorter row has 0 behind its own.
+
+        Args:
+            k, v: of the new tokens.
+            step: that they belong to.
+            in_graph: a graph of the caller's will hold what comes back, such as that of a query
+                which is trained where keys and values are not.
         """
         needed = max(step.ends)
         if needed > self.capacity:
             self.reserve(max(needed, 2 * self.capacity, SMALLEST_BUFFER))
-        self.keys = _put(self.keys, k.to(self.keys.dtype), step)
-        self.values = _put(self.values, v.to(self.values.dtype), step)
+        # Both alike: the graph of attention holds the keys for the values' sake, and vice versa.
+        in_graph = torch.is_grad_enabled() and (in_graph or k.requires_grad or v.requires_grad)
+        self.keys = _put(self.keys, k.to(self.keys.dtype), step, in_graph)
+        self.values = _put(self.values, v.to(self.values.dtype), step, in_graph)
         return self.keys[:, :, :needed], self.values[:, :, :needed]
 
 
-def _put(buffer: Tensor, new: Tensor, step: Step) -> Tensor:
+def _put(buffer: Tensor, new: Tensor, step: Step, in_graph: bool) -> Tensor:
     """`new` `[T, J, P]` at its places: in place, or in a new buffer where autograd must see it.
 
     A buffer with a graph is never written to: its backward pass may still come.
     """
-    if buffer.requires_grad or (torch.is_grad_enabled() and new.requires_grad):
+    if buffer.requires_grad or in_graph:
         rows, positions = step.places
         heads = torch.arange(buffer.shape[1], device=buffer.device)
         return kept(buffer.index_put((rows[:, None], heads, positions[:, None]), new))

@@ -134,7 +134,7 @@ class NemotronV3Attention(nn.Module):
         before = (state.keys, state.values)
         try:
             state, step = cache.begin(layer_idx, layout)
-            keys, values = state.append(k, v, step)
+            keys, values = state.append(k, v, step, in_graph=q.requires_grad)
             y = ops.cached_attention(
                 q,
                 keys,
