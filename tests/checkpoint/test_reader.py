@@ -169,7 +169,7 @@ def test_an_unreadable_file_is_a_checkpoint_error(tmp_path, tensors):
     write_checkpoint(tmp_path, tensors)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="model.safetensors: Is a directory"):
+    with pytest.raises(CheckpointError, match="model.safetensors: is a directory"):
         open_checkpoint(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_other_names_and_forms(key, value, field, read):
 
 @pytest.mark.parametrize(
     "spelled",
-    ["Infinity", '{"__float__": "Infinity"}', "1e308", "3.4028234663852886e38", "1" * 400],
+    ["Infinity", '{"__float__": "Infinity"}', "1e308", "3.4028234663852886e38"],
 )
 def test_infinite_limits(tmp_path, spelled):
     path = tmp_path / "config.json"
@@ -120,7 +120,7 @@ def test_rotary_keys_get_one_explicit_note():
         ("PK\x03\x04", "not a whole JSON document"),
         ("[1, 2]", "holds a JSON list"),
         ('"M*"', "holds a JSON str"),
-        ("[" * 100_000, "not a whole JSON document"),
+        ("[" * 100_000, "mostly brackets"),
         ('{"hidden_size": 64, "hidden_size": 32}', "'hidden_size' stands there twice"),
         ('{"hybrid_override_pattern": "M/M"}', "'/' at position 1"),
         ('{"model_type": "llama", "hidden_size": 64}', "model_type is 'llama'"),

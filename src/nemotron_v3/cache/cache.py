@@ -1,8 +1,9 @@
 """The hybrid cache: states of every layer that has one, and a position on each row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
@@ -10,35 +11,37 @@ from torch import LongTensor, Tensor
 from nemotron_v3.cache.checks import (
     amounts_of,
     at_least,
-    check_alike,
     check_conv,
     check_dtype,
     check_keys,
     check_layer,
     check_no_step_missed,
-    check_room,
     check_rows,
     check_snapshot,
     check_whole,
-    row_numbers,
     shape_of,
 )
-from nemotron_v3.cache.file import read_states, write_states
+from nemotron_v3.cache.file import read_snapshot, write_snapshot
 from nemotron_v3.cache.make import Sizes, fresh_states
 from nemotron_v3.cache.outside import OutsideView
-from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState, join
+from nemotron_v3.cache.rows import Rows
+from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState
 from nemotron_v3.cache.step import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import kept, ordinary
 
 _HALF_WAY = (
     "a forward pass failed half-way: layers of the cache hold its tokens, though nobody has its "
     "result; restore a snapshot, or make a new cache"
 )
+_HALF_WRITTEN = (
+    "an operation on the cache was stopped half-way, with some of its tensors written and others "
+    "not; restore a snapshot, or make a new cache"
+)
 
 
-class NemotronHybridCache(OutsideView):
+class NemotronHybridCache(OutsideView, Rows):
     """Keys and values of attention layers, conv and SSM states of mamba layers, updated in place.
 
     Row r of the cache belongs to document r of the layout: a row of a batch, padded on any side, or
@@ -158,19 +161,21 @@ class NemotronHybridCache(OutsideView):
         check_no_step_missed(layer_idx, self._behind, self._lengths)
         if self._step is None:
             check_rows(layout, self.lengths, self.device, self.max_length)
-            self._step = Step(
-                layout.packed, tuple(self._lengths), self.positions.clone(), self.rollback_window
-            )
+            positions = kept(self.positions.clone())
+            step = Step(layout.packed, tuple(self._lengths), positions, self.rollback_window)
         elif self._step.lengths != layout.lengths:
             raise ValueError(
                 f"layer {layer_idx} gets {list(layout.lengths)} tokens, the layers before it in "
                 f"this pass got {list(self._step.lengths)}: give all the same"
             )
-        self._updated.add(layer_idx)
-        self.begun += 1
+        else:
+            step = self._step
         state = self.states[layer_idx]
         state.touched = False
-        return state, self._step
+        self.begun += 1  # first: by it `abandon` knows that something is to be undone
+        self._step = step
+        self._updated.add(layer_idx)
+        return state, step
 
     def finish(self, layout: SequenceLayout | None = None) -> None:
         """End the forward pass, of `layout` where no layer has a state: the positions move on."""
@@ -178,19 +183,22 @@ class NemotronHybridCache(OutsideView):
             self._step = Step(layout.packed, tuple(self._lengths), self.positions)
         if self._step is None:
             return
-        if (uniform := self._step.layout.uniform_length) is not None:
-            self.positions.add_(uniform)
-        else:
-            self.positions.add_(self._step.layout.cu_seqlens.diff())
-        if any(self._step.lengths):
-            self._behind |= self.states.keys() - self._updated
-        self._lengths = list(self._step.ends)
-        self._floors = [
+        lengths = list(self._step.ends)
+        floors = [
             max(floor, end - self.rollback_window)
-            for floor, end in zip(self._floors, self._lengths, strict=True)
+            for floor, end in zip(self._floors, lengths, strict=True)
         ]
+        moved = self._step.layout.uniform_length
+        moved = self._step.layout.cu_seqlens.diff() if moved is None else moved
+        behind = self._behind
+        if any(self._step.lengths):
+            behind = behind | (self.states.keys() - self._updated)
+        withheld, self.withheld = self.withheld, self.withheld or _HALF_WAY
+        self.positions.add_(moved)
+        self._lengths, self._floors, self._behind = lengths, floors, behind
         self._step = None
         self._updated.clear()
+        self.withheld = withheld
 
     def withhold(self, reason: str) -> None:
         """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
@@ -202,20 +210,26 @@ class NemotronHybridCache(OutsideView):
             self.withhold(_HALF_WAY)
 
     @torch.no_grad()
-    def abandon(self, layer_idx: int, before: tuple[Tensor, Tensor]) -> None:
-        """Undo what a layer that failed after `begin` has written; withhold where that cannot be.
+    def abandon(self, layer_idx: int, before: tuple[Tensor, Tensor], since: int) -> None:
+        """Undo what a layer that failed in or after `begin` has written; withhold where that cannot
+        be.
 
         Args:
             layer_idx: the layer.
-            before: both tensors of its state as `begin` gave them.
+            before: both tensors of its state before `begin`.
+            since: what `begun` was before `begin`.
         """
+        if self.begun == since:
+            return
         self.withhold(_HALF_WAY)  # first, should this fail in its turn
-        if self.states[layer_idx].undo(before, self._step.positions):
-            self.withheld = None
-            self.begun -= 1
-            self._updated.discard(layer_idx)
-            if not self._updated:
-                self._step = None
+        written = layer_idx in self._updated  # an interrupt may have come before it was added
+        if written and not self.states[layer_idx].undo(before, self._step.positions):
+            return
+        self._updated.discard(layer_idx)
+        if not self._updated:
+            self._step = None
+        self.begun -= 1
+        self.withheld = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
@@ -229,12 +243,13 @@ class NemotronHybridCache(OutsideView):
         layout = layout or SequenceLayout.plain(rows, seq_len, key_states.device)
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
         check_keys(self.states.get(layer_idx), layer_idx, k, v)
-        state, step = self.begin(layer_idx, layout)
+        state, since = self.states[layer_idx], self.begun
         before = (state.keys, state.values)
         try:
+            state, step = self.begin(layer_idx, layout)
             return state.append(k, v, step)
         except BaseException:
-            self.abandon(layer_idx, before)
+            self.abandon(layer_idx, before, since)
             raise
 
     def update_conv_state(
@@ -246,11 +261,11 @@ class NemotronHybridCache(OutsideView):
             ValueError: a layer without a conv state, or a tensor of another shape.
         """
         check_conv(self.states.get(layer_idx), layer_idx, new_conv_state)
-        state = self.states[layer_idx].conv
+        state = self.states[layer_idx]
         if new_conv_state.dim() == 2 or new_conv_state.shape[-1] == 1:
-            column = new_conv_state.reshape(*state.shape[:2], 1).to(state.dtype)
-            new_conv_state = torch.cat([state[..., 1:], column], -1)
-        return state.copy_(new_conv_state)
+            column = new_conv_state.reshape(*state.conv.shape[:2], 1).to(state.conv.dtype)
+            new_conv_state = torch.cat([state.conv[..., 1:], column], -1)
+        return state.write_conv(new_conv_state)
 
     # --- moving in time -------------------------------------------------------------------------
 
@@ -271,15 +286,19 @@ class NemotronHybridCache(OutsideView):
         Raises:
             ValueError: a snapshot of another batch or config.
         """
-        check_snapshot(snapshot, self.states, self.batch_size, self.max_length)
-        self._step = self.withheld = None
-        self._updated.clear()
-        self._cut()
-        for layer, state in self.states.items():
-            state.load(snapshot.states[layer], max(snapshot.lengths))
-        self._set_lengths(snapshot.lengths)
-        self._floors = list(snapshot.floors)
-        self._behind = snapshot.behind
+        sizes = (self.batch_size, self.max_length, self.rollback_window)
+        check_snapshot(snapshot, self.states, *sizes)
+        length, states = max(snapshot.lengths), self._without_graph()
+        for layer, state in states.items():  # memory first, which may be wanting
+            state.make_room(snapshot.states[layer], length)
+        with self._writing(states):
+            for layer, state in states.items():
+                state.load(snapshot.states[layer], length)
+            self._step = None
+            self._updated.clear()
+            self._set_lengths(snapshot.lengths)
+            self._floors = list(snapshot.floors)
+            self._behind = snapshot.behind
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
         """Take back the last tokens of every row: as many each, or as many as a list says.
@@ -304,13 +323,13 @@ class NemotronHybridCache(OutsideView):
         fresh = self._index([row for row in moved if lengths[row] == 0])
         back = [row for row in moved if lengths[row]]
         rows, positions = self._index(back), self._index([lengths[row] for row in back])
-        self._cut()
-        with torch.no_grad():
-            for state in self.states.values():
+        states = self._without_graph()
+        with torch.no_grad(), self._writing(states):
+            for state in states.values():
                 state.clear(fresh)
                 state.take_back(rows, positions)
-        self._set_lengths(lengths)
-        self._floors = [min(f, n) for f, n in zip(self._floors, lengths, strict=True)]
+            self._set_lengths(lengths)
+            self._floors = [min(f, n) for f, n in zip(self._floors, lengths, strict=True)]
 
     def crop(self, length: int) -> None:
         """Take back what each row holds beyond `length` tokens.
@@ -328,34 +347,12 @@ class NemotronHybridCache(OutsideView):
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows")
         self.rollback([held if r == row else 0 for r, held in enumerate(self._lengths)])
-        self._floors[row] = 0
 
     def detach(self) -> None:
         """Cut the states from the graph that made them: truncated backpropagation through time."""
-        for layer, state in self.states.items():
-            self.states[layer] = state.map(Tensor.detach)
+        self.states.update(self._map(Tensor.detach))
 
     # --- rows -----------------------------------------------------------------------------------
-
-    def select(self, rows: Tensor | Sequence[int]) -> Self:
-        """A new cache of these rows, in this order, each as often as it is named.
-
-        Raises:
-            ValueError: a row outside the cache, or none.
-        """
-        self._settle()
-        numbers = row_numbers(rows, self.batch_size)
-        index = self._index(numbers)
-        return self._with(
-            lambda tensor: tensor.index_select(0, index),
-            [self._lengths[row] for row in numbers],
-            [self._floors[row] for row in numbers],
-        )
-
-    def repeat(self, n: int) -> Self:
-        """A new cache with each row `n` times in a row, for several samples of one prompt."""
-        at_least("n", n, 1)
-        return self.select([row for row in range(self.batch_size) for _ in range(n)])
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put rows in another order, in place (beam search)."""
@@ -365,82 +362,30 @@ class NemotronHybridCache(OutsideView):
                 f"beam_idx has shape {tuple(beam_idx.shape)}, the cache {self.batch_size} rows"
             )
         reordered = self.select(beam_idx)
-        self._cut()
-        with torch.no_grad():
-            for layer, state in self.states.items():
+        states = self._without_graph()
+        with torch.no_grad(), self._writing(states):
+            for layer, state in states.items():
                 for name, tensor in state.tensors().items():
                     tensor.copy_(getattr(reordered.states[layer], name))
-        self._set_lengths(reordered._lengths)
-        self._floors = reordered._floors
+            self._set_lengths(reordered._lengths)
+            self._floors = reordered._floors
 
-    def split(self) -> list[Self]:
-        """One cache a row."""
-        return [self.select([row]) for row in range(self.batch_size)]
-
-    @classmethod
-    @ordinary
-    def cat(cls, caches: Sequence[Self]) -> Self:
-        """The rows of several caches as one new cache.
-
-        Raises:
-            ValueError: no cache, or caches of different configs, dtypes, devices or windows.
-        """
-        if not caches:
-            raise ValueError("cat needs at least one cache")
-        first = caches[0]
-        for number, cache in enumerate(caches):
-            check_alike(number, cache, first, cls)._settle()
-        joined = object.__new__(cls)
-        joined.__dict__.update(first.__dict__)
-        joined.states = {i: join([cache.states[i] for cache in caches]) for i in first.states}
-        joined._updated = set()
-        joined._behind = frozenset().union(*(cache._behind for cache in caches))
-        joined.positions = torch.cat([cache.positions for cache in caches])
-        joined._lengths = [n for cache in caches for n in cache._lengths]
-        joined._floors = [n for cache in caches for n in cache._floors]
-        return joined
-
-    # --- elsewhere ------------------------------------------------------------------------------
-
-    def to(self, device: torch.device | str) -> Self:
-        """A cache with the same contents on `device`; itself if it is there already."""
-        self._settle()
-        place = torch.empty(0, device=device).device  # "cuda" is a device with a number
-        if self.device == place:
-            return self
-        return self._with(lambda t: t.to(device), self._lengths, self._floors)
+    # --- on disk --------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all it holds to one safetensors file, which appears only when it is whole."""
-        self._settle()
-        snapshot = self.snapshot()
-        header = {
-            "config": shape_of(self.config),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "lengths": snapshot.lengths,
-            "floors": snapshot.floors,
-            "behind": sorted(snapshot.behind),
-            "rollback_window": self.rollback_window,
-        }
-        write_states(path, snapshot.states, header)
+        write_snapshot(path, self.snapshot(), self._kind())
 
     def load(self, path: str | PathLike[str]) -> None:
         """Take over what `save` wrote.
 
         Raises:
             ValueError: a file that is no cache, or one of another config, batch, dtype or window,
-                or longer than `max_length`; the cache is as it was then.
+                or longer than `max_length`, or whose header and tensors contradict each other; the
+                cache is as it was then.
         """
-        expected = {
-            "config": shape_of(self.config),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "rollback_window": self.rollback_window,
-        }
-        header, states = read_states(path, self.states, expected, self.batch_size)
-        check_room(path, max(header["lengths"]), self.max_length)
-        behind = frozenset(header.get("behind", ()))
-        lengths, floors = tuple(header["lengths"]), tuple(header["floors"])
-        self.restore(CacheSnapshot(lengths, floors, states, behind))
+        sizes = (self.batch_size, self.max_length, self.rollback_window)
+        self.restore(read_snapshot(path, self.states, self._kind(), *sizes))
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -456,31 +401,29 @@ class NemotronHybridCache(OutsideView):
             )
         self.finish()
 
-    def _cut(self) -> None:
-        """Before values are written that no graph knows: a graph there is keeps its own tensors."""
-        for layer, state in self.states.items():
-            self.states[layer] = state.map(lambda t: t.detach().clone() if t.requires_grad else t)
+    @contextmanager
+    def _writing(self, states: dict[int, LayerState]) -> Iterator[None]:
+        """Around writes that belong together, into `states`, which become the cache's: stopped
+        among them, the cache is withheld."""
+        self.withheld = _HALF_WRITTEN
+        self.states.update(states)
+        yield
+        self.withheld = None
 
-    def _index(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+    def _without_graph(self) -> dict[int, LayerState]:
+        """The states to write values into that no graph knows: a graph keeps its own tensors."""
+        return self._map(lambda t: t.detach().clone() if t.requires_grad else t)
+
+    def _kind(self) -> dict[str, Any]:
+        """What a file must say to be one of this cache."""
+        return {
+            "config": shape_of(self.config),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rollback_window": self.rollback_window,
+        }
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
         if not any(self._lengths):
             self._behind = frozenset()
         self.positions.copy_(torch.tensor(self._lengths, device="cpu"))
-
-    @ordinary
-    def _with(
-        self,
-        function: Callable[[Tensor], Tensor],
-        lengths: Sequence[int],
-        floors: Sequence[int],
-    ) -> Self:
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy.states = {layer: state.map(function) for layer, state in self.states.items()}
-        copy.positions = function(self.positions)
-        copy._updated = set()
-        copy._lengths, copy._floors = list(lengths), list(floors)
-        return copy

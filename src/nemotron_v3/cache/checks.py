@@ -94,8 +94,49 @@ def check_room(source: Any, length: int, max_length: int | None) -> None:
         )
 
 
+def check_positions(
+    source: Any,
+    lengths: Sequence[Any],
+    floors: Sequence[Any],
+    behind: Collection[Any],
+    rows: int,
+    window: int,
+    layers: Collection[int],
+) -> None:
+    """Raises ValueError unless rows can be at these positions.
+
+    Args:
+        lengths: tokens of each row.
+        floors: of each row, the earliest position that it may be taken back to.
+        behind: layers that a step has passed by.
+        rows, window, layers: of the cache.
+    """
+    if len(lengths) != rows or len(floors) != rows:
+        raise ValueError(
+            f"{source} holds {len(lengths)} rows and {len(floors)} floors, the cache has {rows}"
+        )
+    for name, numbers in (("lengths", lengths), ("floors", floors)):
+        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise ValueError(f"{source} has {name} {list(numbers)}: they are numbers of tokens")
+    for row, (length, floor) in enumerate(zip(lengths, floors, strict=True)):
+        if not max(0, length - window) <= floor <= length:
+            raise ValueError(
+                f"{source} tells that row {row} of {length} tokens can be taken back to {floor}: a "
+                f"rollback_window of {window} reaches {max(0, length - window)} to {length}"
+            )
+    known = all(type(layer) is int and layer in layers for layer in behind)
+    if not known or len(set(behind)) != len(behind):
+        raise ValueError(
+            f"{source} names layers {list(behind)} as left out: the cache has {list(layers)}"
+        )
+
+
 def check_snapshot(
-    snapshot: CacheSnapshot, states: Mapping[int, LayerState], rows: int, max_length: int | None
+    snapshot: CacheSnapshot,
+    states: Mapping[int, LayerState],
+    rows: int,
+    max_length: int | None,
+    window: int,
 ) -> None:
     """Raises ValueError unless a snapshot can take the place of `states` in a cache."""
     if not isinstance(snapshot, CacheSnapshot):
@@ -107,6 +148,8 @@ def check_snapshot(
             f"the snapshot has {len(snapshot.lengths)} rows and layers "
             f"{list(snapshot.states)}, the cache {rows} and {list(states)}"
         )
+    positions = (snapshot.lengths, snapshot.floors, snapshot.behind)
+    check_positions("the snapshot", *positions, rows, window, states)
     check_room("the snapshot", max(snapshot.lengths), max_length)
     for layer, state in states.items():
         state.check_like(snapshot.states[layer], layer)

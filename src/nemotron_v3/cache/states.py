@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.cache.step import Step
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import kept, ordinary
 
 SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
 
@@ -39,8 +39,8 @@ class LayerState:
         """A view without what lies behind `length` tokens, where that means anything."""
         return self
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` tokens a row."""
+    def make_room(self, other: Self, length: int) -> None:
+        """Make room for another state of `length` tokens, so that `load` asks for no memory."""
 
     def check_like(self, other: Self, layer: int) -> None:
         """Raises ValueError unless another state could stand in this one's place at some length."""
@@ -53,8 +53,8 @@ class LayerState:
                 )
 
     def load(self, other: Self, length: int) -> None:
-        """Take over the values of another state of `length` tokens, into the present buffers."""
-        self.reserve(length)
+        """Take over the values of another state of `length` tokens, into the present buffers, which
+        have room for them."""
         for name, tensor in self.held(length).tensors().items():
             tensor.copy_(getattr(other, name))
 
@@ -87,19 +87,26 @@ class KeyValueState(LayerState):
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        # The smaller one: an interrupt may have come between the growth of both.
+        return min(self.keys.shape[2], self.values.shape[2])
 
     def held(self, length: int) -> Self:
         return self.map(lambda tensor: tensor[:, :, :length])
 
+    def make_room(self, other: Self, length: int) -> None:
+        self.reserve(min(length, other.capacity))  # of a layer that was left out
+
     @ordinary
     def reserve(self, length: int) -> None:
-        more = length - self.capacity
-        if more > 0:
-            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        """Make room for `length` tokens a row."""
+        if length > self.capacity:
+            self.keys, self.values = (
+                F.pad(tensor, (0, 0, 0, max(0, length - tensor.shape[2])))
+                for tensor in (self.keys, self.values)
+            )
 
     def load(self, other: Self, length: int) -> None:
-        length = min(length, other.capacity)  # of a layer that was left out
+        length = min(length, other.capacity)
         super().load(other, length)
         for tensor in self.tensors().values():
             tensor[:, :, length:] = 0
@@ -122,28 +129,38 @@ class KeyValueState(LayerState):
         for tensor in self.tensors().values():
             tensor[rows] = tensor[rows].masked_fill(gone, 0)
 
-    def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k: Tensor, v: Tensor, step: Step, in_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
 
         L is the longest row's length; a shorter row has 0 behind its own.
+
+        Args:
+            k, v: of the new tokens.
+            step: that they belong to.
+            in_graph: a graph of the caller's will hold what comes back, such as that of a query
+                which is trained where keys and values are not.
         """
         needed = max(step.ends)
         if needed > self.capacity:
             self.reserve(max(needed, 2 * self.capacity, SMALLEST_BUFFER))
-        self.keys = _put(self.keys, k.to(self.keys.dtype), step)
-        self.values = _put(self.values, v.to(self.values.dtype), step)
+        # Both alike: the graph of attention holds the keys for the values' sake, and vice versa.
+        in_graph = torch.is_grad_enabled() and (in_graph or k.requires_grad or v.requires_grad)
+        self.keys = _put(self.keys, k.to(self.keys.dtype), step, in_graph)
+        self.values = _put(self.values, v.to(self.values.dtype), step, in_graph)
         return self.keys[:, :, :needed], self.values[:, :, :needed]
 
 
-def _put(buffer: Tensor, new: Tensor, step: Step) -> Tensor:
+def _put(buffer: Tensor, new: Tensor, step: Step, in_graph: bool) -> Tensor:
     """`new` `[T, J, P]` at its places: in place, or in a new buffer where autograd must see it.
 
     A buffer with a graph is never written to: its backward pass may still come.
     """
-    if buffer.requires_grad or (torch.is_grad_enabled() and new.requires_grad):
+    if buffer.requires_grad or in_graph:
         rows, positions = step.places
         heads = torch.arange(buffer.shape[1], device=buffer.device)
-        return buffer.index_put((rows[:, None], heads, positions[:, None]), new)
+        return kept(buffer.index_put((rows[:, None], heads, positions[:, None]), new))
     if step.uniform is not None:
         start, length = step.uniform
         by_row = new.view(buffer.shape[0], length, *new.shape[1:]).transpose(1, 2)
@@ -175,11 +192,20 @@ class MambaState(LayerState):
         """The states after a step: in place, or as new tensors where autograd must see them."""
         tracked = torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad)
         if tracked or self.has_graph:
-            self.conv, self.ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
+            conv, ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
+            self.conv, self.ssm = kept(conv), kept(ssm)
         else:
             self.touched = True
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
+
+    def write_conv(self, conv: Tensor) -> Tensor:
+        """Another conv state, in place or as a new tensor as in `write`."""
+        if self.has_graph or (torch.is_grad_enabled() and conv.requires_grad):
+            self.conv = kept(conv.to(self.conv.dtype, copy=True))
+        else:
+            self.conv.copy_(conv)
+        return self.conv
 
     @property
     def has_graph(self) -> bool:

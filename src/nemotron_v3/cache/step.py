@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.modes import ordinary
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Step:
         return self.layout.uniform_length == 1
 
     @cached_property
+    @ordinary  # layers of one step may be called in several modes
     def places(self) -> tuple[Tensor, Tensor]:
         """int64 `[T]` each: the row of every new token, and its position in the row."""
         rows = self.layout.seq_idx.long()
@@ -56,6 +58,7 @@ class Step:
         return rows, tokens - first.index_select(0, rows)
 
     @cached_property
+    @ordinary
     def pieces(self) -> tuple["Piece", ...]:
         """The step cut for a rollback window: the bulk of each row, then the last tokens singly."""
         heads = [max(0, length - self.window) for length in self.lengths]
@@ -67,6 +70,7 @@ class Step:
         return tuple(pieces)
 
     @cached_property
+    @ordinary
     def piece_order(self) -> Tensor:
         """int64 `[T]`: the place of each token among the pieces' tokens."""
         return torch.cat([piece.tokens for piece in self.pieces]).argsort()

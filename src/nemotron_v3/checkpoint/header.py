@@ -5,7 +5,6 @@ tensor's dtype, shape and place, and the tensors' bytes, which cover the rest of
 gap. Every claim of the header is checked here before anybody touches a tensor.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any, BinaryIO
 import torch
 
 from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.config.files import MAX_JSON_BYTES, open_regular, parse_object, read_object
 
-# All 51,023 tensors of the largest release in one file would need a header of 8 MB.
-MAX_JSON_BYTES = 32 * 2**20
+# MAX_JSON_BYTES holds for headers too: all 51,023 tensors of the largest release in one file would
+# need one of 8 MB.
 
 # Bits an element, for every dtype of the format.
 BITS = {
@@ -88,43 +88,27 @@ def weight_dtype(dtype: Any, done: str) -> torch.dtype | None:
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`, with a clear `CheckpointError` for anything else.
-
-    Refuses keys given twice, and text that is mostly brackets: parsed, it would take a hundred
-    times its own size.
-    """
-    if raw.count(b"[") + raw.count(b"{") > len(raw) // 8 + 16:
-        raise CheckpointError(f"{where}: mostly brackets, not the JSON of a checkpoint")
+    """`config.files.parse_object`, whose errors become a `CheckpointError`."""
     try:
-        value = json.loads(raw, object_pairs_hook=_no_twins, parse_int=_short_int)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON that can be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twin[:100]!r} stands twice")
-    return found
-
-
-def _short_int(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits")
-    return int(digits)
+        return parse_object(raw, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in the file `path` of at most `limit` bytes; raises `CheckpointError`."""
-    size = path.stat().st_size
-    if size > limit:
-        raise CheckpointError(f"{path}: {size} bytes of JSON, more than {limit}")
-    return parse_json(path.read_bytes(), str(path))
+    """`config.files.read_object`, whose errors become a `CheckpointError`; `OSError` stays."""
+    try:
+        return read_object(path, limit)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def open_weights(path: Path) -> BinaryIO:
+    """`config.files.open_regular`, whose errors become a `CheckpointError`; `OSError` stays."""
+    try:
+        return open_regular(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -177,6 +161,9 @@ def _entry(name: str, claim: Any, data: int, path: Path) -> Entry:
             f"{where}: {dtype} {shape} does not take the {end - begin} bytes "
             f"that data_offsets {offsets} give it"
         )
+    # Beside a size of 0 the others take no bytes, and would still overflow a tensor's strides.
+    if math.prod(max(1, size) for size in shape) >= 2**62:
+        raise CheckpointError(f"{where}: shape {shape} is not in 64 bits")
     return Entry(dtype, tuple(shape), data + begin, data + end)
 
 

@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.header import TORCH_DTYPES, Entry, read_header, read_json
+from nemotron_v3.checkpoint.header import (
+    TORCH_DTYPES,
+    Entry,
+    open_weights,
+    read_header,
+    read_json,
+)
 from nemotron_v3.checkpoint.refuse import (
     refuse_quantised_config,
     refuse_quantised_tensors,
     refuse_without_weights,
 )
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, is_plain_name, whole_copy
+from nemotron_v3.config.files import MAX_CONFIG_BYTES
 
-MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_KEYS = 1000
 
 
@@ -36,7 +42,7 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = path
-        with path.open("rb") as file:
+        with open_weights(path) as file:
             size = os.fstat(file.fileno()).st_size
             self.entries, self.metadata = read_header(file, size, path)
             # A private copy-on-write map: torch takes no read-only memory, and the file stays as

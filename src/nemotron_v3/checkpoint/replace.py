@@ -75,13 +75,15 @@ def replacing(directory: Path) -> Iterator[Path]:
     """Give an empty directory to fill; on leaving, its files replace the checkpoint in `directory`.
 
     An exception inside leaves `directory` as it was. Raises `CheckpointError` while another process
-    saves to the same directory, and where `directory` is a file.
+    saves to the same directory, and where `directory` is a file or holds a directory in the place
+    of a file to replace.
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file: give a directory to save to")
     existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
+        _check_names(directory)
         _settle(directory)
         token = secrets.token_hex(4)
         saving, whole = directory / f"{_SAVING}{token}", directory / f"{_WHOLE}{token}"
@@ -126,6 +128,16 @@ def _weights(directory: Path) -> list[str]:
             if isinstance(listed, dict):
                 names.update(file for file in listed.values() if is_plain_name(file))
     return [*sorted(names), SINGLE, INDEX]
+
+
+def _check_names(directory: Path) -> None:
+    """Raise `CheckpointError` where a directory stands in the place of a file to replace: it could
+    not be removed once the old config.json was."""
+    for name in (CONFIG, *_weights(directory)):
+        if (directory / name).is_dir() and not (directory / name).is_symlink():
+            raise CheckpointError(
+                f"{directory / name} is a directory: move it away, or save to another directory"
+            )
 
 
 def _settle(directory: Path) -> None:

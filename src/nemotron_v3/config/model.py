@@ -16,9 +16,10 @@ import torch
 from nemotron_v3.config import values
 from nemotron_v3.config.blocks import to_pattern
 from nemotron_v3.config.checks import check
+from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
 from nemotron_v3.config.presets import preset_values
-from nemotron_v3.config.source import Source, Untyped, mend_text, parse_object, plain_json
+from nemotron_v3.config.source import Source, Untyped, mend_text, plain_json
 from nemotron_v3.config.spelling import (
     MISSING,
     attribute,
@@ -257,15 +258,17 @@ class NemotronV3Config:
     def from_json(cls, path: str | os.PathLike) -> Self:
         """The config in a JSON file, or in the `config.json` of a directory.
 
-        Raises `FileNotFoundError`, or `ValueError` with the file's name.
+        Raises `FileNotFoundError`, or `ValueError` with the file's name: no config, more than
+        1 MiB, or no regular file.
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            text = path.read_bytes().decode()
-            return cls._from_source(Source(parse_object(text), text))
+            raw = read_bytes(path, MAX_CONFIG_BYTES)
+            return cls._from_source(Source(parse_object(raw, str(path)), raw.decode()))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from None
+            told = "" if str(error).startswith(str(path)) else f"{path}: "
+            raise ValueError(f"{told}{error}") from None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_v3.config.files import parse_object
+
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -31,7 +33,7 @@ class Untyped:
 
 
 def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of `data` as JSON holds it; a torch dtype becomes its name."""
+    """A deep copy of `data` as a file can hold it; a torch dtype becomes its name."""
 
     def spell(value: Any) -> str:
         text = str(value)
@@ -39,29 +41,11 @@ def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
             return text.removeprefix("torch.")
         raise ValueError(f"config value {value!r} cannot be written as JSON: give plain values")
 
-    return json.loads(json.dumps(dict(data), default=spell))
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """The JSON object that `text` holds; raises `ValueError` for anything else."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a whole JSON document ({error}): restore the file") from None
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"holds a JSON {type(data).__name__}, not an object: give a model's config"
-        )
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = {}
-    for key, value in pairs:
-        if key in data:
-            raise ValueError(f"key {key!r} stands there twice")
-        data[key] = value
-    return data
+        text = json.dumps(dict(data), default=spell)
+    except RecursionError:
+        raise ValueError("the config holds values too deep to be written as JSON") from None
+    return parse_object(text, "the config")
 
 
 def mend_text(text: str, changes: Mapping[str, Any]) -> str:

@@ -149,10 +149,11 @@ class NemotronV3Attention(RefusesContextParallel):
         if mask is not None:
             rows = rows_of(layout)
             check_mask(mask, q, rows, held_by(cache, layer_idx))
-        state, step = cache.begin(layer_idx, rows)
+        state, since = cache.states[layer_idx], cache.begun
         before = (state.keys, state.values)
         try:
-            keys, values = state.append(k, v, step)
+            state, step = cache.begin(layer_idx, rows)
+            keys, values = state.append(k, v, step, in_graph=q.requires_grad)
             y = ops.cached_attention(
                 q,
                 keys,
@@ -165,7 +166,7 @@ class NemotronV3Attention(RefusesContextParallel):
             )
             return layout.unpack(project(self.o_proj, y.flatten(-2)))
         except BaseException:
-            cache.abandon(layer_idx, before)
+            cache.abandon(layer_idx, before, since)
             raise
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:

@@ -160,12 +160,13 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         """From the states of a cache, which holds the next ones afterwards."""
         sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
         check_states(cache.states.get(self.layer_idx), self.layer_idx, *sizes)
-        state, step = cache.begin(self.layer_idx, layout)
+        state, since = cache.states[self.layer_idx], cache.begun
         before = (state.conv, state.ssm)
         try:
+            state, step = cache.begin(self.layer_idx, layout)
             return layout.unpack(project(self.out_proj, self._core(zxbcdt, state, step)))
         except BaseException:
-            cache.abandon(self.layer_idx, before)
+            cache.abandon(self.layer_idx, before, since)
             raise
 
     def _core(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:

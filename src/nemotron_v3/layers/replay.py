@@ -4,17 +4,22 @@ A policy that is trained on what another engine, or the same one earlier, has ge
 experts where two scores lie within a rounding. Replaying the recorded choice makes the routing the
 same, bit for bit; scores, weights and their gradients are those of the pass that replays.
 
+Both belong to who asks for them (`context.py`): another thread or async task that uses the model
+meanwhile is neither recorded nor forced.
+
 Letters: T packed tokens, E experts, K experts a token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.router import NemotronV3Router, Routing, Watcher, routers, watched
+from nemotron_v3.layers.context import Scope, Scoped, of_caller, scoped
+from nemotron_v3.layers.router import NemotronV3Router, Routing, Watcher, routers
+from nemotron_v3.layout.modes import kept
 
 
 @dataclass
@@ -31,7 +36,9 @@ class RoutingRecord:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Within it, every call of every router of the model is recorded.
+    """Within it, every call that the caller makes of every router of the model is recorded.
+
+    Calls of other threads and async tasks are not, but for tasks that are made within it.
 
     Args:
         model: a model, a block, or anything that holds routers.
@@ -46,11 +53,15 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 
         def keep(routing: Routing) -> None:
             if not routing.repeated:
-                calls.append(routing.indices.detach())
+                calls.append(kept(routing.indices.detach()))
 
         return keep
 
-    with watched(model, watcher_of):
+    def make(scope: Scope) -> list[tuple[nn.Module, Scoped]]:
+        found = routers(model).items()
+        return [(router, Scoped(scope, watcher=watcher_of(name))) for name, router in found]
+
+    with scoped(make):
         yield record
 
 
@@ -58,9 +69,10 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 def replay_routing(
     model: nn.Module, record: RoutingRecord | Mapping[str, Sequence[Tensor]]
 ) -> Iterator[None]:
-    """Within it, the n-th call of a router sends the tokens where the n-th recorded one did.
+    """Within it, the caller's n-th call of a router sends tokens where the n-th recorded one did.
 
-    The weights are made from the scores of the experts that are forced, so gradients reach the
+    Other threads and async tasks, but for tasks that are made within it, are routed as always. The
+    weights are made from the scores of the experts that are forced, so gradients reach the
     router as always. The backward pass may lie outside, also that of checkpoints.
 
     Args:
@@ -82,12 +94,14 @@ def replay_routing(
     for name, router in found.items():
         for call in indices[name]:
             _check(name, router, call)
-    with ExitStack() as stack:
-        for name, router in found.items():
-            if router.forced is not None:
-                raise ValueError(f"{name} is being replayed already: leave that replay first")
-            router.forced = _Calls(name, router, list(indices[name]))
-            stack.callback(setattr, router, "forced", None)
+        if any(each.forced is not None for each in of_caller(router.scoped)):
+            raise ValueError(f"{name} is being replayed already: leave that replay first")
+
+    def make(scope: Scope) -> list[tuple[nn.Module, Scoped]]:
+        calls = {name: _Calls(name, router, list(indices[name])) for name, router in found.items()}
+        return [(router, Scoped(scope, forced=calls[name])) for name, router in found.items()]
+
+    with scoped(make):
         yield
 
 

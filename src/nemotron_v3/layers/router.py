@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
+from nemotron_v3.layers.context import Scoped, of_caller
 from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
 
@@ -51,9 +52,8 @@ class NemotronV3Router(KeepsFp32):
     Logits and scores are fp32 or wider, and the bias is a persistent buffer that stays so.
 
     Attributes:
-        watchers: called with a `Routing` at every call, in their order.
-        forced: where the experts come from instead of the scores: a function of the number of
-            tokens that returns `[T, K]` int64; None routes by the scores.
+        watchers: called with a `Routing` at every call, whoever makes it, in their order.
+        scoped: what callers do with their own calls: watch them, or force their experts.
     """
 
     fp32_tensors = ("e_score_correction_bias",)
@@ -68,7 +68,7 @@ class NemotronV3Router(KeepsFp32):
         self.weights_use_bias = config.router_weight_uses_score_correction_bias
         self.impl = impl
         self.watchers: list[Watcher] = []
-        self.forced: Callable[[int], Tensor] | None = None
+        self.scoped: list[Scoped] = []
         dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
@@ -88,6 +88,8 @@ class NemotronV3Router(KeepsFp32):
                 (`checkpoint_contexts`).
         """
         if not self.observed:
+            if self.scoped:
+                _check_thread(x)
             return self._by_scores(x)
         call = _this_call(self, len(x))
         if call.indices is None:
@@ -100,8 +102,11 @@ class NemotronV3Router(KeepsFp32):
 
     @property
     def observed(self) -> bool:
-        """Whether anything is to be done besides routing."""
-        return bool(self.watchers) or self.forced is not None or _remembered(self)
+        """Whether anything is to be done besides routing, for who calls now."""
+        if self.watchers or _remembered(self):
+            return True
+        # Asked for last: a compiler cannot, and leaves its graph here.
+        return bool(self.scoped) and bool(of_caller(self.scoped))
 
     def scores(self, x: Tensor) -> Tensor:
         """`sigmoid(weight x)`, `[T, E]` in fp32 or wider, differentiable in both."""
@@ -140,7 +145,7 @@ class NemotronV3Router(KeepsFp32):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither watched nor forced."""
-        return self.__dict__ | {"watchers": [], "forced": None}
+        return self.__dict__ | {"watchers": [], "scoped": []}
 
 
 def routers(model: nn.Module) -> dict[str, NemotronV3Router]:
@@ -158,7 +163,7 @@ def routers(model: nn.Module) -> dict[str, NemotronV3Router]:
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether a router in it is watched or forced."""
+    """Whether a router in it is watched or forced, for who calls now."""
     return any(m.observed for m in module.modules() if isinstance(m, NemotronV3Router))
 
 
@@ -229,22 +234,43 @@ def _this_call(router: NemotronV3Router, tokens: int) -> _Call:
             return _Call(None, (), repeated=True)
         earlier = region.calls[router][number]
         return _Call(earlier.indices, earlier.watchers, repeated=True)
-    if not compiling and region is None and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a watched or forced router is called inside a backward pass: give "
-            "torch.utils.checkpoint.checkpoint context_fn=checkpoint_contexts, so that recomputed "
-            "tokens are not taken for new ones (model.gradient_checkpointing_enable does), and "
-            "watch or force before the forward pass"
-        )
-    call = _Call(None if router.forced is None else router.forced(tokens), tuple(router.watchers))
+    if not compiling and region is None and _in_backward():
+        raise RuntimeError(_UNTOLD)
+    mine = of_caller(router.scoped) if router.scoped else ()
+    forced = next((each.forced for each in mine if each.forced is not None), None)
+    watchers = (each.watcher for each in mine if each.watcher is not None)
+    call = _Call(None if forced is None else forced(tokens), (*router.watchers, *watchers))
     if region is not None:
         region.calls.setdefault(router, []).append(call)
     return call
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _check_thread(x: Tensor) -> None:
+    """Raises RuntimeError for a recomputation that may be that of a caller who watches or forces.
+
+    A GPU's backward pass runs in a thread of autograd's own, which has nobody's context.
+    """
+    if torch.compiler.is_compiling() or x.device.type == "cpu":
+        return
+    if getattr(_here, "region", None) is None and _in_backward():
+        raise RuntimeError(_UNTOLD)
+
+
+_UNTOLD = (
+    "a watched or forced router is called inside a backward pass: give "
+    "torch.utils.checkpoint.checkpoint context_fn=checkpoint_contexts, so that recomputed tokens "
+    "are not taken for new ones (model.gradient_checkpointing_enable does), and watch or force "
+    "before the forward pass"
+)
+
+
 @contextmanager
 def watched(model: nn.Module, watcher_of: Callable[[str], Watcher]) -> Iterator[None]:
-    """Within it, `watcher_of(name)` watches the router of that name."""
+    """Within it, `watcher_of(name)` watches the router of that name, whoever calls it."""
     added = [(router, watcher_of(name)) for name, router in routers(model).items()]
     for router, watcher in added:
         router.watchers.append(watcher)

@@ -26,6 +26,14 @@ def ordinary(function: Callable) -> Callable:
     return run
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """`tensor` as it may outlive a call: an ordinary copy of one that inference mode has made."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether work on `device` is recorded into a graph now, so that it is done at a replay."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

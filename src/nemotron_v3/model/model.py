@@ -118,19 +118,18 @@ class NemotronV3Model(nn.Module):
         if layout.token_index is not None:
             hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
         kept = [hidden] if output_hidden_states else None
-        if cache is None:
-            hidden = restore(self._run_all(hidden, layout, None, kept))
-        else:
-            begun = cache.begun
-            try:
-                hidden = restore(self._run_all(hidden, layout, cache, kept))
+        begun = 0 if cache is None else cache.begun
+        try:
+            hidden = restore(self._run_all(hidden, layout, cache, kept))
+            if cache is not None:
                 cache.finish(layout)
-            except BaseException:
+            if kept is None:
+                return ModelOutput(hidden, past_key_values=cache)
+            return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
+        except BaseException:
+            if cache is not None:
                 cache.interrupted(begun)
-                raise
-        if kept is None:
-            return ModelOutput(hidden, past_key_values=cache)
-        return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
+            raise
 
     def _run_all(
         self,
@@ -159,8 +158,11 @@ class NemotronV3Model(nn.Module):
                     "a cache is updated in place and cannot be recomputed: disable gradient "
                     "checkpointing, or leave the cache out"
                 )
-            # Only where something watches: a compiler takes a checkpoint without contexts better.
-            contexts = {"context_fn": checkpoint_contexts} if observed(block) else {}
+            # A compiler takes a checkpoint without contexts better: only where something watches.
+            told = block.block_type == "moe" and (
+                not torch.compiler.is_compiling() or observed(block)
+            )
+            contexts = {"context_fn": checkpoint_contexts} if told else {}
             run = partial(block, layout=layout)
             return checkpoint(run, hidden, use_reentrant=False, **contexts)
         return block(hidden, past_key_values=cache, layout=layout)
@@ -304,25 +306,21 @@ class NemotronV3ForCausalLM(nn.Module):
             )
         cache = past_key_values
         begun = 0 if cache is None else cache.begun
-        out = self.model(
-            input_ids,
-            layout=layout,
-            past_key_values=cache,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-        )
-        hidden = out.last_hidden_state
-        if cache is None:
+        try:
+            out = self.model(
+                input_ids,
+                layout=layout,
+                past_key_values=cache,
+                inputs_embeds=inputs_embeds,
+                output_hidden_states=output_hidden_states,
+            )
+            hidden = out.last_hidden_state
             loss, logits = self._head(hidden, labels, layout, logits_to_keep, num_items_in_batch)
-        else:
-            try:
-                loss, logits = self._head(
-                    hidden, labels, layout, logits_to_keep, num_items_in_batch
-                )
-            except BaseException:  # such as want of memory for the logits of a long prompt
+            return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+        except BaseException:  # such as want of memory for the logits of a long prompt
+            if cache is not None:
                 cache.interrupted(begun)
-                raise
-        return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+            raise
 
     def _head(
         self,
