@@ -1,6 +1,4 @@
-"""Chat templates, and a conversation whose cache follows it."""
-
-import json
+"""A conversation: what is rendered, fed and taken from the answers."""
 
 import pytest
 
@@ -18,68 +16,12 @@ APPENDING = """\
 """
 # Earlier answers are left out, as some templates do with earlier reasoning.
 FORGETFUL = APPENDING.replace("{{ message.content }}", "{{ message.content if loop.last else '' }}")
-SAID = [{"role": "system", "content": "Be {{ brief }}."}, {"role": "user", "content": "<né>"}]
 OPTIONS = {"max_new_tokens": 8, "eos_token_id": [ord("~")]}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("M*E", vocab_size=256)
-
-
-def test_messages_are_rendered_as_they_are():
-    template = ChatTemplate(APPENDING)
-    expected = "<system>Be {{ brief }}.~<user><né>~"
-    assert template.render(SAID, add_generation_prompt=False) == expected
-    assert template.render(SAID) == expected + "<assistant>"
-
-
-def test_what_a_template_finds_there():
-    source = (
-        "{{ bos_token }}{{ tools[0] | tojson }}{{ strftime_now('%Y') | length }}"
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}"
-        "{% endfor %}"
-    )
-    template = ChatTemplate(source, {"bos_token": "<s>"})
-    rendered = template.render(SAID, tools=[{"name": "é<"}])
-    assert rendered == '<s>{"name": "é<"}4system'
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ raise_exception('no ' + messages[0].role) }}", "refuses the messages: no system"),
-        ("{{ messages.__class__.__mro__ }}", "refuses the messages"),
-        ("{{ messages.append(1) }}", "refuses the messages"),
-    ],
-)
-def test_what_a_template_may_not_do(source, message):
-    said = list(SAID)
-    with pytest.raises(ValueError, match=message):
-        ChatTemplate(source).render(said)
-    assert said == SAID
-
-
-def test_what_is_no_template():
-    with pytest.raises(ValueError, match="no chat template"):
-        ChatTemplate("{% for %}")
-
-
-def test_where_a_checkpoint_keeps_its_template(tmp_path):
-    with pytest.raises(ValueError, match="has no chat template"):
-        ChatTemplate.load(tmp_path)
-    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
-    for chat_template, file, expected in (
-        ("{{ bos_token }}{{ eos_token }}{{ pad_token }}", None, "<s></s>"),
-        (named, None, "d"),
-        ("one", "{{ bos_token }}two", "<s>two"),
-    ):
-        about = special | {"chat_template": chat_template}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-        if file is not None:
-            (tmp_path / "chat_template.jinja").write_text(file)
-        assert ChatTemplate.load(tmp_path).render(SAID) == expected
 
 
 @pytest.mark.parametrize("source", [APPENDING, FORGETFUL], ids=["appending", "forgetful"])
