@@ -68,7 +68,8 @@ class Sampling:
             options["max_new_tokens"] = MAX_NEW_TOKENS
         if self.temperature == 0:
             draws = ("temperature", "top_k", "top_p", "min_p", "seed")
-            return options | {n: v for n, v in given.items() if n not in draws}
+            rest = {n: v for n, v in given.items() if n not in draws}
+            return options | {"do_sample": False} | rest
         if "do_sample" not in told:
             options |= {n: v for n, v in DRAWS.items() if n not in told}
         elif given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:

@@ -7,6 +7,7 @@ from typing import Self
 import tokenizers
 
 from nemotron_v3.config.files import exists, read_regular
+from nemotron_v3.config.text import check_text
 from nemotron_v3.data.tokenizer import FILE
 
 MAX_BYTES = 2**28  # of a tokenizer.json; those with 262,144 tokens have 2**25
@@ -49,13 +50,7 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens; `ValueError` for text that is none, with half a character in it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds half a character (the surrogate {text[error.start]!r}, at "
-                f"{error.start}), which no tokenizer reads: give text"
-            ) from None
+        check_text(text, "the text")
         return self._backend.encode(text, add_special_tokens=self._add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.chat import Answer, ChatTemplate, Message, is_thinking, parse_answer
 from nemotron_v3.chat.answer import THOUGHT
+from nemotron_v3.config.text import check_text
 from nemotron_v3.generation.engine import StreamedToken, stream
 from nemotron_v3.generation.options import MOST_SEED, GenerationOptions
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -98,6 +99,7 @@ class Chat:
         messages = [*self.messages, {"role": role, "content": text}]
         variables = {"tools": self.tools} | self.template_variables | variables
         rendered = self.template.render(messages, **variables)
+        check_text(rendered, "the prompt")
         prompt, thinking = list(self.tokenizer.encode(rendered)), is_thinking(rendered)
         held, cache = self._held, self._cache
         self._held, self._cache = [], None  # an answer left early leaves nothing to go on from

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_v3.config.text import check_text
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -92,13 +93,7 @@ def _of_row(number: int, row: Any, tokenizer: Any) -> Tensor:
     if isinstance(row, str):
         if tokenizer is None:
             raise ValueError("prompts given as text need a tokenizer: give one, or token ids")
-        try:
-            row.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"row {number} holds half a character (the surrogate {row[error.start]!r}, at "
-                f"{error.start}), which no tokenizer reads: give text"
-            ) from None
+        check_text(row, f"row {number}")
         row = tokenizer.encode(row)
     try:
         ids = torch.as_tensor(row).detach().cpu()
