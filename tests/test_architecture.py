@@ -22,7 +22,7 @@ def rooms(names: str) -> frozenset[str]:
 
 
 ROOMS = rooms(
-    "config layout cache ops layers model checkpoint generation data adapters parallel verify "
+    "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
     "train hf recipes cli"
 )
 
@@ -37,13 +37,16 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "layers": rooms("ops layout cache config"),
     "model": rooms("layers ops layout cache config"),
     "checkpoint": rooms("model config"),
+    # Text alone, without a model or a tensor: training makes its examples with it as well as
+    # generation its prompts. Of config it has the reading of files from outside.
+    "chat": rooms("config"),
     # layers: a fast decode step asks whether a layer may be left uncalled, as layers and model do.
-    "generation": rooms("model layers ops layout cache config"),
+    "generation": rooms("model layers ops layout cache config chat"),
     "data": rooms("config layout"),
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),
     "verify": rooms("model layers ops layout cache checkpoint generation config data"),
-    "train": rooms("model parallel checkpoint data adapters verify layout config ops"),
+    "train": rooms("model parallel checkpoint data adapters verify layout config ops chat"),
     "hf": ROOMS - {"cli", "train", "recipes"},
     "recipes": ROOMS - {"cli", "hf"} | {""},
     "cli": ROOMS | {""},
@@ -69,7 +72,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("data/*",),
     "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),
-    "jinja2": ("generation/chat.py",),
+    "jinja2": ("chat/worker.py",),
     "matplotlib": ("recipes/*", "train/*"),
     "datasets": ("data/*", "train/*"),
     "tensorboard": ("train/*",),

@@ -1,6 +1,7 @@
 """`nemotron-v3 generate` on a tiny checkpoint with a tokenizer of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nemotron_v3.checkpoint import from_pretrained, save_pretrained
 from nemotron_v3.cli import main as cli
+from nemotron_v3.cli.generate import Sampling
 from nemotron_v3.data.pretrained import PretrainedTokenizer
-from nemotron_v3.generation import Chat, ChatTemplate, generate
+from nemotron_v3.generation import Chat, ChatTemplate, GenerationOptions, generate
 from tests.models import tiny_model
 
 TEXTS = ["say what you mean and mean what you say", "né 日本 🙂 <user> hello"] * 3
@@ -87,6 +89,11 @@ def test_a_chat_is_held_on_stdin(folder):
         (["--prompt", "a", "--temperature", "-1"], "temperature must not be negative, got -1.0"),
         (["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
         (["--chat", "--bos"], "brings its own bos token"),
+        (["--prompt", "a", "--no-thinking"], "are a chat's: add --chat"),
+        (["--chat", "--template-var", "thinking"], "'thinking': give NAME=VALUE"),
+        (["--chat", "--tools", "/dev/zero"], "/dev/zero: is a device"),
+        (["--prompt", "a", "--device", "tpu"], "on --device tpu"),
+        (["--prompt", "a\ud800"], "half a character"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, arguments, message):
@@ -103,3 +110,37 @@ def test_a_checkpoint_without_tokenizer_or_template(folder, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert cli.main(["generate", str(tmp_path), "--chat"]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_the_template_is_told_what_the_user_says(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ raise_exception([enable_thinking, a, b, tools[0].name] | string) }}"
+    )
+    (tmp_path / "tools.json").write_text('[{"name": "look"}]')
+    done = run(
+        tmp_path, "--chat", "--prompt", "x", "--no-thinking", "--template-var", "a=[1, null]",
+        "--template-var", "b=c=d", "--tools", tmp_path / "tools.json",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.endswith("messages: [False, [1, None], 'c=d', 'look']\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "expected"),
+    [
+        (None, {}, {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 256}),
+        ({"temperature": 0.6}, {}, {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+        ({"do_sample": True}, {}, {"do_sample": True, "temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": False}, {}, {"do_sample": False}),
+        ({"do_sample": False}, {"top_k": 5}, {"do_sample": True, "top_k": 5}),
+        ({"do_sample": True, "top_k": 5}, {"temperature": 0.0}, {"do_sample": False, "top_k": 0}),
+        ({"max_length": 9}, {}, {"max_length": 9, "max_new_tokens": None}),
+        ({"max_length": 9}, {"max_new_tokens": 3}, {"max_length": None, "max_new_tokens": 3}),
+        ({"num_return_sequences": 4}, {}, {"num_return_sequences": 1}),
+    ],
+)
+def test_the_user_goes_before_the_file_and_the_file_before_our_defaults(file, given, expected):
+    options = GenerationOptions.of(Sampling(**given).options(file), file)
+    assert {name: getattr(options, name) for name in expected} == expected

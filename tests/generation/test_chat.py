@@ -1,8 +1,7 @@
-"""Chat templates, and a conversation whose cache follows it."""
-
-import json
+"""A conversation: what is rendered, fed and taken from the answers."""
 
 import pytest
+import torch
 
 from nemotron_v3.generation import Chat, ChatTemplate, generate
 from tests.generation.samples import Bytes
@@ -18,68 +17,12 @@ APPENDING = """\
 """
 # Earlier answers are left out, as some templates do with earlier reasoning.
 FORGETFUL = APPENDING.replace("{{ message.content }}", "{{ message.content if loop.last else '' }}")
-SAID = [{"role": "system", "content": "Be {{ brief }}."}, {"role": "user", "content": "<né>"}]
 OPTIONS = {"max_new_tokens": 8, "eos_token_id": [ord("~")]}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("M*E", vocab_size=256)
-
-
-def test_messages_are_rendered_as_they_are():
-    template = ChatTemplate(APPENDING)
-    expected = "<system>Be {{ brief }}.~<user><né>~"
-    assert template.render(SAID, add_generation_prompt=False) == expected
-    assert template.render(SAID) == expected + "<assistant>"
-
-
-def test_what_a_template_finds_there():
-    source = (
-        "{{ bos_token }}{{ tools[0] | tojson }}{{ strftime_now('%Y') | length }}"
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}"
-        "{% endfor %}"
-    )
-    template = ChatTemplate(source, {"bos_token": "<s>"})
-    rendered = template.render(SAID, tools=[{"name": "é<"}])
-    assert rendered == '<s>{"name": "é<"}4system'
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ raise_exception('no ' + messages[0].role) }}", "refuses the messages: no system"),
-        ("{{ messages.__class__.__mro__ }}", "refuses the messages"),
-        ("{{ messages.append(1) }}", "refuses the messages"),
-    ],
-)
-def test_what_a_template_may_not_do(source, message):
-    said = list(SAID)
-    with pytest.raises(ValueError, match=message):
-        ChatTemplate(source).render(said)
-    assert said == SAID
-
-
-def test_what_is_no_template():
-    with pytest.raises(ValueError, match="no chat template"):
-        ChatTemplate("{% for %}")
-
-
-def test_where_a_checkpoint_keeps_its_template(tmp_path):
-    with pytest.raises(ValueError, match="has no chat template"):
-        ChatTemplate.load(tmp_path)
-    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
-    for chat_template, file, expected in (
-        ("{{ bos_token }}{{ eos_token }}{{ pad_token }}", None, "<s></s>"),
-        (named, None, "d"),
-        ("one", "{{ bos_token }}two", "<s>two"),
-    ):
-        about = special | {"chat_template": chat_template}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-        if file is not None:
-            (tmp_path / "chat_template.jinja").write_text(file)
-        assert ChatTemplate.load(tmp_path).render(SAID) == expected
 
 
 @pytest.mark.parametrize("source", [APPENDING, FORGETFUL], ids=["appending", "forgetful"])
@@ -133,3 +76,105 @@ class Ascii(Bytes):
 
     def decode(self, ids):
         return bytes(ids).decode("latin-1")
+
+
+THINKING = """\
+{%- if tools %}[{{ tools[0].name }}]{% endif %}
+{%- for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}~{% endfor %}
+{{- '<think>' if enable_thinking | default(true) else '<think></think>' }}
+"""
+
+
+def telling(text):
+    """A model that says `text`, one byte a token, whatever it is asked."""
+    model = tiny_model("M", vocab_size=256)
+    said = list(text.encode("latin-1"))
+
+    def put(module, args, out):
+        out = torch.zeros_like(out)
+        token = said.pop(0) if said else ord("~")
+        out[..., token] = 9.0
+        return out
+
+    model.lm_head.register_forward_hook(put)
+    return model
+
+
+def test_variables_and_tools_reach_the_template(model):
+    tools = [{"name": "look"}]
+    noted = Noting()
+    variables = {"enable_thinking": False}
+    chat = Chat(
+        model, noted, ChatTemplate(THINKING), tools=tools, template_variables=variables, **OPTIONS
+    )
+    list(chat.say("a"))
+    assert noted.texts[-1] == "[look]<user>|a~<think></think>"
+    list(chat.say("b", role="tool", enable_thinking=True))
+    assert noted.texts[-1].startswith("[look]<user>|a~<assistant>|")
+    assert noted.texts[-1].endswith("<tool>|b~<think>")
+
+
+def test_an_answer_is_taken_apart():
+    call = (
+        "<tool_call>\n<function=look>\n<parameter=at>\nit\n</parameter>\n</function>\n</tool_call>"
+    )
+    model = telling(f"hm\n</think>\nWait.\n{call}")
+    options = OPTIONS | {"max_new_tokens": 200}
+    chat = Chat(model, Ascii(), ChatTemplate(THINKING), **options)
+    list(chat.say("a"))
+    made = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    assert (chat.answer.reasoning, chat.answer.content) == ("hm", "Wait.")
+    assert chat.messages[-1] == {
+        "role": "assistant", "content": "Wait.", "reasoning_content": "hm", "tool_calls": [made],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_thought_ends_with_its_budget(budget):
+    options = OPTIONS | {"max_new_tokens": 40}
+    model = telling("t" * budget + "yes~")
+    chat = Chat(model, Ascii(), ChatTemplate(THINKING), thinking_budget=budget, **options)
+    came = list(chat.say("a"))
+    close = "\n</think>\n"
+    assert chat.answer.text == "".join(t.text for t in came) == "t" * budget + close + "yes"
+    assert (chat.answer.reasoning, chat.answer.content) == ("t" * budget or None, "yes")
+    assert [t.finish_reason for t in came] == [None] * (len(came) - 1) + ["stop"]
+    expected = list(("t" * budget + close + "yes~").encode())
+    assert [t.token_id for t in came] == expected
+    assert chat._cache.lengths == (len("<user>|a~<think>") + len(expected) - 1,)
+
+
+def test_a_thought_within_its_budget_is_left_alone():
+    options = OPTIONS | {"max_new_tokens": 40}
+    model = telling("hm</think>a long answer~")
+    chat = Chat(model, Ascii(), ChatTemplate(THINKING), thinking_budget=12, **options)
+    list(chat.say("a"))
+    assert (chat.answer.reasoning, chat.answer.content) == ("hm", "a long answer")
+
+
+def test_mistakes_are_named_before_anything_is_said(model):
+    template = ChatTemplate(THINKING)
+    for error, options, message in (
+        (TypeError, {"enable_thinking": False}, "enable_thinking"),
+        (ValueError, {"num_return_sequences": 2}, "one answer at a time"),
+        (ValueError, {"thinking_budget": -1}, "at least 0, got -1"),
+        (TypeError, {"thinking_budget": 1.5}, "must be an int, got 1.5"),
+    ):
+        with pytest.raises(error, match=message):
+            Chat(model, Bytes(), template, **options)
+    chat = Chat(model, Bytes(), template, thinking_budget=30, max_new_tokens=40)
+    with pytest.raises(ValueError, match="leave nothing of 40 new tokens"):
+        list(chat.say("a"))
+    with pytest.raises(ValueError, match="half a character"):
+        list(Chat(model, Bytes(), template, **OPTIONS).say("a\ud800"))
+
+
+class Noting(Bytes):
+    """Notes what it is given to encode."""
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, text):
+        self.texts.append(text)
+        return super().encode(text)

@@ -27,6 +27,12 @@ from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, CheckpointOrigin, 
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, replacing
+from nemotron_v3.checkpoint.side_files import (
+    MORE_TEMPLATES,
+    names_in,
+    read_side_files,
+    write_side_files,
+)
 from nemotron_v3.checkpoint.spelling import (
     Files,
     Spelling,
@@ -36,13 +42,6 @@ from nemotron_v3.checkpoint.spelling import (
 from nemotron_v3.checkpoint.writer import nbytes, numel, write_safetensors
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.model.dtypes import memory_dtype
-
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""What is copied along with the weights, byte for byte. Code is not."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes to do."""
@@ -164,8 +163,8 @@ class Conversion:
                 write_safetensors(directory / file, told, self.files.metadata[file])
             if self.files.index_metadata is not None:
                 (directory / INDEX).write_text(index_text(self.files))
-            for name in self.copied:
-                shutil.copyfile(self.checkpoint.path / name, directory / name)
+            held = read_side_files(self.checkpoint.path, self.checkpoint.directory)
+            write_side_files(directory, {name: held[name] for name in self.copied})
             self.config.to_json(directory / CONFIG)
             self._prove(directory, progress)
 
@@ -350,10 +349,10 @@ def _side_files(source: Path, target: Path) -> tuple[tuple[str, ...], tuple[str,
         return (), ()
     held = {path.name for path in source.iterdir() if path.is_file()}
     own = {name for name in held if name in (CONFIG, INDEX) or name.endswith(".safetensors")}
-    copied = tuple(name for name in SIDE_FILES if name in held)
+    copied = names_in(source)
     hidden = {name for name in held if name.startswith(".")}
     folders = {f"{path.name}/" for path in source.iterdir() if path.is_dir()}
-    folders = {name for name in folders if not name.startswith(".")}
+    folders = {n for n in folders if not n.startswith(".") and n != f"{MORE_TEMPLATES}/"}
     return copied, tuple(sorted((held - own - hidden - set(copied)) | folders))
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,8 @@ from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.names import CheckpointOrigin, majority_dtype, to_disk, to_memory
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
-from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
+from nemotron_v3.checkpoint.reader import Checkpoint, open_with_side_files
+from nemotron_v3.checkpoint.side_files import read_generation_config
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
@@ -30,7 +32,8 @@ def from_pretrained(
     straight into its place on `device`, cast once. Host memory beyond the model itself stays below
     one shard. Every parameter and buffer is proven to come from the file: what was proven is in
     `model.checkpoint_origin.report`. `mtp.*` tensors are not built in: `model.mtp` holds them, on
-    the CPU, backed by the file.
+    the CPU, backed by the file. `model.generation_config` is what generation_config.json says, and
+    tokenizer, chat template and generation config stay with the model for the next save.
 
     Args:
         path: a directory with config.json and model.safetensors, or an index and its shards.
@@ -48,7 +51,8 @@ def from_pretrained(
         ValueError: a dtype or layers that cannot be.
     """
     dtype = weight_dtype(dtype, "loaded")
-    checkpoint = open_checkpoint(path)
+    checkpoint, side_files = open_with_side_files(path)
+    generation_config = read_generation_config(side_files, checkpoint.path)
     config = read_config(checkpoint)
     depth = config.num_hidden_layers
     check_depth(checkpoint, depth)
@@ -73,7 +77,9 @@ def from_pretrained(
             "the embeddings: set tie_word_embeddings to false to keep it"
         )
     model.mtp = {name: checkpoint.tensor(name) for name in plan.carried} or None
-    model.checkpoint_origin = origin_of(checkpoint, plan, model, chosen)
+    origin = origin_of(checkpoint, plan, model, chosen)
+    model.checkpoint_origin = replace(origin, side_files=side_files)
+    model.generation_config = generation_config
     return model.eval()
 
 

@@ -9,7 +9,7 @@ remembers.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -165,7 +165,7 @@ class CheckpointOrigin:
     notes; `index_metadata` is None for a checkpoint of one file. `tied_head` is whether a model
     whose head is its embedding matrix has both on disk. `layers` are the layers that were loaded,
     as the files count them, None for all; with some left out, names are those of the smaller model
-    and `shards` is empty.
+    and `shards` is empty. `side_files` are the contents of the files that are saved with the model.
     """
 
     path: Path
@@ -179,3 +179,4 @@ class CheckpointOrigin:
     tied_head: bool
     layers: tuple[int, ...] | None
     report: LoadReport
+    side_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)

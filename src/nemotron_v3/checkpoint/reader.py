@@ -7,9 +7,9 @@ before any tensor is touched.
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ from nemotron_v3.checkpoint.refuse import (
     refuse_without_weights,
 )
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, is_plain_name, whole_copy
+from nemotron_v3.checkpoint.side_files import read_side_files
 from nemotron_v3.config.files import MAX_CONFIG_BYTES
 
 MAX_CONFIG_KEYS = 1000
+
+_Read = TypeVar("_Read")
 
 
 class Shard:
@@ -137,7 +140,21 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Reads headers alone. Raises `CheckpointError` for anything missing, truncated, foreign,
     contradictory, pickled or quantised, and for a directory replaced while it was being opened.
     """
-    path = Path(path)
+    return _open_whole(Path(path), _open)
+
+
+def open_with_side_files(path: str | os.PathLike) -> tuple[Checkpoint, dict[str, bytes]]:
+    """The same, and the contents of the files that go where the checkpoint goes."""
+
+    def read(path: Path, directory: Path) -> tuple[Checkpoint, dict[str, bytes]]:
+        return _open(path, directory), read_side_files(path, directory)
+
+    return _open_whole(Path(path), read)
+
+
+def _open_whole(path: Path, read: Callable[[Path, Path], _Read]) -> _Read:
+    """What `read` makes of the directory asked for and the one that the checkpoint lies in, while
+    nobody replaces it."""
     if not path.is_dir():
         way_out = (
             "give the directory it lies in"
@@ -151,13 +168,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             directory = whole_copy(path)
             before = _stamp(directory)
             try:
-                checkpoint = _open(path, directory)
+                found = read(path, directory)
             except (CheckpointError, OSError):
                 if _stamp(directory) == before:
                     raise
             else:
                 if _stamp(directory) == before:
-                    return checkpoint
+                    return found
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
     raise CheckpointError(

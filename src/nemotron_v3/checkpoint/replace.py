@@ -90,7 +90,7 @@ def replacing(directory: Path) -> Iterator[Path]:
         try:
             saving.mkdir()
             yield saving
-            for file in saving.iterdir():
+            for file in saving.rglob("*"):
                 _sync(file)
             _sync(saving)
             saving.rename(whole)
@@ -111,12 +111,22 @@ def _install(directory: Path, whole: Path) -> None:
     for name in _weights(directory):
         (directory / name).unlink(missing_ok=True)
     for file in whole.iterdir():
-        if file.name != CONFIG:
+        if file.is_dir():
+            _install_folder(file, directory / file.name)
+        elif file.name != CONFIG:
             _link(file, directory / file.name)
     _sync(directory)
     _link(whole / CONFIG, directory / CONFIG)
     _sync(directory)
     shutil.rmtree(whole)
+
+
+def _install_folder(whole: Path, folder: Path) -> None:
+    """Put a folder's files beside those that stand there."""
+    folder.mkdir(exist_ok=True)
+    for file in whole.iterdir():
+        _link(file, folder / file.name)
+    _sync(folder)
 
 
 def _weights(directory: Path) -> list[str]:

@@ -17,6 +17,7 @@ from nemotron_v3.checkpoint.header import (
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, is_carried
 from nemotron_v3.checkpoint.plan import tensors_of
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, replacing
+from nemotron_v3.checkpoint.side_files import side_files_to_write, write_side_files
 from nemotron_v3.checkpoint.spelling import (
     Spelling,
     config_to_write,
@@ -42,8 +43,10 @@ def save_pretrained(
     What was there is replaced once the new checkpoint is whole; a save that is killed or fails
     leaves it, and other files in the directory are never touched. A model that was loaded is
     written in the spelling it was read with, its `mtp` tensors included: loaded and saved
-    unchanged, the files are the same to the byte. Beside the model it takes the memory of one block
-    of 16 million elements.
+    unchanged, the files are the same to the byte. So are tokenizer, chat template and generation
+    config that it was loaded with, unless others stand in the directory already, which stay, with a
+    warning; a `model.generation_config` that was changed is written. Beside the model it takes the
+    memory of one block of 16 million elements.
 
     Args:
         model: on any device.
@@ -79,11 +82,15 @@ def save_pretrained(
         pieces.append(_piece(spelling, LM_HEAD, LM_HEAD, tensors[EMBEDDINGS], dtype))
     pieces += [Piece(name, tensor, tensor.dtype) for name, tensor in (model.mtp or {}).items()]
     files = spelling.files(pieces, max_shard_size)
+    origin = model.checkpoint_origin
+    came_with = {} if origin is None else origin.side_files
+    side_files = side_files_to_write(came_with, model.generation_config, Path(path))
     with replacing(Path(path)) as directory:
         for file in files.shards:
             write_safetensors(directory / file, files.shards[file], files.metadata[file])
         if files.index_metadata is not None:
             (directory / INDEX).write_text(index_text(files))
+        write_side_files(directory, side_files)
         config = config_to_write(model.config, pieces, model.checkpoint_origin)
         config.to_json(directory / CONFIG)
 

@@ -1,7 +1,8 @@
 """`nemotron-v3 generate`: text from a checkpoint, as it comes."""
 
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,24 +15,39 @@ if TYPE_CHECKING:
     from nemotron_v3.generation import StreamedToken
     from nemotron_v3.model.model import NemotronV3ForCausalLM
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
-GENERATION_CONFIG_FILE = "generation_config.json"
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float64": "float64",
+    "fp64": "float64",
+}
+# Where neither the user nor the checkpoint says how.
+MAX_NEW_TOKENS = 256
+DRAWS = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+MAX_TOOLS_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw, and when to stop."""
+    """How to draw, and when to stop. What is not given is as the checkpoint's
+    generation_config.json says."""
 
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    """0 takes the likeliest token every time"""
-    top_k: int = 0
+    max_new_tokens: int | None = None
+    """256, where the checkpoint says nothing"""
+    temperature: float | None = None
+    """0 takes the likeliest token every time; 0.7, where the checkpoint says nothing"""
+    top_k: int | None = None
     """draw from so many of the likeliest tokens; 0 for all"""
-    top_p: float = 0.95
-    """draw from the fewest tokens that together have this probability"""
-    min_p: float = 0.0
+    top_p: float | None = None
+    """draw from the fewest tokens that together have this probability; 0.95, where the checkpoint
+    says nothing"""
+    min_p: float | None = None
     """draw from tokens at least this times as likely as the likeliest"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     seed: int | None = None
     """the same seed gives the same text"""
     stop: tuple[str, ...] = ()
@@ -39,26 +55,59 @@ class Sampling:
     prefill_chunk: int | None = None
     """feed a long prompt in pieces of so many tokens"""
 
-    def options(self, folder: Path) -> dict[str, Any]:
+    def options(self, generation_config: Mapping[str, Any] | None) -> dict[str, Any]:
         """In the names of `nemotron_v3.generation.GenerationOptions`."""
-        from nemotron_v3.generation.chat import read_json
-
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "stop_strings": self.stop,
-            "prefill_chunk": self.prefill_chunk,
-            # Chat models end a turn with a token that config.json often does not name.
-            "eos_token_id": read_json(folder / GENERATION_CONFIG_FILE).get("eos_token_id"),
-        }
-        if self.temperature != 0:
-            names = ("temperature", "top_k", "top_p", "min_p", "seed")
-            options |= {"do_sample": True} | {name: getattr(self, name) for name in names}
-        return options
+        told = {n: v for n, v in (generation_config or {}).items() if v is not None}
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names += ("seed", "prefill_chunk")
+        given = {n: v for n in names if (v := getattr(self, n)) is not None}
+        if self.stop:
+            given["stop_strings"] = self.stop
+        options: dict[str, Any] = {"num_return_sequences": 1}
+        if "max_new_tokens" not in told and "max_length" not in told:
+            options["max_new_tokens"] = MAX_NEW_TOKENS
+        if self.temperature == 0:
+            draws = ("temperature", "top_k", "top_p", "min_p", "seed")
+            rest = {n: v for n, v in given.items() if n not in draws}
+            return options | {"do_sample": False} | rest
+        if "do_sample" not in told:
+            options |= {n: v for n, v in DRAWS.items() if n not in told}
+        elif given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:
+            options["do_sample"] = True
+        return options | given
 
 
 # The options' names stand alone: no prefix says which dataclass they come from.
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """What a chat's template is told beside the messages."""
+
+    thinking: bool = True
+    """--no-thinking tells the template enable_thinking=false; else the template decides"""
+    thinking_budget: int | None = None
+    """most tokens of a thought"""
+    template_var: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE for the template, as often as there are some; a VALUE that is JSON is read as
+    such"""
+    tools: Path | None = None
+    """a JSON file with a list of the tools that the model may call"""
+
+    def arguments(self) -> dict[str, Any]:
+        """In the names of `nemotron_v3.generation.Chat`."""
+        variables = dict(map(_variable, self.template_var))
+        if not self.thinking:
+            variables["enable_thinking"] = False
+        return {
+            "template_variables": variables,
+            "thinking_budget": self.thinking_budget,
+            "tools": None if self.tools is None else _read_tools(self.tools),
+        }
+
+
+TalkOptions = Annotated[Talk, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 
 
 def generate(
@@ -71,6 +120,7 @@ def generate(
     device: str | None = None,
     dtype: str | None = None,
     sampling: SamplingOptions = Sampling(),
+    talk: TalkOptions = Talk(),
 ) -> None:
     """Continue a prompt, or chat, in the terminal; Ctrl-C ends an answer, Ctrl-D a chat.
 
@@ -89,11 +139,16 @@ def generate(
         raise ValueError("there is nothing to continue: give --prompt TEXT, or --chat")
     if system is not None and not chat:
         raise ValueError("--system is a chat's: add --chat, or put it into the prompt")
+    if talk != Talk() and not chat:
+        raise ValueError(
+            "--no-thinking, --thinking-budget, --template-var and --tools are a chat's: add --chat"
+        )
+    told = talk.arguments()
     model = _load(path, device, dtype)
     console = Console(highlight=False)
-    options = sampling.options(path)
+    options = sampling.options(model.generation_config)
     if chat:
-        _converse(model, path, system, prompt, bos, options, console)
+        _converse(model, path, system, prompt, bos, told | options, console)
     else:
         _continue(model, path, prompt, bos, options, console)
 
@@ -106,8 +161,37 @@ def _load(path: Path, device: str | None, dtype: str | None) -> "NemotronV3ForCa
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = from_pretrained(path, dtype and getattr(torch, dtype), device)
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"nothing can be computed on --device {device}: {why}") from error
+    model = from_pretrained(path, dtype and getattr(torch, DTYPES[dtype]), device)
     return model.eval()
+
+
+def _variable(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"--template-var {given!r}: give NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _read_tools(path: Path) -> list[Any]:
+    from nemotron_v3.config.files import read_text
+
+    try:
+        tools = json.loads(read_text(path, MAX_TOOLS_BYTES))
+    except RecursionError:
+        tools = None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--tools {path} is no JSON that can be read: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"--tools {path} holds no list of tools: give a JSON schema for each")
+    return tools
 
 
 def _continue(
@@ -131,7 +215,8 @@ def _continue(
         raise ValueError("the prompt is empty: give some text, or --bos")
     tokens = stream(model, ids, tokenizer=tokenizer, **options)
     console.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
-    _show(tokens, console)
+    if not _show(tokens, console):
+        raise KeyboardInterrupt  # the answer was all that was asked for
 
 
 def _converse(
@@ -140,16 +225,17 @@ def _converse(
     system: str | None,
     first: str | None,
     bos: bool,
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     console: "Console",
 ) -> None:
+    from nemotron_v3.chat import MARKUP
     from nemotron_v3.data.pretrained import PretrainedTokenizer
     from nemotron_v3.generation import Chat, ChatTemplate
 
     if bos:
         raise ValueError("a chat template brings its own bos token: leave --bos out")
-    tokenizer = PretrainedTokenizer.load(path, add_special_tokens=False)
-    chat = Chat(model, tokenizer, ChatTemplate.load(path), system, **options)
+    tokenizer = PretrainedTokenizer.load(path, add_special_tokens=False, keep=MARKUP)
+    chat = Chat(model, tokenizer, ChatTemplate.load(path), system, **arguments)
     while True:
         try:
             said = first if first is not None else console.input("[bold]> [/]")
@@ -161,11 +247,12 @@ def _converse(
             _show(chat.say(said), console)
 
 
-def _show(tokens: Iterable["StreamedToken"], console: "Console") -> None:
-    """The text as it comes on stdout; what it took, on stderr."""
+def _show(tokens: Iterable["StreamedToken"], console: "Console") -> bool:
+    """The text as it comes on stdout; what it took, on stderr. False where it was interrupted."""
     from rich.console import Console
 
     started, count, reason = time.perf_counter(), 0, "interrupted"
+    whole = True
     try:
         for token in tokens:
             # Not through the console, which would hold a line back to wrap it.
@@ -174,9 +261,10 @@ def _show(tokens: Iterable["StreamedToken"], console: "Console") -> None:
             count += 1
             reason = token.finish_reason
     except KeyboardInterrupt:
-        reason = "interrupted"
+        reason, whole = "interrupted", False
     console.file.write("\n")
     console.file.flush()
     rate = count / (time.perf_counter() - started)
     told = f"{count} tokens, {rate:.1f} tokens/s, {reason}"
     Console(stderr=True, highlight=False).print(told, style="dim")
+    return whole

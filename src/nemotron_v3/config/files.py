@@ -48,6 +48,15 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         raise
 
 
+def exists(path: str | os.PathLike) -> bool:
+    """Whether something that can be looked at stands at `path`, of whatever kind."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def read_bytes(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of the regular file `path`.
 

@@ -1,12 +1,16 @@
 """The tokeniser of any checkpoint that has a `tokenizer.json`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 import tokenizers
 
+from nemotron_v3.config.files import exists, read_bytes
+from nemotron_v3.config.text import check_text
 from nemotron_v3.data.tokenizer import FILE
+
+MAX_BYTES = 2**28  # of a tokenizer.json; those with 262,144 tokens have 2**25
 
 
 class PretrainedTokenizer:
@@ -18,26 +22,52 @@ class PretrainedTokenizer:
         backend: the tokeniser.
         add_special_tokens: also add the ones that the file puts around every text, such as a bos
             token; not for text, like a chat template's, that has them already.
+        keep: texts of special tokens that are not left out, such as the tags of an answer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, add_special_tokens: bool = True):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        add_special_tokens: bool = True,
+        keep: Iterable[str] = (),
+    ):
         self._backend = backend
         self._add_special_tokens = add_special_tokens
+        kept, added = frozenset(keep), backend.get_added_tokens_decoder()
+        self._left_out = {n for n, t in added.items() if t.special and t.content not in kept}
 
     @classmethod
-    def load(cls, folder: Path, add_special_tokens: bool = True) -> Self:
+    def load(cls, folder: Path, add_special_tokens: bool = True, keep: Iterable[str] = ()) -> Self:
         """Read the `tokenizer.json` of a folder.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or something else than a tokeniser's file.
         """
-        if not (folder / FILE).is_file():
+        path = Path(folder) / FILE
+        if not exists(path):
             raise ValueError(f"{folder} has no {FILE}: give a checkpoint that has one")
-        return cls(tokenizers.Tokenizer.from_file(str(folder / FILE)), add_special_tokens)
+        return cls(read_backend(path), add_special_tokens, keep)
 
     def encode(self, text: str) -> list[int]:
+        """The text's tokens; `ValueError` for text that is none, with half a character in it."""
+        check_text(text, "the text")
         return self._backend.encode(text, add_special_tokens=self._add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The tokens' text; bytes that are not UTF-8 (a character cut in two) read as U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        ids = [number for number in ids if number not in self._left_out]
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokeniser in a file.
+
+    Raises:
+        ValueError: no regular file, or not a tokeniser's.
+        OSError: it is not there, or cannot be read.
+    """
+    raw = read_bytes(path, MAX_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # the library has no class of its own for it
+        raise ValueError(f"{path} is no tokenizer: {error}") from None

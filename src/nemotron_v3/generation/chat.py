@@ -1,93 +1,18 @@
-"""Conversations: a chat template that turns messages into a prompt, and a cache that follows."""
+"""Conversations: a chat template makes a prompt of the messages, and a cache follows."""
 
-import json
-from collections.abc import Iterator
-from datetime import datetime
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.chat import Answer, ChatTemplate, Message, is_thinking, parse_answer
+from nemotron_v3.chat.answer import THOUGHT
+from nemotron_v3.config.text import check_text
 from nemotron_v3.generation.engine import StreamedToken, stream
+from nemotron_v3.generation.options import MOST_SEED, GenerationOptions
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
-TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-
-Message = dict[str, Any]
-
-
-class ChatTemplate:
-    """A chat template in the Jinja dialect that checkpoints carry, rendered in a sandbox.
-
-    A template is code from whoever made the checkpoint: it can read what it is given and nothing
-    else, and change nothing.
-
-    Args:
-        source: the template.
-        special_tokens: texts it may ask for by name, such as `bos_token`.
-
-    Raises:
-        ValueError: what is no template, or, when it is rendered, messages that it refuses.
-    """
-
-    def __init__(self, source: str, special_tokens: dict[str, str] | None = None):
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        # Jinja's own filter escapes for HTML, which would change what the model reads.
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._special_tokens = dict(special_tokens or {})
-        self._errors = TemplateError
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise ValueError(f"this is no chat template: {error}") from error
-
-    @classmethod
-    def load(cls, folder: str | PathLike[str]) -> Self:
-        """The template of a checkpoint: `chat_template.jinja`, else `tokenizer_config.json`'s.
-
-        Raises:
-            ValueError: the folder has none.
-        """
-        folder = Path(folder)
-        about = read_json(folder / TOKENIZER_CONFIG_FILE)
-        source = about.get("chat_template")
-        if isinstance(source, list):  # several by name
-            named = {each["name"]: each["template"] for each in source}
-            source = named.get("default")
-        if (folder / TEMPLATE_FILE).is_file():
-            source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-        if not source:
-            raise ValueError(
-                f"{folder} has no chat template ({TEMPLATE_FILE}, or chat_template in "
-                f"{TOKENIZER_CONFIG_FILE}): it is no chat model; give a prompt instead"
-            )
-        return cls(source, special_tokens(about))
-
-    def render(
-        self, messages: list[Message], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The messages (`{"role": ..., "content": ...}` each) as one text.
-
-        Args:
-            add_generation_prompt: end with what opens the assistant's answer.
-            **variables: what else the template understands, such as `tools`.
-        """
-        variables = self._special_tokens | variables
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except self._errors as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
+CLOSE_THOUGHT = f"\n{THOUGHT}\n"
 
 
 class Chat:
@@ -99,10 +24,26 @@ class Chat:
 
     Args:
         model: the model.
-        tokenizer: its `encode` must read the template's special tokens as such.
+        tokenizer: its `encode` must read the template's special tokens as such, and its `decode`
+            must write the tags around thoughts and tool calls (`nemotron_v3.chat.MARKUP`).
         template: makes a prompt of the messages.
         system: the system message, if any.
+        tools: what the model may call: JSON schemas, or functions with annotations and a docstring.
+        template_variables: what else the template understands, such as `enable_thinking`.
+        thinking_budget: most tokens of a thought: where it has not ended then, the end of a thought
+            is written in its place, which counts as new tokens, and the answer goes on behind it.
         **options: see `GenerationOptions`.
+
+    Attributes:
+        messages: the conversation, which may be changed between turns. An answer's message has
+            `content`, and where there are any `reasoning_content` and `tool_calls`.
+        answer: the last complete answer, taken apart; None before the first.
+        reused_tokens: tokens of the last prompt that were not fed again.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range; when something is said, a `thinking_budget` that leaves
+            no token to answer with.
     """
 
     def __init__(
@@ -111,24 +52,55 @@ class Chat:
         tokenizer: Any,
         template: ChatTemplate,
         system: str | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        thinking_budget: int | None = None,
         **options: Any,
     ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.options = options
+        self.options = {"tokenizer": tokenizer, "num_return_sequences": 1} | options
+        self.tools, self.template_variables = tools, dict(template_variables or {})
+        self.thinking_budget = thinking_budget
         self.messages: list[Message] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self.reused_tokens = 0  # tokens of the last prompt that were not fed again
+        self.answer: Answer | None = None
+        self.reused_tokens = 0
         self._held: list[int] = []
         self._cache: NemotronHybridCache | None = None
+        self._check()
 
-    def say(self, text: str) -> Iterator[StreamedToken]:
+    def _check(self) -> None:
+        options = GenerationOptions.of(self.options, self.model.generation_config)
+        if options.num_return_sequences != 1:
+            raise ValueError(
+                f"a conversation has one answer at a time, not num_return_sequences="
+                f"{options.num_return_sequences}: leave it out"
+            )
+        budget = self.thinking_budget
+        if budget is None:
+            return
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise TypeError(f"thinking_budget must be an int, got {budget!r}")
+        if budget < 0:
+            raise ValueError(f"thinking_budget must be at least 0, got {budget}")
+
+    def say(self, text: str, role: str = "user", **variables: Any) -> Iterator[StreamedToken]:
         """Say something, and stream the answer, which joins the messages when it is complete.
 
         If it is left early, neither joins: the conversation is as it was before.
+
+        Args:
+            text: what is said.
+            role: who says it; `"tool"` for what a called tool gives back.
+            **variables: of the template, for this turn alone.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = list(self.tokenizer.encode(self.template.render(messages)))
+        messages = [*self.messages, {"role": role, "content": text}]
+        variables = {"tools": self.tools} | self.template_variables | variables
+        rendered = self.template.render(messages, **variables)
+        check_text(rendered, "the prompt")
+        prompt, thinking = list(self.tokenizer.encode(rendered)), is_thinking(rendered)
         held, cache = self._held, self._cache
         self._held, self._cache = [], None  # an answer left early leaves nothing to go on from
         if cache is None or len(held) >= len(prompt) or prompt[: len(held)] != held:
@@ -137,37 +109,59 @@ class Chat:
             cache = NemotronHybridCache(self.model.config, 1, embedding.dtype, embedding.device)
         self.reused_tokens = len(held)
         answer, tokens = "", []
-        options = {"tokenizer": self.tokenizer} | self.options
-        for token in stream(self.model, prompt, past_key_values=cache, **options):
+        for token in self._tokens(prompt, cache, thinking):
             answer += token.text
             tokens.append(token.token_id)
             yield token
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.answer = parse_answer(answer, thinking, variables["tools"])
+        self.messages = [*messages, self.answer.message]
         # The cache holds all tokens but the last.
         self._held, self._cache = prompt + tokens[:-1], cache
 
+    def _tokens(
+        self, prompt: list[int], cache: NemotronHybridCache, thinking: bool
+    ) -> Iterator[StreamedToken]:
+        """The answer's tokens, with the end of a thought that takes too long."""
+        budget = self.thinking_budget
+        if not thinking or budget is None:
+            yield from stream(self.model, prompt, past_key_values=cache, **self.options)
+            return
+        close = list(self.tokenizer.encode(CLOSE_THOUGHT))
+        options = GenerationOptions.of(self.options, self.model.generation_config)
+        most = options.fitted(len(prompt)).max_new_tokens
+        left = most - budget - len(close)
+        if left < 1:
+            raise ValueError(
+                f"a thinking_budget of {budget} and the {len(close)} tokens that end a thought "
+                f"leave nothing of {most} new tokens: raise max_new_tokens"
+            )
+        tokens, text = [], ""
+        if budget:
+            thought = stream(self.model, prompt, past_key_values=cache, **self.options)
+            for token in thought:
+                tokens.append(token.token_id)
+                text += token.text
+                yield token
+                if len(tokens) == budget and THOUGHT not in text and not token.finish_reason:
+                    break
+            else:
+                return
+            thought.close()
+        # What was held back, as it might have begun a stop string, comes with the end.
+        whole = self.tokenizer.decode(tokens) if tokens else ""
+        rest = whole[len(text) :] if whole.startswith(text) else ""
+        for number, token in enumerate(close):
+            yield StreamedToken(0, token, "" if number else rest + CLOSE_THOUGHT, None, None)
+        prompt = prompt + tokens + close
+        yield from stream(self.model, prompt, past_key_values=cache, **self._after_thought(left))
 
-def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens' texts by name, as a `tokenizer_config.json` gives them."""
-    found = {}
-    for name, value in tokenizer_config.items():
-        if name.endswith("_token"):
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                found[name] = text
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or nothing where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+    def _after_thought(self, left: int) -> dict[str, Any]:
+        """The options of what follows a thought that was ended, with so many tokens left."""
+        options = {n: v for n, v in self.options.items() if n != "max_length"}
+        options["max_new_tokens"] = left
+        seeds = options.get("seed")
+        if seeds is not None:
+            # The thought's draws again would repeat it.
+            seed = seeds if isinstance(seeds, Integral) else seeds[0]
+            options["seed"] = seed - 1 if seed == MOST_SEED else seed + 1
+        return options

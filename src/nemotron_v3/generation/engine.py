@@ -25,7 +25,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.decode import DecodeStep
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.prompts import read_prompts
-from nemotron_v3.generation.sampling import Sampler
+from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layers.border import full_name
 from nemotron_v3.layout import SequenceLayout
@@ -115,14 +115,18 @@ def generate(
             the whole sequences, and what the cache holds of them is not fed again. With
             `num_return_sequences` above 1 it ends up holding the prompts, and the output has a
             cache of its own.
-        **options: see `GenerationOptions`.
+        **options: see `GenerationOptions`. One that is not given is what `model.generation_config`
+            says.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, an option out of range, a cache
-            of another config, batch or dtype, or too short a one; the cache is untouched then.
+            of another config, batch or dtype, or too short a one; a generation config that cannot
+            be obeyed. The cache is untouched then.
         TypeError: an unknown option.
+        FloatingPointError: logits that are NaN or infinite, of which no token can be chosen.
     """
-    run = _Run(model, input_ids, attention_mask, past_key_values, GenerationOptions.of(options))
+    told = GenerationOptions.of(options, model.generation_config)
+    run = _Run(model, input_ids, attention_mask, past_key_values, told)
     for _ in run.tokens():
         pass
     return run.output()
@@ -138,7 +142,8 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Like `generate`, token by token as they come: in each step one for every row not yet ended.
 
-    Arguments and errors are `generate`'s, and errors come at the call.
+    Arguments and errors are `generate`'s. Errors come at the call, but for logits that are not
+    finite.
 
     A cache given holds, once the iterator is exhausted or closed (a `break` out of a `for` loop
     closes it, as `close()` does), what `generate` would leave: of each row the prompt and the
@@ -147,7 +152,8 @@ def stream(
     iterator that was never begun leaves the cache as it was. While it is open the cache may be
     behind, and then refuses to be used.
     """
-    run = _Run(model, input_ids, attention_mask, past_key_values, GenerationOptions.of(options))
+    told = GenerationOptions.of(options, model.generation_config)
+    run = _Run(model, input_ids, attention_mask, past_key_values, told)
     run.steps_at_once = 1
     return run.tokens()
 
@@ -164,13 +170,14 @@ class _Run:
         cache: NemotronHybridCache | None,
         options: GenerationOptions,
     ):
-        self.model, self.options = model, options
+        self.model = model
         embedding = model.model.embeddings.weight
         self.device, vocab_size = embedding.device, vocabulary_of(model)
         config = model.config
         if vocab_size != config.vocab_size:  # larger matrices were put in by hand
             config = config.replace(vocab_size=vocab_size)
         self.prompts = read_prompts(input_ids, attention_mask, options.tokenizer, vocab_size)
+        self.options = options = options.fitted(max(map(len, self.prompts)))
         self.given = cache
         if cache is None:
             cache = NemotronHybridCache(
@@ -323,8 +330,9 @@ class _Run:
             for _ in range(steps):
                 if pending is not None:
                     logits = self._step(pending)
-                pending, logprob = self.sampler(logits)
-                segment.drawn.append(pending)
+                drawn, logprob = self.sampler(logits)
+                segment.drawn.append(drawn)
+                pending = drawn.clamp(min=0)  # something to feed until the host looks
                 if logprob is not None:
                     segment.logprobs.append(logprob)
         except BaseException:  # such as a KeyboardInterrupt: it may hold tokens nobody was given
@@ -340,6 +348,12 @@ class _Run:
                 row = self.rows[number]
                 if row.finish_reason is not None:
                     continue
+                if tokens[place] == NO_TOKEN:
+                    raise FloatingPointError(
+                        f"row {number} has no new token {len(row.tokens) + 1}: the logits for it "
+                        "are not finite (NaN or infinite); look for such weights, or load the "
+                        "model in a dtype of a wider range"
+                    )
                 logprob = None if logprobs is None else logprobs[step][place]
                 text = row.push(tokens[place], logprob)
                 yield StreamedToken(number, tokens[place], text, logprob, row.finish_reason)

@@ -1,21 +1,30 @@
 """How to generate: every option in one place, checked before anything runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.generation.generation_config import SAMPLING, settings_of
 
+MAX_NEW_TOKENS = 128
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+# Of seeds, as torch's generators take them.
+LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """What `generate` and `stream` take beside the prompts.
 
+    An option that the caller does not give is the one of the model's `generation_config`, else the
+    default here.
+
     Attributes:
-        max_new_tokens: most tokens a row gets.
+        max_new_tokens: most tokens a row gets; None for what `max_length` leaves, else 128.
+        max_length: most tokens of the row with the longest prompt, which is counted; in place of
+            `max_new_tokens`.
         do_sample: draw from the distribution; otherwise the likeliest token is taken.
         temperature: divides the logits before drawing; 1 draws as the model predicts.
         top_k: draw from the so many likeliest tokens; 0 for all.
@@ -23,8 +32,9 @@ class GenerationOptions:
         min_p: then from those at least this times as likely as the likeliest; 0 for all.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
             the row holds already, its prompt included (Keskar et al. 2019); 1 for none.
-        eos_token_id: tokens that end a row; None for the config's, an empty list for none.
-        pad_token_id: fills up `sequences`; None for the config's, else an eos token, else 0.
+        eos_token_id: tokens that end a row; None for those of the model's `generation_config`,
+            else its config's; an empty list for none.
+        pad_token_id: fills up `sequences`; None for the same two's, else an eos token, else 0.
         stop_strings: texts that end a row, wherever their borders lie in its tokens. The token that
             completes one stays in the row; the row's text ends before it. Needs a tokenizer.
         num_return_sequences: rows to make of each prompt; they share its prefill.
@@ -42,7 +52,8 @@ class GenerationOptions:
         TypeError: a value of another type.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
+    max_length: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -59,20 +70,33 @@ class GenerationOptions:
     tokenizer: Any = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Self:
-        """From keyword arguments; TypeError for a name that is no option."""
+    def of(
+        cls, options: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """From keyword arguments, and what a model's generation config says beside them.
+
+        Raises:
+            TypeError: a name that is no option; and what the class raises.
+            ValueError: a generation config that cannot be obeyed; and what the class raises.
+        """
         names = [f.name for f in fields(cls)]
         for name in options:
             if name not in names:
                 raise TypeError(
                     f"unexpected keyword argument {name!r}: the options are {', '.join(names)}"
                 )
-        return cls(**options)
+        options = {n: v for n, v in options.items() if v is not None or n not in _MAY_BE_NONE}
+        return cls(**_beside(settings_of(generation_config), options) | options)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_return_sequences", "prefill_chunk"):
-            if not (name == "prefill_chunk" and self.prefill_chunk is None):
+        for name in ("max_new_tokens", "max_length", "num_return_sequences", "prefill_chunk"):
+            if not (name in _MAY_BE_NONE and getattr(self, name) is None):
                 _whole(name, getattr(self, name), least=1)
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} say the "
+                "same in two ways: give one"
+            )
         _whole("top_k", self.top_k, least=0, way_out=" (0 for no limit)")
         self._check_types()
         if not 0 < self.top_p <= 1:
@@ -103,6 +127,10 @@ class GenerationOptions:
             for number in () if value is None else given:
                 if isinstance(number, bool) or not isinstance(number, Integral):
                     raise TypeError(f"{name} must be integers, got {number!r}")
+        for number in self._given_seeds:
+            _check_seed(number)
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < 2**63:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is no token")
 
     def _check_temperature(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -117,6 +145,29 @@ class GenerationOptions:
             value = getattr(self, name)
             if value != default and not (name == "temperature" and value == 0):
                 raise ValueError(f"{name}={value} has no effect without do_sample=True: add it")
+
+    def fitted(self, longest: int) -> Self:
+        """The same with `max_new_tokens`, for prompts of which the longest has so many tokens.
+
+        Raises:
+            ValueError: `max_length` leaves no token.
+        """
+        if self.max_new_tokens is not None:
+            return self
+        if self.max_length is None:
+            return replace(self, max_new_tokens=MAX_NEW_TOKENS)
+        if self.max_length <= longest:
+            raise ValueError(
+                f"max_length {self.max_length} leaves nothing behind a prompt of {longest} tokens: "
+                "raise it, or give max_new_tokens"
+            )
+        return replace(self, max_new_tokens=self.max_length - longest, max_length=None)
+
+    @property
+    def _given_seeds(self) -> Sequence[int]:
+        if self.seed is None:
+            return ()
+        return [self.seed] if isinstance(self.seed, Integral) else self.seed
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -159,7 +210,8 @@ class GenerationOptions:
         if self.seed is None:
             return None
         if isinstance(self.seed, Integral):
-            return [self.seed + row for row in range(rows)]
+            _check_seed(self.seed + rows - 1)
+            return [int(self.seed) + row for row in range(rows)]
         if len(self.seed) != rows:
             raise ValueError(
                 f"{len(self.seed)} seeds for {rows} rows (prompts times num_return_sequences): "
@@ -168,8 +220,46 @@ class GenerationOptions:
         return [int(seed) for seed in self.seed]
 
 
+_MAY_BE_NONE = frozenset(f.name for f in fields(GenerationOptions) if f.default is None)
+
+
+def _beside(told: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a generation config says that which acts beside what the caller says.
+
+    Raises:
+        ValueError: it says something that cannot be.
+    """
+    if told:
+        draws = bool(told.get("do_sample"))
+        alone = {n: v for n, v in told.items() if draws or n not in SAMPLING}
+        if "max_new_tokens" in alone:
+            alone.pop("max_length", None)
+        try:
+            GenerationOptions(**alone, tokenizer=options.get("tokenizer"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"in the model's generation_config, {error}") from error
+    if options.get("temperature") == 0 and "do_sample" not in options:
+        told["do_sample"] = False  # what temperature 0 means
+    if not (options["do_sample"] if "do_sample" in options else told.get("do_sample")):
+        told = {name: value for name, value in told.items() if name not in SAMPLING}
+    if "max_new_tokens" in options or "max_length" in options:
+        told = {n: v for n, v in told.items() if n not in ("max_new_tokens", "max_length")}
+    elif "max_new_tokens" in told:
+        told.pop("max_length", None)
+    return told
+
+
+def _check_seed(seed: int) -> None:
+    if not LEAST_SEED <= seed <= MOST_SEED:
+        raise ValueError(
+            f"seed {seed} is outside the 64 bits of a generator, from {LEAST_SEED} to {MOST_SEED}"
+        )
+
+
 def _whole(name: str, value: int, least: int, way_out: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{way_out}, got {value}")
+    if value >= 2**62:
+        raise ValueError(f"{name} {value} is more than a computer counts: give a smaller one")

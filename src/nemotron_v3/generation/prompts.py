@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_v3.config.text import check_text
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -33,7 +34,7 @@ def read_prompts(
             "attention_mask goes with a tensor of input_ids: rows of a list hold real tokens alone"
         )
     else:
-        rows = [_of_row(row, tokenizer) for row in _as_rows(input_ids)]
+        rows = [_of_row(n, row, tokenizer) for n, row in enumerate(_as_rows(input_ids))]
     if not rows:
         raise ValueError("input_ids holds no row: give at least one prompt")
     for number, row in enumerate(rows):
@@ -88,12 +89,16 @@ def _as_rows(prompts: Any) -> list[Any]:
     return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
 
 
-def _of_row(row: Any, tokenizer: Any) -> Tensor:
+def _of_row(number: int, row: Any, tokenizer: Any) -> Tensor:
     if isinstance(row, str):
         if tokenizer is None:
             raise ValueError("prompts given as text need a tokenizer: give one, or token ids")
+        check_text(row, f"row {number}")
         row = tokenizer.encode(row)
-    ids = torch.as_tensor(row).detach().cpu()
+    try:
+        ids = torch.as_tensor(row).detach().cpu()
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"row {number} holds what is no token id: {error}") from None
     if ids.dim() != 1:
         raise ValueError(f"a row of the list has shape {tuple(ids.shape)}: (tokens,) is needed")
     if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):

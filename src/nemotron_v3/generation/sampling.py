@@ -16,11 +16,33 @@ from torch import Tensor
 from nemotron_v3.generation.options import GenerationOptions
 
 BLOCK = 64  # uniform numbers drawn ahead
+NO_TOKEN = -1  # of a row whose logits are not finite
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that are `seen` (bool `[R, V]`) less likely: `l / p`, or `l * p` below 0."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Make tokens that are `seen` (bool `[R, V]`) less likely: `l / p`, or `l * p` below 0.
+
+    A product out of the dtype's range is the last number in it; a logit of -inf, of a token that is
+    never to come, stays.
+    """
+    info = torch.finfo(logits.dtype)
+    penalty = _normal(penalty, logits.dtype)
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+    changed = changed.clamp(info.min, info.max)
+    return torch.where(seen & (logits > -torch.inf), changed, logits)
+
+
+def divide(logits: Tensor, temperature: float) -> Tensor:
+    """Logits `[R, V]` by a temperature, each row's largest being 0, so that none overflows."""
+    below = logits - logits.amax(-1, keepdim=True)
+    return below / _normal(temperature, logits.dtype)
+
+
+def _normal(number: float, dtype: torch.dtype) -> float:
+    """`number`, above 0, as a normal number of `dtype`, of which there are fewer than a host has:
+    a kernel would take a smaller one for 0."""
+    info = torch.finfo(dtype)
+    return min(max(float(number), info.tiny), info.max)
 
 
 def candidates(
@@ -50,7 +72,8 @@ def candidates(
             probabilities, tokens = probabilities.sort(dim=-1, descending=True)
         # A token stays while those before it have not reached top_p, so the first always does.
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        least = _normal(top_p, probabilities.dtype)
+        probabilities = probabilities.masked_fill(before >= least, 0)
     if min_p > 0:
         least = min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
@@ -127,24 +150,32 @@ class Sampler:
             self._seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for."""
+        """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for.
+
+        `NO_TOKEN` for a row that has NaN or +inf among its logits, or nothing but -inf.
+        """
         logits = logits.to(self.dtype)
+        peak, tokens = logits.max(-1)  # a NaN is the largest of all
         shaped = logits
         if self._seen is not None:
             shaped = penalize_repetition(shaped, self._seen, self.options.repetition_penalty)
-        tokens = shaped.argmax(-1) if self._uniform is None else self._draw(shaped)
+            tokens = shaped.argmax(-1) if self._uniform is None else tokens
+        if self._uniform is not None:
+            tokens = self._draw(shaped)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
-        if not self.options.return_logprobs:
-            return tokens, None
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        logprobs = None
+        if self.options.return_logprobs:
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        return tokens.masked_fill(~peak.isfinite(), NO_TOKEN), logprobs
 
     def _draw(self, logits: Tensor) -> Tensor:
         options = self.options
         probabilities, tokens = candidates(
-            logits / options.temperature, options.top_k, options.top_p, options.min_p
+            divide(logits, options.temperature), options.top_k, options.top_p, options.min_p
         )
-        drawn = invert(probabilities, self._uniform())
+        # Where probabilities are no numbers, so that none is passed, the last index is as good.
+        drawn = invert(probabilities, self._uniform()).clamp(max=probabilities.shape[-1] - 1)
         return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]
 
     def select(self, rows: Sequence[int], index: Tensor) -> None:

@@ -212,6 +212,8 @@ class NemotronV3ForCausalLM(nn.Module):
             untouched; None where there are none.
         checkpoint_origin: how the checkpoint this model was read from spells things; None for a
             fresh model.
+        generation_config: the content of a checkpoint's `generation_config.json`, which `generate`
+            obeys where the caller is silent, and which is saved; None where there is none.
     """
 
     accepts_loss_kwargs = AskedByTrainers()
@@ -234,6 +236,7 @@ class NemotronV3ForCausalLM(nn.Module):
                 init_("lm_head.weight", self.lm_head.weight, std=config.initializer_range)
         self.mtp: Any = None
         self.checkpoint_origin: Any = None
+        self.generation_config: dict[str, Any] | None = None
 
     def forward(
         self,
