@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import _long_attention as long
 from nemotron_v3.ops.attention import cases, portable, reference
@@ -56,8 +57,6 @@ def test_long_documents_are_apart(monkeypatch):
 @pytest.mark.parametrize("lengths", [[3, 8, 1, 9], [11]], ids=str)
 def test_the_op_joins_them(monkeypatch, lengths):
     """As on a GPU in 16 bits: forward and gradients of a pack with long documents in it."""
-    from nemotron_v3 import ops
-
     case = cases.Case("joined", tuple(lengths), 4, 2, 8)
     inputs = cases.make_inputs(case, torch.float64, "cpu", torch.Generator().manual_seed(0))
     leaves = [t.requires_grad_() for t in inputs.tensors.values()]
@@ -74,3 +73,29 @@ def test_the_op_joins_them(monkeypatch, lengths):
     assert [n for n in seen if n in lengths and n >= 8] == [n for n in lengths if n >= 8]
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= 1e-13 * b.norm()
+
+
+def test_the_same_gradients_in_each_run_where_pytorch_is_asked_for_them():
+    class OnGpu:
+        dtype, is_cuda = torch.bfloat16, True
+
+    assert long.takes(OnGpu()) and not long.takes(torch.zeros(1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not long.takes(OnGpu())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 3, 7], [4, 4], [6]], ids=str)
+def test_a_compiler_sees_one_graph_of_a_pack(lengths):
+    """Documents of any lengths, the layout made outside: nothing is read back on the way."""
+
+    def run(q, k, v, layout):
+        return ops.attention(q, k, v, layout=layout, impl="portable")
+
+    torch._dynamo.reset()
+    layout = SequenceLayout.from_lengths(lengths)
+    given = [torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2)]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*given, layout), run(*given, layout))

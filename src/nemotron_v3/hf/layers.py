@@ -33,6 +33,7 @@ from nemotron_v3.layers.calls import has_global_hooks, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops._long_attention import without_plans
 
 
 def _alone(
@@ -71,6 +72,8 @@ class Settings:
 
 
 SETTINGS = "nemotron_v3_settings"
+# The gated norm of a mixer; transformers 5.17 calls it by the model that it is taken from.
+GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or theirs.Zamba2RMSNormGated
 
 
 class Accelerated(nn.Module):
@@ -293,7 +296,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         x = layout.pack(hidden_states)  # [T, D]
         zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
         called = _is_called(self.conv1d, nn.Conv1d)
-        called = _is_called(self.norm, theirs.NemotronHRMSNormGated) or called
+        called = _is_called(self.norm, GATED_NORM) or called
         weights = None if called else self._weights()
         if cache is None:
             y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
@@ -421,14 +424,15 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float)
     # A softmax over nothing is 0/0: such a query is padding, and what it reads is dropped.
     is_bool = mask.dtype == torch.bool
     mask = mask | ~mask.any(-1, keepdim=True) if is_bool else mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        keys[:, :, : mask.shape[-1]].to(q.dtype),
-        values[:, :, : mask.shape[-1]].to(q.dtype),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[2] != keys.shape[1],
-    )
+    with without_plans(q):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys[:, :, : mask.shape[-1]].to(q.dtype),
+            values[:, :, : mask.shape[-1]].to(q.dtype),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[2] != keys.shape[1],
+        )
     return out.transpose(1, 2)
 
 

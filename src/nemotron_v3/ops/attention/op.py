@@ -42,7 +42,8 @@ def attention(
         dropout_p: probability of dropping an attention weight.
         impl: see `nemotron_v3.ops`; also `"flex"`, PyTorch's flex attention: without a mask or
             dropout, and on a CPU without gradients. In 16 bits on a GPU, "auto" and "portable"
-            take PyTorch's kernel for long documents, at a few fixed sizes.
+            take PyTorch's kernel for long documents, at a few fixed sizes, unless
+            `torch.use_deterministic_algorithms` asks for the same gradients in each run.
 
     Returns:
         `[T, H, P]` in `q`'s dtype.
@@ -62,6 +63,12 @@ def attention(
         _check_mask(mask, layout, H)
     if not T:
         return of_no_tokens(q, k, v)
+    options = {"mask": mask, "scale": scale, "dropout_p": dropout_p}
+    runs = None
+    if impl in ("auto", "portable") and mask is None and long.takes(q):
+        runs = long.runs(layout)
+    if runs is not None and len(runs) == 1:
+        return _at_fixed_size()(q, k, v, layout=layout, **options)
     run = pick(
         "attention",
         impl,
@@ -75,21 +82,18 @@ def attention(
         ),
         flex=flex.attention,
     )
-    options = {"mask": mask, "scale": scale, "dropout_p": dropout_p}
-    runs = None
-    if impl in ("auto", "portable") and mask is None and long.takes(q):
-        runs = long.runs(layout)
     if runs is None:
         return run(q, k, v, layout=layout, **options).to(q.dtype)
-    fixed = checked("attention", "fixed-size", long.attention, reference.attention, FIXED_SIZE)
-    if len(runs) == 1:
-        return fixed(q, k, v, layout=layout, **options)
     parts = zip(*(t.split([r.layout.num_tokens for r in runs]) for t in (q, k, v)), strict=True)
     ys = [
-        (fixed if r.is_long else run)(*part, layout=r.layout, **options)
+        (_at_fixed_size() if r.is_long else run)(*part, layout=r.layout, **options)
         for r, part in zip(runs, parts, strict=True)
     ]
     return torch.cat(ys)
+
+
+def _at_fixed_size() -> Callable:
+    return checked("attention", "fixed-size", long.attention, reference.attention, FIXED_SIZE)
 
 
 def _refusal(

@@ -81,9 +81,13 @@ def _masked(
 def _aligned(t: Tensor) -> Tensor:
     """PyTorch's fused kernels read 16 bytes at a time from rows of any stride, and do not check:
     rows that start elsewhere give wrong numbers, or a fault of the device."""
+    if not t.is_cuda:
+        return t
+    if torch.compiler.is_compiling():  # which cannot ask where a tensor begins
+        return t.contiguous()
     starts = (t.storage_offset(), *t.stride()[:-1])
     step = 16 // t.element_size()
-    return t.contiguous() if t.is_cuda and any(start % step for start in starts) else t
+    return t.contiguous() if any(start % step for start in starts) else t
 
 
 def _gqa(q: Tensor, k: Tensor) -> bool:
