@@ -97,4 +97,4 @@ def test_a_run_prints_the_table_and_keeps_the_json(monkeypatch, tmp_path, capsys
 def test_an_unknown_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["gpu9"])
-    assert "unknown suite 'gpu9': choose from cpu" in capsys.readouterr().err
+    assert "unknown suite 'gpu9': choose from attention_gpu, cpu" in capsys.readouterr().err

@@ -222,15 +222,15 @@ def test_files_that_are_none_are_refused(tmp_path, name):
         ChatTemplate.load(tmp_path)
     os.unlink(tmp_path / name)
     (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=f"{name} is a device"):
+    with pytest.raises(ValueError, match=f"{name}: is a device"):
         ChatTemplate.load(tmp_path)
     os.unlink(tmp_path / name)
     (tmp_path / name).write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=f"{name} is no UTF-8 text: byte 0"):
+    with pytest.raises(ValueError, match=f"{name}: not UTF-8"):
         ChatTemplate.load(tmp_path)
     with (tmp_path / name).open("wb") as file:
         file.truncate(2**25)
-    with pytest.raises(ValueError, match=f"{name} has more than"):
+    with pytest.raises(ValueError, match=f"{name}: .* bytes, more than"):
         ChatTemplate.load(tmp_path)
 
 
