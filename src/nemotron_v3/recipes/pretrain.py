@@ -16,6 +16,8 @@ from nemotron_v3.data.packing import Pack
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.optim import parameter_groups
 
+LEAST = 0.01  # of the highest learning rate: no step is wasted, and none goes uphill
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -23,8 +25,8 @@ class Optimization:
 
     Attributes:
         learning_rate: the highest, reached after the warm-up.
-        warmup: the fraction of the training over which the rate rises from 0; after it the rate
-            falls in a straight line and reaches 0 at the end.
+        warmup: the fraction of the training over which the rate rises; after it the rate falls in a
+            straight line to the end. It is never below LEAST of the highest.
         balance: how far the routers' correction biases move in one step towards experts that got
             fewer tokens than their share (arXiv 2408.15664); it decays with the learning rate.
     """
@@ -38,7 +40,7 @@ class Optimization:
 
     def scale(self, done: float) -> float:
         """The factor of the learning rate when this fraction of the training is done."""
-        return min(done / self.warmup, (1 - done) / (1 - self.warmup))
+        return max(LEAST, min(done / self.warmup, (1 - done) / (1 - self.warmup)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def pretrain(
     tokens, step, seconds = 0, 0, 0.0
     with Balancer(model) as balancer:
         while done(step, seconds) < 1:
-            # The rate of the step's middle, so that neither the first nor the last is wasted.
+            # The rate of the step's middle, as far as the clock lets it be foreseen: the first step
+            # has none before it, and a last one may end after the training.
             scale = optimization.scale(done(step + 0.5, seconds * (step + 0.5) / max(step, 1)))
             for group in adamw.param_groups:
                 group["lr"] = optimization.learning_rate * scale
