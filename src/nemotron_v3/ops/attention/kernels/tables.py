@@ -120,9 +120,7 @@ def tile_tables(
         of_keys = _tiles(keys, N, sum(-(-(start + n) // N) for start, n in ends if n))
         return Tables(*_by_work(*of_queries, held), *_by_work(*of_keys, keys, after=True))
 
-    if held is not None:  # what is held differs from call to call
-        return build(layout)
-    return layout.derived(("attention tiles", M, N), build)
+    return layout.derived(("attention tiles", M, N, starts), build)
 
 
 def _tiles(lengths: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
