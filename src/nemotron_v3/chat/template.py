@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from nemotron_v3.chat import renderer
 from nemotron_v3.chat.messages import leave_open, plain, plain_messages
-from nemotron_v3.chat.tools import schema_of
+from nemotron_v3.chat.tools import schemas
 from nemotron_v3.config.files import exists, read_object, read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -142,9 +142,10 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> dict[str, Any]:
-        if tools is not None:
-            tools = [schema_of(tool) if callable(tool) else tool for tool in tools]
-        given = {"tools": tools, "documents": None if documents is None else list(documents)}
+        given = {
+            "tools": schemas(tools),
+            "documents": None if documents is None else list(documents),
+        }
         return self._special_tokens | plain({**variables, **given})
 
     def _source(self, tools: Any) -> str:
