@@ -101,7 +101,8 @@ class ChatTemplate:
             **variables: what else the template understands, such as `enable_thinking`.
 
         Raises:
-            ValueError: messages that the template refuses, in its words; a template at fault: an
+            ValueError: messages that the template refuses, in its words; tools or documents that
+                are no list; a template at fault: an
                 error in it, too much time, memory or text.
             TypeError: a message that is no dict, data class or model; a tool without a schema.
         """
@@ -142,6 +143,9 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> dict[str, Any]:
+        for name, value in (("tools", tools), ("documents", documents)):
+            if isinstance(value, str | Mapping) or not isinstance(value, Sequence | None):
+                raise ValueError(f"{name} is {value!r}: give a list")
         given = {
             "tools": schemas(tools),
             "documents": None if documents is None else list(documents),
