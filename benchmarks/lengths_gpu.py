@@ -2,7 +2,7 @@
 
 Beside each row stands the time of one document of as many real tokens whose length repeats,
 interpolated between those that are measured. A step is timed by the host's clock up to its end on
-the device. The native model is held to the accelerated one first.
+the device. A pack's loss is held to that of its documents alone first.
 """
 
 import gc

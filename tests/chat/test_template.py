@@ -179,6 +179,13 @@ def test_half_characters_pass_as_they_are():
     assert ChatTemplate("{{ messages[0].content }}\udc80").render(said) == "a\ud800\udc80"
 
 
+@pytest.mark.parametrize("wrong", [5, "a", {"name": "a"}])
+def test_tools_and_documents_are_lists(wrong):
+    for name in ("tools", "documents"):
+        with pytest.raises(ValueError, match=f"{name} is .*: give a list"):
+            ChatTemplate("").render(SAID, **{name: wrong})
+
+
 def test_a_template_by_name():
     template = ChatTemplate({"default": "d", "tool_use": "t", "rag": "r"})
     assert template.render(SAID) == "d"

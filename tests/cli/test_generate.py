@@ -91,6 +91,11 @@ def test_a_chat_is_held_on_stdin(folder):
         (["--chat", "--bos"], "brings its own bos token"),
         (["--prompt", "a", "--no-thinking"], "are a chat's: add --chat"),
         (["--chat", "--template-var", "thinking"], "'thinking': give NAME=VALUE"),
+        (["--chat", "--template-var", "messages=[]"], "cannot be called 'messages'"),
+        (
+            ["--chat", "--no-thinking", "--template-var", "enable_thinking=true"],
+            "say different things",
+        ),
         (["--chat", "--tools", "/dev/zero"], "/dev/zero: is a device"),
         (["--prompt", "a", "--device", "tpu"], "on --device tpu"),
         (["--prompt", "a\ud800"], "half a character"),

@@ -144,6 +144,26 @@ def test_a_thought_ends_with_its_budget(budget):
     assert chat._cache.lengths == (len("<user>|a~<think>") + len(expected) - 1,)
 
 
+@pytest.mark.parametrize("budget", [0, 3])
+def test_a_thought_that_the_answer_opens_ends_with_its_budget(budget):
+    options = OPTIONS | {"max_new_tokens": 40}
+    thought = "<think>" + "t" * budget
+    chat = Chat(
+        telling(thought + "yes~"),
+        Ascii(),
+        ChatTemplate(APPENDING),
+        thinking_budget=budget,
+        **options,
+    )
+    list(chat.say("a"))
+    assert chat.answer.text == thought + "\n</think>\nyes"
+    assert (chat.answer.reasoning, chat.answer.content) == ("t" * budget or None, "yes")
+    plain = Chat(
+        telling("no <think>t~"), Ascii(), ChatTemplate(APPENDING), thinking_budget=0, **options
+    )
+    assert "".join(token.text for token in plain.say("a")) == "no <think>t"
+
+
 def test_a_thought_within_its_budget_is_left_alone():
     options = OPTIONS | {"max_new_tokens": 40}
     model = telling("hm</think>a long answer~")
@@ -159,6 +179,7 @@ def test_mistakes_are_named_before_anything_is_said(model):
         (ValueError, {"num_return_sequences": 2}, "one answer at a time"),
         (ValueError, {"thinking_budget": -1}, "at least 0, got -1"),
         (TypeError, {"thinking_budget": 1.5}, "must be an int, got 1.5"),
+        (ValueError, {"template_variables": {"messages": []}}, "cannot be called 'messages'"),
     ):
         with pytest.raises(error, match=message):
             Chat(model, Bytes(), template, **options)

@@ -129,6 +129,8 @@ def test_numbers_beyond_64_bits_are_refused(model):
         ({"pad_token_id": -1}, "pad_token_id -1"),
         ({"max_new_tokens": 2**70}, "more than a computer counts"),
         ({"eos_token_id": 2**70}, "outside the vocabulary"),
+        ({"temperature": 10**400}, "temperature 1000.* is more than a computer counts"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty 1000.* is more than"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, tokens(1, 4), do_sample=True, **options)

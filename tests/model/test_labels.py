@@ -106,6 +106,8 @@ def test_a_part_without_targets_is_0_with_a_graph(items):
         ("9", TypeError, "num_items_in_batch is '9'"),
         (True, TypeError, "num_items_in_batch is True"),
         (-1, ValueError, "num_items_in_batch is -1"),
+        (float("inf"), ValueError, "num_items_in_batch is inf"),
+        (2**70, ValueError, "num_items_in_batch is 1180591620717411303424"),
         (torch.tensor([3, 4]), TypeError, r"shape \(2,\)"),
     ],
 )

@@ -71,6 +71,7 @@ def test_what_cannot_be_resized_is_refused_and_stays():
     for size, message in (
         (0, "new_num_tokens is 0"),
         (True, "new_num_tokens is True"),
+        (2**70, "new_num_tokens is 1180591620717411303424"),
         (40.0, "new_num_tokens is 40.0"),
         (40, "eos_token_id of the config is 40"),
     ):

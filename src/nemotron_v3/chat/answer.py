@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_v3.chat.messages import Message, plain
+from nemotron_v3.chat.tools import schemas
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
@@ -55,8 +56,8 @@ def parse_answer(text: str, thinking: bool = False, tools: Sequence[Any] | None 
     Args:
         text: the answer.
         thinking: whether the prompt has opened a thought (`is_thinking`).
-        tools: JSON schemas of what may be called. An argument that one of them says is no text is
-            read as JSON; any other stays a text.
+        tools: what may be called: JSON schemas or functions. An argument that one of them
+            says is no text is read as JSON; any other stays a text.
     """
     reasoning, rest = _thought(text, thinking)
     content, calls = _calls(rest, _parameters(tools))
@@ -158,7 +159,7 @@ def _value(text: str, schema: Any) -> Any:
 def _parameters(tools: Sequence[Any] | None) -> dict[str, dict[str, Any]]:
     """The schemas of the arguments of each tool, by name."""
     found = {}
-    for tool in plain(list(tools or ())):
+    for tool in plain(schemas(tools) or []):
         tool = tool.get("function", tool) if isinstance(tool, dict) else {}
         described = tool.get("parameters") if isinstance(tool, dict) else None
         properties = described.get("properties") if isinstance(described, dict) else None

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from nemotron_v3.chat import renderer
 from nemotron_v3.chat.messages import leave_open, plain, plain_messages
-from nemotron_v3.chat.tools import schema_of
+from nemotron_v3.chat.tools import schemas
 from nemotron_v3.config.files import exists, read_object, read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -101,7 +101,8 @@ class ChatTemplate:
             **variables: what else the template understands, such as `enable_thinking`.
 
         Raises:
-            ValueError: messages that the template refuses, in its words; a template at fault: an
+            ValueError: messages that the template refuses, in its words; tools or documents that
+                are no list; a template at fault: an
                 error in it, too much time, memory or text.
             TypeError: a message that is no dict, data class or model; a tool without a schema.
         """
@@ -142,9 +143,13 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> dict[str, Any]:
-        if tools is not None:
-            tools = [schema_of(tool) if callable(tool) else tool for tool in tools]
-        given = {"tools": tools, "documents": None if documents is None else list(documents)}
+        for name, value in (("tools", tools), ("documents", documents)):
+            if isinstance(value, str | Mapping) or not isinstance(value, Sequence | None):
+                raise ValueError(f"{name} is {value!r}: give a list")
+        given = {
+            "tools": schemas(tools),
+            "documents": None if documents is None else list(documents),
+        }
         return self._special_tokens | plain({**variables, **given})
 
     def _source(self, tools: Any) -> str:

@@ -99,6 +99,11 @@ class Talk:
         """In the names of `nemotron_v3.generation.Chat`."""
         variables = dict(map(_variable, self.template_var))
         if not self.thinking:
+            if variables.get("enable_thinking", False) is not False:
+                raise ValueError(
+                    "--no-thinking and --template-var enable_thinking say different things: give "
+                    "one of them"
+                )
             variables["enable_thinking"] = False
         return {
             "template_variables": variables,

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.chat import Answer, ChatTemplate, Message, is_thinking, parse_answer
-from nemotron_v3.chat.answer import THOUGHT
+from nemotron_v3.chat.answer import THINK, THOUGHT
 from nemotron_v3.config.text import check_text
 from nemotron_v3.generation.engine import StreamedToken, stream
 from nemotron_v3.generation.options import MOST_SEED, GenerationOptions
@@ -30,8 +30,9 @@ class Chat:
         system: the system message, if any.
         tools: what the model may call: JSON schemas, or functions with annotations and a docstring.
         template_variables: what else the template understands, such as `enable_thinking`.
-        thinking_budget: most tokens of a thought: where it has not ended then, the end of a thought
-            is written in its place, which counts as new tokens, and the answer goes on behind it.
+        thinking_budget: most tokens of a thought, be it the prompt that opens it or the answer:
+            where it has not ended then, the end of a thought is written in its place, which counts
+            as new tokens, and the answer goes on behind it.
         **options: see `GenerationOptions`.
 
     Attributes:
@@ -43,7 +44,7 @@ class Chat:
     Raises:
         TypeError: an unknown option.
         ValueError: an option out of range; when something is said, a `thinking_budget` that leaves
-            no token to answer with.
+            no token to answer with; a variable that would stand in for the messages.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Chat:
                 f"a conversation has one answer at a time, not num_return_sequences="
                 f"{options.num_return_sequences}: leave it out"
             )
+        _check_names(self.template_variables)
         budget = self.thinking_budget
         if budget is None:
             return
@@ -97,6 +99,7 @@ class Chat:
             **variables: of the template, for this turn alone.
         """
         messages = [*self.messages, {"role": role, "content": text}]
+        _check_names(variables)
         variables = {"tools": self.tools} | self.template_variables | variables
         rendered = self.template.render(messages, **variables)
         check_text(rendered, "the prompt")
@@ -123,26 +126,30 @@ class Chat:
     ) -> Iterator[StreamedToken]:
         """The answer's tokens, with the end of a thought that takes too long."""
         budget = self.thinking_budget
-        if not thinking or budget is None:
+        if budget is None:
             yield from stream(self.model, prompt, past_key_values=cache, **self.options)
             return
         close = list(self.tokenizer.encode(CLOSE_THOUGHT))
         options = GenerationOptions.of(self.options, self.model.generation_config)
         most = options.fitted(len(prompt)).max_new_tokens
-        left = most - budget - len(close)
-        if left < 1:
+        if thinking and most - budget - len(close) < 1:
             raise ValueError(
                 f"a thinking_budget of {budget} and the {len(close)} tokens that end a thought "
                 f"leave nothing of {most} new tokens: raise max_new_tokens"
             )
         tokens, text = [], ""
-        if budget:
+        began = 0 if thinking else None  # tokens of the answer before its thought
+        if budget or not thinking:
             thought = stream(self.model, prompt, past_key_values=cache, **self.options)
             for token in thought:
                 tokens.append(token.token_id)
                 text += token.text
                 yield token
-                if len(tokens) == budget and THOUGHT not in text and not token.finish_reason:
+                if began is None and text.lstrip().startswith(THINK):
+                    began = len(tokens)
+                if began is None or len(tokens) < began + budget or token.finish_reason:
+                    continue
+                if THOUGHT not in text and most - len(tokens) - len(close) > 0:
                     break
             else:
                 return
@@ -152,6 +159,7 @@ class Chat:
         rest = whole[len(text) :] if whole.startswith(text) else ""
         for number, token in enumerate(close):
             yield StreamedToken(0, token, "" if number else rest + CLOSE_THOUGHT, None, None)
+        left = most - len(tokens) - len(close)
         prompt = prompt + tokens + close
         yield from stream(self.model, prompt, past_key_values=cache, **self._after_thought(left))
 
@@ -165,3 +173,12 @@ class Chat:
             seed = seeds if isinstance(seeds, Integral) else seeds[0]
             options["seed"] = seed - 1 if seed == MOST_SEED else seed + 1
         return options
+
+
+def _check_names(variables: Mapping[str, Any]) -> None:
+    for name in ("self", "messages", "continue_final_message"):
+        if name in variables:
+            raise ValueError(
+                f"a variable of the template cannot be called {name!r}, which the conversation "
+                "itself decides: leave it out"
+            )

@@ -121,6 +121,8 @@ class GenerationOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            if isinstance(value, Integral) and abs(value) >= 2**62:
+                raise ValueError(f"{name} {value} is more than a computer counts: give a float")
         for name in ("eos_token_id", "pad_token_id", "seed"):
             value = getattr(self, name)
             given = value if isinstance(value, Sequence) and name != "pad_token_id" else [value]

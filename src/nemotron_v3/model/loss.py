@@ -89,7 +89,7 @@ def check_items(items: Any) -> None:
             )
     elif isinstance(items, bool) or not isinstance(items, Real):
         raise TypeError(f"num_items_in_batch is {items!r}: give a number, or a tensor of one")
-    elif not items >= 0:
+    elif not 0 <= items < 2**62:
         raise ValueError(f"num_items_in_batch is {items}: give the number of targets")
 
 

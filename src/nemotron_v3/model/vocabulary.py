@@ -86,8 +86,8 @@ def _size(tokens: Any, multiple: Any) -> int:
     for name, value in (("new_num_tokens", tokens), ("pad_to_multiple_of", multiple)):
         if name == "pad_to_multiple_of" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}: give an integer of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise ValueError(f"{name} is {value!r}: give an integer from 1 to {2**31 - 1}")
     return tokens if multiple is None else -(-tokens // multiple) * multiple
 
 

@@ -113,7 +113,8 @@ def tile_tables(
 
     def build(layout: SequenceLayout) -> Tables:
         lengths = layout.cu_seqlens.diff()
-        keys = lengths if held is None else lengths + held
+        # Nobody reads the keys of a row that gets no token.
+        keys = lengths if held is None else (lengths + held).where(lengths > 0, 0)
         before = starts or (0,) * layout.num_documents
         of_queries = _tiles(lengths, M, sum(-(-n // M) for n in layout.lengths))
         ends = zip(before, layout.lengths, strict=True)
