@@ -72,4 +72,27 @@ def test_a_hook_on_all_modules_sees_them():
     finally:
         handle.remove()
     unseen = {type(m).__name__ for m in model.modules() if m not in seen}
-    assert unseen == {"ModuleList", "ReLUSquaredActivation", "SiLUActivation"}
+    assert unseen == {"ModuleList"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [by_a_hook, by_a_wrapper, by_a_forward])
+def test_what_is_put_on_an_activation_acts(way):
+    """An op does its work otherwise; transformers' own modules call it, and give the numbers."""
+    plain = transformers_model().eval()
+    model = accelerated(plain)
+    before = model(IDS).logits
+    put = 0
+    for each in (model, plain):
+        for module in list(each.modules()):
+            for name in {"act_fn"} & set(dict(module.named_children())):
+                way(module, name)
+                put += each is model
+    assert put >= 3  # of an mlp, experts and shared experts
+    expected = plain(IDS, use_cache=False).logits
+    assert not close(before, expected)
+    assert close(model(IDS, use_cache=False).logits, expected)
+    out = model(IDS[:, :6], use_cache=True)
+    for t in range(6, 9):
+        out = model(IDS[:, t : t + 1], past_key_values=out.past_key_values)
+        assert close(out.logits[:, 0], expected[:, t])

@@ -1,6 +1,7 @@
 """Copies of a model that somebody else builds: every way in which a class is looked up."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -243,3 +244,21 @@ def test_adapters_are_loaded_by_path(checkpoint, everything, tmp_path):
     hf.undo(everything=True)
     with pytest.raises(ValueError, match="out_proj"):
         peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_who_imported_transformers_before_finds_the_heads_too():
+    """It puts another module of its name in its place when it imports a model."""
+    kind = type(transformers)
+    first = kind("transformers", transformers.__file__, {}, module_spec=transformers.__spec__)
+    module = type(pytest)("holds_the_first_transformers")
+    module.theirs = first
+    sys.modules[module.__name__] = module
+    try:
+        hf.register()
+        head = first.NemotronHForSequenceClassification
+        assert head is transformers.NemotronHForSequenceClassification
+        hf.unregister()
+        assert "NemotronHForSequenceClassification" not in vars(first)
+    finally:
+        hf.unregister()
+        del sys.modules[module.__name__]

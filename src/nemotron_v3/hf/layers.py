@@ -8,6 +8,7 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, H query heads, J k
 head width, L places in a cache.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
@@ -74,6 +76,10 @@ class Settings:
 SETTINGS = "nemotron_v3_settings"
 # The gated norm of a mixer; transformers 5.17 calls it by the model that it is taken from.
 GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or theirs.Zamba2RMSNormGated
+# Activations that ops compute themselves, and the experts' forward that calls its own.
+RELU2 = type(ACT2FN["relu2"])
+SILU = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
+EXPERTS_LOOP = inspect.unwrap(theirs.NemotronHExperts.forward)
 
 
 class Accelerated(nn.Module):
@@ -113,10 +119,15 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
     def forward(self, x: Tensor, border: Border | None = None) -> Tensor:
         """`[..., D]` -> `[..., D]`; with a `border`, padding is left out and comes back 0."""
         if border is None or border.layout.token_index is None:
-            return project(self.down_proj, ops.relu2(project(self.up_proj, x), impl=self.impl))
+            return project(self.down_proj, self._activated(project(self.up_proj, x)))
         layout = border.on(x.device)
-        h = ops.relu2(project_rows(self.up_proj, layout.pack(x), layout), impl=self.impl)
+        h = self._activated(project_rows(self.up_proj, layout.pack(x), layout))
         return layout.unpack(project_rows(self.down_proj, h, layout))
+
+    def _activated(self, h: Tensor) -> Tensor:
+        if must_call(self.act_fn, RELU2):
+            return self.act_fn(h)
+        return ops.relu2(h, impl=self.impl)
 
 
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
@@ -152,6 +163,8 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
 class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
+        if must_call(self.act_fn, RELU2):  # transformers' loop calls it for each expert
+            return EXPERTS_LOOP(self, hidden_states, top_k_index, top_k_weights)
         return opaque.experts(
             hidden_states,
             top_k_index,
@@ -297,6 +310,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
         called = _is_called(self.conv1d, nn.Conv1d)
         called = _is_called(self.norm, GATED_NORM) or called
+        called = must_call(self.act, *SILU) or called
         weights = None if called else self._weights()
         if cache is None:
             y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
@@ -352,6 +366,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
                 taps=config.conv_kernel,
                 chunk_size=config.chunk_size,
                 layout=layout,
+                act=self.act,
                 **self._sizes(),
                 **states,
             )

@@ -7,9 +7,11 @@ by which name, and since when, somebody holds such a class.
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -106,7 +108,7 @@ def register(*, backend: BackendConfig | None = None, loss: str = "logits") -> N
     for kind in (theirs.NemotronHModel, theirs.NemotronHForCausalLM):
         _set(kind, "__init__", _building_accelerated(kind.__init__))
     for kind in (heads.NemotronHForSequenceClassification, heads.NemotronHForTokenClassification):
-        for module in (transformers, theirs):  # a head's name stands in the config that it saves
+        for module in (*_packages(), theirs):  # a head's name stands in the config that it saves
             _set(module, kind.__name__, kind)
     _let_peft_adapt_out_proj()
 
@@ -120,6 +122,20 @@ def unregister() -> None:
     while _gives_back:
         _gives_back.pop()()
     AS_BUILT.backend, AS_BUILT.loss = Options().backend, Options().loss
+
+
+def _packages() -> list[ModuleType]:
+    """transformers itself, as often as it is there.
+
+    It puts another module of its name in its place when it imports a model; whoever imported it
+    before, as a trainer, goes on with the first.
+    """
+    kind, name = type(transformers), transformers.__name__
+    found = [transformers]
+    for module in list(sys.modules.values()):
+        held = vars(module).values() if isinstance(module, ModuleType) else ()
+        found += [each for each in list(held) if type(each) is kind and each.__name__ == name]
+    return list({id(each): each for each in found}.values())
 
 
 def _put(mapping: dict, key: Any, value: Any) -> None:

@@ -37,6 +37,7 @@ def mamba2_by_modules(
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
     return_final_states: bool = True,
+    act: Callable[[Tensor], Tensor] = F.silu,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `ops.mamba2` computes, by two modules.
@@ -46,6 +47,7 @@ def mamba2_by_modules(
             a row, its tokens first. With `conv_states` a row begins with their last W - 1 columns.
         norm: `[T, H*P]` and the gate `[T, H*P]` -> `[T, H*P]`.
         taps: W.
+        act: of what is convolved, `[T, C]`.
         zxbcdt, dt_bias, A_log, D, n_groups, head_dim, state_size, chunk_size, dt_limit, layout,
             conv_states, ssm_states, return_final_states, impl: as `ops.mamba2` has them.
 
@@ -56,7 +58,7 @@ def mamba2_by_modules(
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * group_width, len(A_log)], dim=-1)
     grid = _Grid(xBC, layout)
     y = grid.convolved(conv1d, taps, conv_states)  # [T, C]
-    x, B, C = F.silu(y).split([inner, group_width, group_width], dim=-1)
+    x, B, C = act(y).split([inner, group_width, group_width], dim=-1)
     y, final_ssm = ops.ssd(
         x.unflatten(-1, (-1, head_dim)),
         dt,
