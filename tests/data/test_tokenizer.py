@@ -68,7 +68,7 @@ def test_training_is_the_same_in_every_process(tokenizer, tmp_path):
         "Tokenizer.train(eval(sys.argv[1]), 300).save(pathlib.Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", script, repr(TEXTS), str(tmp_path)], check=True)
-    assert Tokenizer.load(tmp_path)._backend.to_str() == tokenizer._backend.to_str()
+    assert Tokenizer.load(tmp_path).backend.to_str() == tokenizer.backend.to_str()
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_an_error():
