@@ -157,7 +157,7 @@ def _length_of_line(file: BinaryIO) -> int:
 
 def _parsed(number: int, raw: bytes) -> Record:
     try:
-        value = json.loads(raw.decode())
+        value = json.loads(raw.strip().decode())
     except UnicodeDecodeError as error:
         return Record(number, None, f"not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}")
     except json.JSONDecodeError as error:
