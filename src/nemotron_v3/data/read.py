@@ -79,16 +79,14 @@ def read_text_part(unit: Unit) -> str:
         start, end = (_border(file, mark, unit.file.size) for mark in (unit.start, unit.end))
         file.seek(start)
         raw = file.read(end - start)
-    if start == 0:
-        raw = raw.removeprefix(_BOM)
+    if b"\0" in raw:
+        raise ValueError("holds NUL bytes: a binary file, or text in UTF-16")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         value = raw[error.start]
         raise ValueError(f"not UTF-8: byte 0x{value:02x} at {start + error.start}") from None
-    if "\0" in text:
-        raise ValueError("holds NUL bytes: a binary file, or text in UTF-16")
-    return text
+    return text.removeprefix("\ufeff") if start == 0 else text
 
 
 def read_records(unit: Unit, field: str) -> Iterator[Record]:
