@@ -1,6 +1,8 @@
 import errno
 import json
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,22 @@ def test_tokens_are_found_again_and_made_anew_where_something_changed(tmp_path, 
     write_jsonl(path, [*BROKEN, {"text": "more"}])
     assert documents(packed(tmp_path, path))[-1] == ids("more")
     assert len(made) == 3
+
+
+def test_two_that_want_the_same_at_once_make_it_once(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(*arguments):
+        made.append(1)
+        time.sleep(0.3)
+        make(*arguments)
+
+    make = tokenize._make
+    monkeypatch.setattr(tokenize, "_make", slowly)
+    path = write_jsonl(tmp_path / "a.jsonl", BROKEN)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda _: documents(packed(tmp_path, path)), range(3)))
+    assert made == [1] and found[0] == found[1] == found[2] and len(found[0]) == len(BROKEN)
 
 
 @pytest.mark.parametrize("file", [TOKENS, LENGTHS, "about.json"])
