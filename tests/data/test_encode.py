@@ -33,15 +33,15 @@ def split(signed: list[int]) -> tuple[list[int], list[bool]]:
 
 
 @settings(deadline=None)  # templates are rendered in a process of their own
-@given(st.lists(words, min_size=2, max_size=6))
-def test_the_targets_of_a_chat_are_transformers_assistant_tokens(contents):
+@given(st.lists(words, min_size=2, max_size=6), st.sampled_from([TEMPLATE, WORDS_ALONE]))
+def test_the_targets_of_a_chat_are_transformers_assistant_tokens(contents, template):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend)
     row = chat(*contents)
     expected = theirs.apply_chat_template(
-        row["messages"], chat_template=TEMPLATE, return_assistant_tokens_mask=True, return_dict=True
+        row["messages"], chat_template=template, return_assistant_tokens_mask=True, return_dict=True
     )
-    (found,) = encoded(row).ids
+    (found,) = encoded(row, template=ChatTemplate(template)).ids
     ids, targets = split(found)
     assert ids == expected["input_ids"]
     assert targets == [bool(n) for n in expected["assistant_masks"]]
