@@ -56,7 +56,7 @@ class PackedData:
     Raises:
         ValueError: sources that cannot be read or hold no document, more than 100 bad lines in one,
             chats without a template, or with one that marks no assistant's words; a rank that is
-            none. Nothing is written then.
+            none. Nothing of such a source is kept.
         OSError: the disk refuses, a full one included.
     """
 
