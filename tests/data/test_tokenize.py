@@ -236,6 +236,15 @@ def test_a_damaged_store_is_made_anew(tmp_path, file):
     assert documents(packed(tmp_path, path)) == [ids(row["text"]) for row in BROKEN]
 
 
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", BROKEN)
+    packed(tmp_path, path).close()
+    (store,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    store.rename(store.with_name(f".{store.name}.01234567.tmp"))
+    assert len(documents(packed(tmp_path, path))) == len(BROKEN)
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {store.name, f"{store.name}.lock"}
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", BROKEN)
 
