@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "chat": rooms("config"),
     # layers: a fast decode step asks whether a layer may be left uncalled, as layers and model do.
     "generation": rooms("model layers ops layout cache config chat"),
-    "data": rooms("config layout"),
+    # chat: training makes its examples with the templates that generation makes its prompts with.
+    "data": rooms("config layout chat"),
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),
     "verify": rooms("model layers ops layout cache checkpoint generation config data"),
@@ -74,7 +75,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tyro": ("cli/*",),
     "jinja2": ("chat/worker.py",),
     "matplotlib": ("recipes/*", "train/*"),
-    "datasets": ("data/*", "train/*"),
+    "datasets": ("data/*",),
+    "pyarrow": ("data/*",),
     "tensorboard": ("train/*",),
     "triton": ("ops/*/op.py", *KERNELS),
     "transformer_engine": ("ops/*/op.py", "layers/linear.py"),
@@ -84,7 +86,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "trl": HF_ROOM,
     "nemo_automodel": HF_ROOM,
 }
-OPTIONAL = frozenset({"triton", "transformer_engine"})
+OPTIONAL = frozenset({"triton", "transformer_engine", "datasets", "pyarrow"})
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ except ImportError:  # Windows: two processes saving to one directory are not to
 
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
+from nemotron_v3.config.atomic import sync
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -91,8 +92,8 @@ def replacing(directory: Path) -> Iterator[Path]:
             saving.mkdir()
             yield saving
             for file in saving.rglob("*"):
-                _sync(file)
-            _sync(saving)
+                sync(file)
+            sync(saving)
             saving.rename(whole)
         except BaseException:
             shutil.rmtree(saving, ignore_errors=True)
@@ -100,14 +101,14 @@ def replacing(directory: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     directory.rmdir()
             raise
-        _sync(directory)
+        sync(directory)
         _install(directory, whole)
 
 
 def _install(directory: Path, whole: Path) -> None:
     """Put the files of `whole` in place; can be begun again after a kill at any moment."""
     (directory / CONFIG).unlink(missing_ok=True)
-    _sync(directory)
+    sync(directory)
     for name in _weights(directory):
         (directory / name).unlink(missing_ok=True)
     for file in whole.iterdir():
@@ -115,9 +116,9 @@ def _install(directory: Path, whole: Path) -> None:
             _install_folder(file, directory / file.name)
         elif file.name != CONFIG:
             _link(file, directory / file.name)
-    _sync(directory)
+    sync(directory)
     _link(whole / CONFIG, directory / CONFIG)
-    _sync(directory)
+    sync(directory)
     shutil.rmtree(whole)
 
 
@@ -126,7 +127,7 @@ def _install_folder(whole: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for file in whole.iterdir():
         _link(file, folder / file.name)
-    _sync(folder)
+    sync(folder)
 
 
 def _weights(directory: Path) -> list[str]:
@@ -171,19 +172,8 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         copy = target.with_name(f"{_SAVING}{target.name}")
         shutil.copyfile(source, copy)
-        _sync(copy)
+        sync(copy)
         copy.replace(target)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's bytes, or the directory's names, are on the disk."""
-    # Some file systems, and Windows, have no such thing for a directory.
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from nemotron_v3.config import values
+from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.config.blocks import to_pattern
 from nemotron_v3.config.checks import check
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
@@ -327,12 +327,8 @@ class NemotronV3Config:
         path = path / "config.json" if path.is_dir() else path
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "make this directory first", str(path.parent))
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            scratch.write_bytes(self._to_text().encode())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(self._to_text().encode())
 
     def _to_text(self) -> str:
         if isinstance(self._origin, Source) and self._origin.text is not None:
