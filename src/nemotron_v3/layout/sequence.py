@@ -8,7 +8,7 @@ works on the packed form, so padding costs nothing and cannot leak, and a padded
 plain batch are one case.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
@@ -88,12 +88,12 @@ class SequenceLayout:
         return cls._build((batch, seq_len), (seq_len,) * batch, None, device)
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device | str | None = None) -> Self:
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
         """Documents of these lengths one after the other, without a batch dimension or padding."""
-        lengths = tuple(int(length) for length in lengths)
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"document lengths must not be negative, got {list(lengths)}")
-        return cls._build((sum(lengths),), lengths, None, device)
+        counts = tuple(int(length) for length in lengths)
+        if any(count < 0 for count in counts):
+            raise ValueError(f"document lengths must not be negative, got {list(counts)}")
+        return cls._build((sum(counts),), counts, None, device)
 
     @classmethod
     @ordinary
