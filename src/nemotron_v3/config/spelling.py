@@ -161,10 +161,12 @@ def read_attributes(settings: Mapping[str, Setting], source: object) -> dict[str
 def attribute(source: object, key: str) -> Any:
     """An attribute of an untyped object, or `MISSING`.
 
-    A test double makes up every attribute it is asked for; one that nobody set counts as missing.
+    An object that answers to a name that nobody has makes its attributes up, as test doubles do: of
+    such a one, only what was set on it counts.
     """
-    value = getattr(source, key, MISSING)
-    return MISSING if type(value).__module__ == "unittest.mock" else value
+    if getattr(source, "_a_name_that_no_config_has", None) is not None:
+        return getattr(source, "__dict__", {}).get(key, MISSING)
+    return getattr(source, key, MISSING)
 
 
 def check_keys(settings: Mapping[str, Setting], data: Mapping[str, Any], also: set[str]) -> None:
