@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from math import ceil
-from typing import Any, IO
+from typing import IO, Any
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols

@@ -30,7 +30,7 @@ class NemotronV3Block(nn.Module):
             attributes; never changed.
         layer_idx: the block's number in the model.
         moe_config: a `MoEConfig` or a foreign object with its fields; None derives it from
-        `config`.
+            `config`.
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
         block_type: `mamba`, `attention`, `mlp`, `moe` in any spelling; None reads it from
             `config.layers_block_type[layer_idx]`.
