@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
-from nemotron_v3.layers.calls import is_watched
+from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
 from nemotron_v3.ops._products import PackedWeight
@@ -107,7 +107,7 @@ class DecodeStep:
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
     adapted = getattr(module, "low_rank", None) is not None
-    return known and not adapted and not is_watched(module)
+    return known and not adapted and not is_observed(module)
 
 
 class _MLPBlock:

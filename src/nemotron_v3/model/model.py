@@ -17,7 +17,7 @@ from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.config.trainers import AskedByTrainers
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
-from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
