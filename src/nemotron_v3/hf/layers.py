@@ -31,9 +31,9 @@ from nemotron_v3.hf.states import (
     one_cache,
     write_mamba_states,
 )
+from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.layers.hooks import is_observed, must_call
 from nemotron_v3.layers.linear import project
-from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._long_attention import without_plans
 

@@ -17,7 +17,7 @@ from nemotron_v3.layers.border import as_cache, check_floats, check_names, enter
 from nemotron_v3.layers.init import place_on
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
-from nemotron_v3.layers.moe import NemotronV3MoE
+from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layout import SequenceLayout
 

@@ -17,12 +17,12 @@ from nemotron_v3.cache.step import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.border import as_cache, enter
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
 from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
-from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
 
 

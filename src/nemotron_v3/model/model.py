@@ -20,9 +20,9 @@ from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
 from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.moe.router import checkpoint_contexts, observed
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layers.offsets import of_this_call
-from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid

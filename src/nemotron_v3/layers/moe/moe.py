@@ -12,13 +12,13 @@ from torch import Tensor
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.border import enter, is_4d
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
-from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
-from nemotron_v3.layers.even import EvenRouter
-from nemotron_v3.layers.experts import NemotronV3Experts
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mlp import NemotronV3MLP
-from nemotron_v3.layers.router import NemotronV3Router
+from nemotron_v3.layers.moe.dispatcher import ExpertDispatcher, LocalDispatcher
+from nemotron_v3.layers.moe.even_router import EvenRouter
+from nemotron_v3.layers.moe.experts import NemotronV3Experts
+from nemotron_v3.layers.moe.router import NemotronV3Router
 
 
 class NemotronV3MoE(RefusesContextParallel):
