@@ -88,6 +88,12 @@ class SequenceLayout:
         return cls._build((batch, seq_len), (seq_len,) * batch, None, device)
 
     @classmethod
+    def of_rows(cls, shape: tuple[int, ...], device: torch.device | str | None = None) -> Self:
+        """One document a row of a grid `(B, S)`, or one of all tokens of a grid `(T,)`."""
+        rows = shape if len(shape) == 2 else (1, *shape)
+        return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+
+    @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
         """Documents of these lengths one after the other, without a batch dimension or padding."""
         counts = tuple(int(length) for length in lengths)
@@ -313,8 +319,7 @@ class SequenceLayout:
     ) -> Self:
         """One document a row, of all its tokens or of those that a mask marks."""
         if attention_mask is None:
-            rows = shape if len(shape) == 2 else (1, *shape)
-            return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+            return cls.of_rows(shape, device)
         mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
         return mask._with_shape(shape)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nemotron_v3.layers.precision import KeepsFp32
+from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
 
 
