@@ -90,7 +90,7 @@ class Ledger:
 
 
 @torch.no_grad()
-def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
+def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike[str]) -> LoadReport:
     """Read the checkpoint in `path` again and compare every parameter, buffer and carried tensor of
     `model` with it, bit for bit after the one cast from the file's dtype to the model's.
 

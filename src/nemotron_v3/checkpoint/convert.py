@@ -48,15 +48,15 @@ Progress = Callable[[str, int, int], None]
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> "Conversion":
@@ -217,15 +217,15 @@ class _Told:
 
 
 def plan_conversion(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """What `convert` would do; nothing is written. Raises `CheckpointError` as it does."""

@@ -20,7 +20,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.inference_mode(False)
 @torch.no_grad()
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: BackendConfig | None = None,

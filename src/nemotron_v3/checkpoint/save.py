@@ -31,7 +31,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.no_grad()
 def save_pretrained(
     model: NemotronV3ForCausalLM,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
