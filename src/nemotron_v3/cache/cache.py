@@ -189,8 +189,7 @@ class NemotronHybridCache(OutsideView, Rows):
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
         check_keys(self.states.get(layer_idx), layer_idx, k, v)
         with self.step(layout) as step:
-            state, tokens = step.begin(layer_idx)
-            return state.append(k, v, tokens)
+            return step.begin(layer_idx).append(k, v)
 
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None

@@ -270,7 +270,12 @@ class NemotronV3ForCausalLM(nn.Module):
                 layout_kwargs[name] = said
         weight = self.model.embeddings.weight
         context = enter(
-            self.config, weight, input_ids, inputs_embeds, attention_mask, past_key_values,
+            self.config,
+            weight,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
             layout_kwargs,
         )
         if labels is not None and _may_read(labels, layout is None):
