@@ -6,7 +6,7 @@ Triton itself is imported by the kernels alone; this file can be read without it
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -167,14 +167,23 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def refuse_dtypes(*tensors: Tensor | None) -> str | None:
-    """Why kernels cannot take these tensors together, or None: one dtype of at most 32 bits."""
-    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(kinds) > 1:
-        return f"its tensors have the dtypes {', '.join(sorted(map(str, kinds)))}: one is needed"
-    if not kinds <= set(DTYPES):
-        return f"it computes in fp32, and {kinds.pop()} is asked for"
+def refuse_dtypes(dtypes: Iterable[torch.dtype | None]) -> str | None:
+    """Why kernels cannot take tensors of these dtypes, or None: each has at most 32 bits.
+
+    None stands for an absent tensor.
+    """
+    for dtype in dtypes:
+        if dtype is not None and dtype not in DTYPES:
+            return f"it computes in fp32, and {dtype} is asked for"
     return None
+
+
+def refuse_mixed(dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why kernels cannot take tensors of these dtypes together, or None: one of `DTYPES`."""
+    kinds = sorted(set(map(str, dtypes)))
+    if len(kinds) > 1:
+        return f"its tensors have the dtypes {', '.join(kinds)}: one is needed"
+    return refuse_dtypes(dtypes)
 
 
 def refuse_state(dtype: torch.dtype, head_dim: int, state: int) -> str | None:

@@ -1,7 +1,9 @@
 """Shapes that the tests and benchmarks of mamba2 share."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,3 +79,20 @@ def make_inputs(
         "layout": SequenceLayout.from_lengths(case.lengths, device),
     }
     return Inputs(tensors, options)
+
+
+def of_one_token(step: Callable) -> Callable:
+    """`mamba2`'s arguments and results for `mamba2_step`, which updates its states in place."""
+
+    def run(
+        *,
+        conv_states: torch.Tensor,
+        ssm_states: torch.Tensor,
+        layout: Any,
+        chunk_size: int,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        states = {"conv_state": conv_states.clone(), "ssm_state": ssm_states.clone()}
+        return step(**arguments, **states), *states.values()
+
+    return run
