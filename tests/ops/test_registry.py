@@ -8,7 +8,7 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _triton
+from nemotron_v3.ops.common import host
 from nemotron_v3.ops.registry import FUNCTIONS, OPS, Op
 from nemotron_v3.ops.rms_norm import portable, reference
 
@@ -74,13 +74,13 @@ def test_without_a_gpu_nobody_asks_what_kernels_refuse(monkeypatch):
     op = Op("norm", reference.rms_norm, portable.rms_norm, portable.rms_norm, refuse)
     given = (torch.ones(2, 8, dtype=torch.float64), torch.ones(8))
     assert op.pick("auto", given, 8) is op.pick("portable", given, 8) is portable.rms_norm
-    monkeypatch.setattr(_triton, "can_launch", lambda device: True)
+    monkeypatch.setattr(host, "can_launch", lambda device: True)
     with pytest.raises(AssertionError, match="asked"):
         op.pick("triton", given, 8)
 
 
 def test_kernels_are_chosen_by_dtype_and_size(monkeypatch):
-    monkeypatch.setattr(_triton, "can_launch", lambda device: True)
+    monkeypatch.setattr(host, "can_launch", lambda device: True)
     asked = []
 
     def refuse(dtypes, width):

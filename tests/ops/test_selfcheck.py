@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemotron_v3.ops import _selfcheck
-from nemotron_v3.ops._selfcheck import SelfChecked
+from nemotron_v3.ops.common import selfcheck
+from nemotron_v3.ops.common.selfcheck import SelfChecked
 from nemotron_v3.ops.registry import OPS
 from nemotron_v3.ops.rms_norm import portable, reference
 from tests.models import tiny_model
@@ -20,10 +20,10 @@ CHECKED = sorted(name for name, op in OPS.items() if op.check is not None)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", CHECKED)
 def test_a_right_form_has_room_to_its_bound(op, dtype):
-    errors = _selfcheck.measure(OPS[op], "portable", OPS[op].portable, CPU, dtype)
+    errors = selfcheck.measure(OPS[op], "portable", OPS[op].portable, CPU, dtype)
     decodes = op in ("mamba2_step", "cached_attention")
     assert any(name.startswith("gradient") for name in errors) != decodes
-    assert max(errors.values()) <= _selfcheck.explained_by_rounding(dtype, CPU) / 2
+    assert max(errors.values()) <= selfcheck.explained_by_rounding(dtype, CPU) / 2
 
 
 WRONG = {
@@ -50,13 +50,13 @@ def test_a_wrong_form_raises_at_every_call_instead_of_computing(wrong, dtype):
 def counted(monkeypatch) -> list[torch.dtype]:
     """The dtypes of all checks from now on, of a form nobody has used yet."""
     seen = []
-    check = _selfcheck.check
+    check = selfcheck.check
 
     def count(*args):
         seen.append(args[4])
         check(*args)
 
-    monkeypatch.setattr(_selfcheck, "check", count)
+    monkeypatch.setattr(selfcheck, "check", count)
     return seen
 
 

@@ -35,7 +35,7 @@ from nemotron_v3.layers.calls import has_global_hooks, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def _alone(

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops import _triton
-from nemotron_v3.ops._selfcheck import Check, SelfChecked
+from nemotron_v3.ops import compat
+from nemotron_v3.ops.common import host
+from nemotron_v3.ops.common.selfcheck import Check, SelfChecked
 
 IMPLS = ("auto", "reference", "portable", "triton")
 
@@ -88,11 +89,7 @@ class Op:
         assert tensors[0] is not None
         device = tensors[0].device
         compiling = torch.compiler.is_compiling()
-        if (
-            not compiling
-            and torch._C._functorch.peek_interpreter_stack() is not None
-            and _transformed()
-        ):
+        if not compiling and compat.in_derivative_or_batch():
             impl = self._under_transforms(impl)
         asks_kernels = impl == "triton" or (impl == "auto" and device.type == "cuda")
         dtypes = [None if t is None else t.dtype for t in tensors] if asks_kernels else ()
@@ -118,7 +115,7 @@ class Op:
             return self._plain(
                 impl
             ), why if impl != "auto" else f"{why}, and there is no other form"
-        if impl == "triton" or (like.is_cuda and _triton.can_launch(like.device)):
+        if impl == "triton" or (like.is_cuda and host.can_launch(like.device)):
             return "triton", f"impl={impl!r}, on a GPU"
         why = "triton is not installed" if like.is_cuda else "not on a GPU"
         return "portable", f"impl='auto': {why}"
@@ -127,7 +124,7 @@ class Op:
         """The name of the form; `dtypes` are empty where no kernels come into question."""
         if self.kernels is None or not dtypes:
             return self._plain(impl)
-        if not _triton.can_launch(device):
+        if not host.can_launch(device):
             refusal = f"it needs a GPU and the package triton, the tensors are on {device}"
         else:
             refusal = None if self.refuse is None else self.refuse(dtypes, *sizes)
@@ -202,17 +199,6 @@ def choose(op: str, impl: str, like: Tensor) -> tuple[str, str]:
         ValueError, RuntimeError: see `Op.pick`.
     """
     return OPS[op].choose(impl, like)
-
-
-def _transformed() -> bool:
-    """Whether torch.func asks for derivatives or batches.
-
-    The forms with a backward pass of their own give it to autograd alone.
-    """
-    functorch = torch._C._functorch
-    kinds = functorch.TransformType
-    transforms = (kinds.Grad, kinds.Jvp, kinds.Vmap)
-    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack())
 
 
 @functools.cache

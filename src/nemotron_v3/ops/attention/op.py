@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _long_attention as long
-from nemotron_v3.ops._dispatch import without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_mixed
 from nemotron_v3.ops.attention import flex, portable, reference
 from nemotron_v3.ops.attention.cases import FIXED_SIZE, Case
+from nemotron_v3.ops.common import long_attention as long
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 
 WIDEST = 256  # columns of a head that the kernels take

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _long_attention as long
-from nemotron_v3.ops._dispatch import without_autocast
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_mixed
 from nemotron_v3.ops.attention.op import as_called, refuse_widths
 from nemotron_v3.ops.cached_attention import masked, portable, reference
+from nemotron_v3.ops.common import long_attention as long
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 
 
 def _kernels() -> Callable[..., Tensor]:
-    from nemotron_v3.ops.cached_attention.kernels import cached_attention
+    from nemotron_v3.ops.attention.kernels import cached_attention
 
     return cached_attention
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import wide, without_autocast
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
+from nemotron_v3.ops.common.precision import wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.cross_entropy import portable, reference
 from nemotron_v3.ops.registry import Op
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import autocast_matmul_dtype, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.experts import portable, reference
 from nemotron_v3.ops.registry import Op
 

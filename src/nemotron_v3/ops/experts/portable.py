@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.precision import needs_grad, wide
 from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.relu2.portable import relu2
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import without_autocast
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.gated_rms_norm import portable, reference
 from nemotron_v3.ops.registry import Op
 

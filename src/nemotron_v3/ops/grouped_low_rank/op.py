@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import autocast_matmul_dtype, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._selfcheck import Check
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.experts.op import MOST_ROWS, refuse_experts
 from nemotron_v3.ops.grouped_low_rank import portable, reference
 from nemotron_v3.ops.grouped_low_rank.merge import check_low_rank

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import (
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.precision import (
     as_promised,
     autocast_matmul_dtype,
     wide,
     without_autocast,
 )
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
-from nemotron_v3.ops._triton import refuse_mixed
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.linear_cross_entropy import portable, reference
 from nemotron_v3.ops.registry import Op
 

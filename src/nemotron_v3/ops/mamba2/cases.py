@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 from nemotron_v3.ops.ssd.cases import draw_A, draw_dt_bias
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import as_promised, wide, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
+from nemotron_v3.ops.common.host import refuse_dtypes, refuse_state
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2 import portable, reference
 from nemotron_v3.ops.registry import Op
 

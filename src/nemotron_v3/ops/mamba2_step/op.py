@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import without_autocast
-from nemotron_v3.ops._selfcheck import Check
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2_step import portable, reference
 from nemotron_v3.ops.registry import Op
 

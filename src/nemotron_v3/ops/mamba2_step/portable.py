@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.precision import wide
 from nemotron_v3.ops.gated_rms_norm.portable import gated_rms_norm
 from nemotron_v3.ops.ssm_step.portable import ssm_step
 

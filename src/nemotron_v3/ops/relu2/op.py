@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.relu2 import portable, reference
 

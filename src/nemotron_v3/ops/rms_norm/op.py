@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import without_autocast
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.rms_norm import portable, reference
 
 
 def _kernels() -> Callable[..., Tensor]:
-    from nemotron_v3.ops.rms_norm.kernels import rms_norm
+    from nemotron_v3.ops.gated_rms_norm.kernels import rms_norm
 
     return rms_norm
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 
 
 @dataclass(frozen=True)

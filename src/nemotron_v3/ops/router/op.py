@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import as_promised, wide, without_autocast
-from nemotron_v3.ops._selfcheck import Check
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.router import portable, reference
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import power_of_two
+from nemotron_v3.ops.common.host import power_of_two
 
 # Rows of an array: a slice where they are evenly spaced, for then taking them is a view.
 Rows = slice | Tensor

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import without_autocast
+from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssm_step import portable, reference
 

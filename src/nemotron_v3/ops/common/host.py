@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from nemotron_v3.ops import compat
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -50,9 +52,9 @@ def register(
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if compat.in_forward_mode():
             _refuse_tangents(name, args)
-        if not nobody_looks(args):
+        if not can_bypass_dispatcher(args):
             return op(*args)
         if function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return function.apply(*args)
@@ -98,16 +100,16 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def nobody_looks(args: tuple[Any, ...]) -> bool:
-    """Whether these are plain tensors in plain eager mode, so that no one misses the op's name.
+def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
+    """True if nothing needs to intercept the op: plain tensors in plain eager mode.
 
     A compiler, a dispatch mode (fake tensors, selective checkpointing), a function transform or a
     tensor subclass must see the op.
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.in_dispatch_mode()
+        or compat.in_transform()
         or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
     )
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from nemotron_v3.ops import compat
 
 if TYPE_CHECKING:
     from nemotron_v3.ops.registry import Op
@@ -145,7 +146,7 @@ def _can_check(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, nn.Parameter)  # no fake, distributed or otherwise wrapped tensor
         and not x.is_meta
-        and not is_in_torch_dispatch_mode()
+        and not compat.in_dispatch_mode()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
