@@ -25,8 +25,8 @@ from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, Weighte
 from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
-from nemotron_v3.ops._products import PackedWeight
 from nemotron_v3.ops.cached_attention.portable import cached_attention
+from nemotron_v3.ops.common.onednn import PackedWeight
 from nemotron_v3.ops.router.portable import choose, router
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")

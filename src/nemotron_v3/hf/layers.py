@@ -32,7 +32,7 @@ from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_m
 from nemotron_v3.layers.hooks import is_observed, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def _alone(
