@@ -28,6 +28,8 @@ class ForwardContext:
             in attention; or None.
         cache: what the tokens follow, or None.
         step: what the layers write of the cache, while `writing()` is entered; or None.
+        has_padding: whether layers are to be given the real tokens alone. A 4-D mask speaks of the
+            whole grid.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ForwardContext:
         step: Transaction | None = None,
     ):
         self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
+        self.has_padding = layout.token_index is not None and mask is None
 
     @classmethod
     def enter(
@@ -98,11 +101,6 @@ class ForwardContext:
         layout = self.layout if self.mask is None else _whole_rows(self.layout)
         self.step = self.cache.step(layout)
         return self.step
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether layers are to see the real tokens alone; a 4-D mask speaks of the whole grid."""
-        return self.layout.token_index is not None and self.mask is None
 
     def packed(self) -> "ForwardContext":
         """The same pass as layers see it that are given the real tokens alone, `[T, D]`."""

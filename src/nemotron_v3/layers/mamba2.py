@@ -15,7 +15,7 @@ from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
 from nemotron_v3.layers.functional import Mamba2Sizes, mamba2_mixer
-from nemotron_v3.layers.hooks import must_call
+from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.linear import make_linear
@@ -139,7 +139,8 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
     def _weights(self) -> tuple[Tensor | None, ...] | None:
         """What an op reads in the place of conv1d and norm; None where these have to be called."""
         conv1d, norm = self.conv1d, self.norm
-        if must_call(conv1d, nn.Conv1d) or must_call(norm, NemotronV3MambaRMSNormGated):
+        plain = type(conv1d) is nn.Conv1d and type(norm) is NemotronV3MambaRMSNormGated
+        if not plain or is_observed(conv1d) or is_observed(norm):
             return None
         weights = (conv1d.weight[:, 0], conv1d.bias)
         return (*weights, self.dt_bias, self.A_log, self.D, norm.weight)

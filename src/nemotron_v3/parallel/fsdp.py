@@ -63,7 +63,8 @@ def shard_model(
             if own:
                 others = set(owner.parameters()) - own
                 fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
-    return fully_shard(model, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, **options)
+    return model
 
 
 def _kept(module: KeepsFp32) -> set[nn.Parameter]:
