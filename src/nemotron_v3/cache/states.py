@@ -202,7 +202,7 @@ class MambaState(LayerState):
 
     @property
     def is_one_token(self) -> bool:
-        return self.step.is_decode
+        return self.step.layout.uniform_length == 1
 
     def in_place(self) -> tuple[Tensor, Tensor]:
         """Both states, for an op that writes the next ones into them."""

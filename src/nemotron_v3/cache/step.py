@@ -119,7 +119,7 @@ class Transaction:
     def _new_step(self) -> Step:
         cache = self._cache
         lengths = cache.lengths
-        check_rows(self._layout, lengths, cache.device, cache.max_length)
+        check_rows(self._layout, lengths, cache.positions.device, cache.max_length)
         positions = kept(cache.positions.clone())
         return Step(self._layout.packed, lengths, positions, cache.rollback_window)
 

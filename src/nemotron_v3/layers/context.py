@@ -84,7 +84,10 @@ class ForwardContext:
             attention_mask, by_token = None, True
         kwargs = layout_kwargs or {}
         if attention_mask is None and not kwargs:
-            layout = SequenceLayout.of_rows(shape, device)
+            if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
+                layout = cache.one_token_layout(shape)
+            else:
+                layout = SequenceLayout.of_rows(shape, device)
         elif attention_mask is None and _is_ready(kwargs, shape, device):
             layout = kwargs["layout"]
         else:
@@ -109,7 +112,7 @@ class ForwardContext:
     def on(self, device: torch.device) -> SequenceLayout:
         """The layout on a device; moved once a pass."""
         layout = self.layout
-        if layout.cu_seqlens.device == device:
+        if layout.device == device:
             return layout
         return layout.derived(("on", device), lambda layout: layout.to(device))
 
@@ -120,7 +123,8 @@ class ForwardContext:
         """
         if self.step is not None:
             self.step.layer_is_done()
-        return self.on(y.device).unpack(y)
+        layout = self.layout if self.layout.device == y.device else self.on(y.device)
+        return layout.unpack(y)
 
 
 def _is_4d(mask: Any) -> bool:

@@ -445,7 +445,7 @@ class SequenceLayout:
                 f"the layout describes tokens of shape {self.shape}, got a tensor of shape "
                 f"{tuple(x.shape)}"
             )
-        flat = x.reshape(grid_size(self.shape), *x.shape[rank:])
+        flat = x.flatten(0, rank - 1)
         return flat if self.token_index is None else flat.index_select(0, self.token_index)
 
     def unpack(self, y: Tensor) -> Tensor:
