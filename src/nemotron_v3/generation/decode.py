@@ -25,8 +25,8 @@ from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, Weighte
 from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
-from nemotron_v3.ops._products import PackedWeight
 from nemotron_v3.ops.cached_attention.portable import cached_attention
+from nemotron_v3.ops.common.onednn import PackedWeight
 from nemotron_v3.ops.router.portable import choose, router
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
@@ -135,8 +135,9 @@ class _AttentionBlock:
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         self._qkv.write(self._norm(stream, hidden))
         q, k, v = self._heads
-        state, step = self._step.step.begin(self._layer)
-        keys, values = state.append(k, v, step)
+        state = self._step.step.begin(self._layer)
+        step = state.step
+        keys, values = state.append(k, v)
         y = cached_attention(
             q,
             keys,
@@ -197,8 +198,7 @@ class _MambaBlock:
         self._y_groups = self._y.view(self._yz.shape)
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
-        state, _ = self._step.step.begin(self._layer)
-        state.touched = True
+        self._step.step.begin(self._layer).in_place()
         self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()

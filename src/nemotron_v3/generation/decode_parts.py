@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.ops._products import PackedWeight, onednn_works
+from nemotron_v3.ops.common.onednn import PackedWeight, onednn_works
 
 # Rows of a batch, and elements of a model, whose weights are laid out a second time.
 FEW_TOKENS, LAID_OUT = 16, 1 << 26

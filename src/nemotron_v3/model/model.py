@@ -100,8 +100,7 @@ class NemotronV3Model(nn.Module):
         context = enter(
             self.config,
             self.embeddings.weight,
-            input_ids,
-            inputs_embeds,
+            *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
             attention_mask,
             past_key_values,
             layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
@@ -270,7 +269,12 @@ class NemotronV3ForCausalLM(nn.Module):
                 layout_kwargs[name] = said
         weight = self.model.embeddings.weight
         context = enter(
-            self.config, weight, input_ids, inputs_embeds, attention_mask, past_key_values,
+            self.config,
+            weight,
+            shape,
+            device,
+            attention_mask,
+            past_key_values,
             layout_kwargs,
         )
         if labels is not None and _may_read(labels, layout is None):
@@ -302,7 +306,9 @@ class NemotronV3ForCausalLM(nn.Module):
     ) -> tuple[Tensor | None, Tensor | Unread]:
         """The loss, None without labels, and the logits."""
         if labels is None:
-            return None, self.lm_head(_keep(hidden, logits_to_keep))
+            if type(logits_to_keep) is not int or logits_to_keep:
+                hidden = _keep(hidden, logits_to_keep)
+            return None, self.lm_head(hidden)
         targets = targets_of(labels, layout)
         mean, logits = self._mean(hidden, targets, layout, logits_to_keep)
         loss = per_item(mean, targets, items)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def check_mask(mask: Tensor, q: Tensor, layout: SequenceLayout, starts: tuple[int, ...]) -> None:

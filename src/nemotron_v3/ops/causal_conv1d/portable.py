@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
 from nemotron_v3.ops.causal_conv1d.portable_backward import backward
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import wide
 
 
 def causal_conv1d(

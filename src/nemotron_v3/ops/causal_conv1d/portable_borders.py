@@ -50,12 +50,18 @@ class Borders:
 
     @classmethod
     def of(cls, layout: SequenceLayout, W: int) -> "Borders":
-        heads, tokens, states, head_counts = [], [], [], [0]
+        heads, head_tokens, head_counts = [], [], [0]
+        tokens, states = [], []
         for document, (start, length) in enumerate(
             zip(layout.offsets[:-1], layout.lengths, strict=True)
         ):
             count = min(length, W - 1)
-            heads += [(document * (W - 1) + i, start + i) for i in range(count)]
+            heads += zip(
+                range(document * (W - 1), (document + 1) * (W - 1)),
+                range(start, start + count),
+                strict=False,
+            )
+            head_tokens += range(start, start + count)
             head_counts.append(len(heads))
             for k in range(W):
                 position = length - W + k
@@ -65,7 +71,7 @@ class Borders:
                     states.append((document * W + k, document * W + W + position))
         return cls(
             _places(heads, layout.device),
-            tuple(token for _, token in heads),
+            tuple(head_tokens),
             tuple(head_counts),
             _places(tokens, layout.device),
             _places(states, layout.device),

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import row_blocks
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders, Places
+from nemotron_v3.ops.common.blocks import row_blocks
 
 
 def sum_of_taps(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import wide
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:

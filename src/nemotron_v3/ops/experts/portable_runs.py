@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import Workspace
-from nemotron_v3.ops._products import SMALLEST, onednn_works, product, rows_are_alike
+from nemotron_v3.ops.common.blocks import Workspace
+from nemotron_v3.ops.common.onednn import SMALLEST, onednn_works, product, rows_are_alike
 
 
 def takes(x: Tensor, rows: int, up_proj: Tensor) -> bool:

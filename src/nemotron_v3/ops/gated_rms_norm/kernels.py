@@ -8,10 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._launch import Launcher
-from nemotron_v3.ops._sums import sum_partials
-from nemotron_v3.ops._triton import interpreted, power_of_two, programs, register, unit_stride
+from nemotron_v3.ops.common.host import interpreted, power_of_two, programs, register, unit_stride
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.common.launch import Launcher
+from nemotron_v3.ops.common.sums import sum_partials
 
 
 @kernel
@@ -276,3 +276,10 @@ def gated_rms_norm(
         flat, gate = y[None], None if z is None else z[None]
     out = _forward_op(flat, gate, weight, group_size, eps, out_dtype or y.dtype)
     return out.view(y.shape)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`ops.rms_norm`: one group and no gate."""
+    return gated_rms_norm(x, None, weight, weight.shape[0], eps, out_dtype)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import needs_grad, wide
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
 from nemotron_v3.ops.causal_conv1d.kernels import launch as conv
+from nemotron_v3.ops.common.host import register, unit_stride
 from nemotron_v3.ops.gated_rms_norm import kernels as norm
 from nemotron_v3.ops.ssd.kernels import launch as scan
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import needs_grad, wide
-from nemotron_v3.ops._step_sizes import step_sizes
 from nemotron_v3.ops.causal_conv1d import portable as conv
 from nemotron_v3.ops.causal_conv1d import portable_backward as conv_gradients
+from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.gated_rms_norm import portable as gated
 from nemotron_v3.ops.ssd import portable as ssd
 from nemotron_v3.ops.ssd import portable_backward as ssd_gradients

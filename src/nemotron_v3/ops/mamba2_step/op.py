@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2_step import portable, reference
+from nemotron_v3.ops.registry import Op
+
+_OP = Op(
+    "mamba2_step",
+    reference=reference.mamba2_step,
+    portable=portable.mamba2_step,
+    check=Check("one-token", cases_of="mamba2", adapt="of_one_token"),
+)
 
 
+@_OP.public
 @torch.no_grad()
 @without_autocast
 def mamba2_step(
@@ -54,7 +64,7 @@ def mamba2_step(
             f"conv_state {tuple(conv_state.shape)} and ssm_state {tuple(ssm_state.shape)} do not "
             f"fit {rows} rows: {conv_shape} and {ssm_shape} are needed"
         )
-    run = pick("mamba2_step", impl, reference=reference.mamba2_step, portable=portable.mamba2_step)
+    run = _OP.pick(impl, (zxbcdt,))
     y = run(
         zxbcdt,
         conv_weight,

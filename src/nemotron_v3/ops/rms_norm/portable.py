@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
+from nemotron_v3.ops.common.precision import needs_grad, wide
 
 
 def rms_norm(

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._blocks import Workspace, block_elements
-from nemotron_v3.ops._dispatch import needs_grad, wide
-from nemotron_v3.ops._step_sizes import step_sizes
+from nemotron_v3.ops.common.blocks import Workspace, block_elements
+from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.ssd.portable_backward import backward
 from nemotron_v3.ops.ssd.slab import (
     Decays,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import Workspace
+from nemotron_v3.ops.common.blocks import Workspace
 from nemotron_v3.ops.ssd.slab import (
     Decays,
     Sizes,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops.attention.kernels import backward, forward
 from nemotron_v3.ops.attention.kernels.tables import Blocks, Tables
+from nemotron_v3.ops.common.launch import Launcher
 
 _forward = Launcher(forward.forward_kernel)
 _dq = Launcher(backward.dq_kernel)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
 from nemotron_v3.ops.attention.kernels.launch import (
     Call,
     launch_backward,
@@ -15,6 +14,7 @@ from nemotron_v3.ops.attention.kernels.launch import (
     readable,
 )
 from nemotron_v3.ops.attention.kernels.tables import Blocks, Tables, tile_tables
+from nemotron_v3.ops.common.host import register, unit_stride
 
 
 def _call(q, k, v, scale, held, cu_seqlens, *tables) -> Call:

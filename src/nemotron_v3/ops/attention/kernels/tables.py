@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import interpreted, power_of_two
+from nemotron_v3.ops.common.host import interpreted, power_of_two
 
 WIDEST = 256  # head width
 

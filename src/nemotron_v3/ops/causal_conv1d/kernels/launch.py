@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._launch import Launcher
-from nemotron_v3.ops._sums import sum_partials
-from nemotron_v3.ops._triton import interpreted, power_of_two
 from nemotron_v3.ops.causal_conv1d.kernels import taps
+from nemotron_v3.ops.common.host import interpreted, power_of_two
+from nemotron_v3.ops.common.launch import Launcher
+from nemotron_v3.ops.common.sums import sum_partials
 
 _forward = Launcher(taps.forward_kernel)
 _backward = Launcher(taps.backward_kernel)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
 from nemotron_v3.ops.causal_conv1d.kernels.launch import launch_backward, launch_forward, tables
+from nemotron_v3.ops.common.host import register, unit_stride
 
 
 def _forward(x, weight, bias, initial, position, seq_idx, cu_seqlens, silu):

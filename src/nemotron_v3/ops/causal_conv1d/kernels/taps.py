@@ -9,7 +9,7 @@ where not.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.jit import kernel
 
 
 @triton.jit

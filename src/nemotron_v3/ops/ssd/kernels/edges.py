@@ -8,8 +8,8 @@ outweighs the others: the gradient of A would be up to twice as far off as the a
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.ssd.kernels.tiles import decay, load_sum, load_tile
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.ssd.kernels.loads import decay, load_sum, load_tile
 
 
 @kernel

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._launch import Launcher
-from nemotron_v3.ops._sums import sum_partials
+from nemotron_v3.ops.common.launch import Launcher
+from nemotron_v3.ops.common.sums import sum_partials
 from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states, steps
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, Sweep
 

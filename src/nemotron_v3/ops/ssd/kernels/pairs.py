@@ -6,14 +6,14 @@ Letters as in scan.py. dB and dC then multiply each block of pairs once, and not
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.ssd.kernels.states import sweep
-from nemotron_v3.ops.ssd.kernels.tiles import (
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.ssd.kernels.loads import (
     decay_down,
     load_steps,
     load_tile,
     split_steps,
 )
+from nemotron_v3.ops.ssd.kernels.states import sweep
 
 
 @kernel

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
+from nemotron_v3.ops.common.host import register, unit_stride
 from nemotron_v3.ops.ssd.kernels import launch
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
 

@@ -13,8 +13,8 @@ so that only the tile's own block needs an exponential for each pair. Every fact
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.ssd.kernels.tiles import (
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.ssd.kernels.loads import (
     decay,
     decay_down,
     load_state,

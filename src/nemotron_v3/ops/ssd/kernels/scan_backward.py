@@ -12,9 +12,9 @@ reason.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.ssd.kernels.tiles import (
-    add_product,
+from nemotron_v3.ops.common.dot import add_product
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.ssd.kernels.loads import (
     decay,
     decay_down,
     load_state,

@@ -8,8 +8,8 @@ do not depend on each other.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.ssd.kernels.tiles import decay
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.ssd.kernels.loads import decay
 
 
 @kernel

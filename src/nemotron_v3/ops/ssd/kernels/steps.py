@@ -9,7 +9,7 @@ fp32.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.jit import kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import power_of_two
+from nemotron_v3.ops.common.host import power_of_two
 
 
 class Tuning(NamedTuple):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.precision import wide
 
 
 def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_limit: tuple[float, float]) -> Tensor:

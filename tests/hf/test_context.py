@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from nemotron_v3.hf.border import Border
+from nemotron_v3.hf.context import TheirContext
 
 CPU = torch.device("cpu")
 
 
 def layout(shape=(1, 6), **said):
-    return Border.enter(shape, CPU, **said).layout
+    return TheirContext.read(shape, CPU, **said).layout
 
 
 def test_nothing_said_is_one_document_a_row():
@@ -92,9 +92,9 @@ def test_packing_arguments_of_the_collators(packing):
 
 def test_with_a_cache_the_last_columns_of_a_mask_are_the_new_tokens():
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    border = Border.enter((2, 2), CPU, attention_mask=mask, follows=True, cached=True)
-    assert border.layout.lengths == (1, 2)
-    seen = border.allowed(4, 6, CPU)[:, 0].int().tolist()
+    context = TheirContext.read((2, 2), CPU, attention_mask=mask, follows=True, cached=True)
+    assert context.layout.lengths == (1, 2)
+    seen = context.allowed(4, 6, CPU)[:, 0].int().tolist()
     assert seen == [
         [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]],
         [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]],
@@ -103,8 +103,8 @@ def test_with_a_cache_the_last_columns_of_a_mask_are_the_new_tokens():
 
 def test_a_mask_of_the_new_tokens_alone_leaves_what_came_before():
     mask = torch.tensor([[1, 1], [0, 1]])
-    border = Border.enter((2, 2), CPU, attention_mask=mask, follows=True, cached=True)
-    seen = border.allowed(3, 8, CPU)[:, 0].int().tolist()
+    context = TheirContext.read((2, 2), CPU, attention_mask=mask, follows=True, cached=True)
+    seen = context.allowed(3, 8, CPU)[:, 0].int().tolist()
     assert seen == [
         [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]],
         [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0, 0]],
@@ -114,10 +114,10 @@ def test_a_mask_of_the_new_tokens_alone_leaves_what_came_before():
 def test_masks_by_kind_of_layer():
     full = torch.ones(1, 1, 6, 9, dtype=torch.bool)
     linear = torch.tensor([[0, 1, 1, 1, 1, 1]])
-    border = Border.enter(
+    context = TheirContext.read(
         (1, 6), CPU, attention_mask={"full_attention": full, "linear_attention": linear}
     )
-    assert border.mask is full and border.layout.lengths == (5,)
+    assert context.mask is full and context.layout.lengths == (5,)
 
 
 @pytest.mark.parametrize(

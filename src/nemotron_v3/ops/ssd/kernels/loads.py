@@ -59,19 +59,6 @@ def decay_down(b_d):
 
 
 @triton.jit
-def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """`b_sum + b_left b_right`, in fp32 each product by itself: `tl.dot` chains its additions.
-
-    Subtracted, because Triton turns a sum with a product into one chain again.
-    """
-    if b_left.dtype == tl.float32:
-        b_sum -= tl.dot(-b_left, b_right, input_precision=PRECISION)
-    else:
-        b_sum = tl.dot(b_left, b_right, acc=b_sum, input_precision=PRECISION)
-    return b_sum
-
-
-@triton.jit
 def load_steps(steps, o, o_other, length, TILE: tl.constexpr):
     """`a` and `dt` of two tiles of a head, which begin at `o` and `o_other`, for `split_steps`.
 

@@ -6,7 +6,6 @@ passes before it turns to the next, and its intermediate arrays live in one `Wor
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,11 +21,10 @@ def block_elements(device: torch.device) -> int:
     return CPU_ELEMENTS if device.type == "cpu" else ELEMENTS
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Borders `(start, end)` of the blocks of `rows` rows of `width` elements."""
+def row_blocks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
+    """Start and end of each block of `rows` rows of `width` elements."""
     step = max(1, block_elements(device) // max(1, width))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 def rows_for(array: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -57,13 +55,13 @@ class Workspace:
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An array of this shape; it shares its memory with all earlier ones of its name."""
         view = self._views.get((name, shape))
-        return self._make(name, shape) if view is None else view
-
-    def _make(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape)
-        array = self._arrays.get(name)
-        if array is None or array.numel() < size:
-            array = self._like.new_empty(size, dtype=self._dtype)
-            self._arrays[name] = array
-            self._views = {key: view for key, view in self._views.items() if key[0] != name}
-        return self._views.setdefault((name, shape), array[:size].view(shape))
+        if view is None:
+            size = math.prod(shape)
+            array = self._arrays.get(name)
+            if array is None:
+                array = self._arrays[name] = self._like.new_empty(size, dtype=self._dtype)
+            elif array.numel() < size:
+                array = self._arrays[name] = self._like.new_empty(size, dtype=self._dtype)
+                self._views = {key: old for key, old in self._views.items() if key[0] != name}
+            view = self._views[name, shape] = array[:size].view(shape)
+        return view

@@ -6,7 +6,7 @@ Triton itself is imported by the kernels alone; this file can be read without it
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from nemotron_v3.ops import compat
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,9 +52,9 @@ def register(
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if compat.in_forward_mode():
             _refuse_tangents(name, args)
-        if not nobody_looks(args):
+        if not can_bypass_dispatcher(args):
             return op(*args)
         if function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return function.apply(*args)
@@ -98,16 +100,16 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def nobody_looks(args: tuple[Any, ...]) -> bool:
-    """Whether these are plain tensors in plain eager mode, so that no one misses the op's name.
+def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
+    """True if nothing needs to intercept the op: plain tensors in plain eager mode.
 
     A compiler, a dispatch mode (fake tensors, selective checkpointing), a function transform or a
     tensor subclass must see the op.
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.in_dispatch_mode()
+        or compat.in_transform()
         or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
     )
 
@@ -167,14 +169,23 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def refuse_dtypes(*tensors: Tensor | None) -> str | None:
-    """Why kernels cannot take these tensors together, or None: one dtype of at most 32 bits."""
-    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(kinds) > 1:
-        return f"its tensors have the dtypes {', '.join(sorted(map(str, kinds)))}: one is needed"
-    if not kinds <= set(DTYPES):
-        return f"it computes in fp32, and {kinds.pop()} is asked for"
+def refuse_dtypes(dtypes: Iterable[torch.dtype | None]) -> str | None:
+    """Why kernels cannot take tensors of these dtypes, or None: each has at most 32 bits.
+
+    None stands for an absent tensor.
+    """
+    for dtype in dtypes:
+        if dtype is not None and dtype not in DTYPES:
+            return f"it computes in fp32, and {dtype} is asked for"
     return None
+
+
+def refuse_mixed(dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why kernels cannot take tensors of these dtypes together, or None: one of `DTYPES`."""
+    kinds = sorted(set(map(str, dtypes)))
+    if len(kinds) > 1:
+        return f"its tensors have the dtypes {', '.join(kinds)}: one is needed"
+    return refuse_dtypes(dtypes)
 
 
 def refuse_state(dtype: torch.dtype, head_dim: int, state: int) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.knobs import runtime
 
-from nemotron_v3.ops._triton import interpreted
+from nemotron_v3.ops import compat
+from nemotron_v3.ops.common.host import interpreted
 
 Number = int | float
 
@@ -22,7 +22,7 @@ class Launcher:
     def __init__(self, kernel: Any):
         self.kernel = kernel
         self.compiled: dict[tuple, Any] = {}
-        # Whether Triton compiles for a parameter's value (ops/_jit.py).
+        # Whether Triton compiles for a parameter's value (ops/common/jit.py).
         self.by_value = [] if interpreted() else [not p.do_not_specialize for p in kernel.params]
 
     def __call__(
@@ -73,17 +73,11 @@ class Launcher:
                 self.kernel.warmup(*tensors, *numbers, *later, **options)
             compiled = self.kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps)
             self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
-        elif _watched():
+        elif compat.launch_is_hooked():
             found[0][(programs, 1, 1)](*pointers, *numbers, *constants)
         else:
             # What `compiled[grid]` does, less the metadata and the empty chains of hooks.
             _, run, function, packed = found
-            stream = torch._C._cuda_getCurrentRawStream(device)
+            stream = compat.current_raw_stream(device)
             nobody = None, None, None
             run(programs, 1, 1, stream, function, packed, *nobody, *pointers, *numbers, *constants)
-
-
-def _watched() -> bool:
-    """Whether someone, a profiler, has hooked Triton's launches."""
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -7,8 +7,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._launch import Launcher
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.common.launch import Launcher
 
 BLOCK_R, BLOCK_C = 32, 64
 

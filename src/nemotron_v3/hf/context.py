@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
 
@@ -22,11 +23,8 @@ PACKING_NAMES = (
 )
 
 
-class Border:
-    """How the tokens of one forward pass lie, worked out where they enter the model.
-
-    It is no dataclass and no pytree, so that what moves or casts the arguments of a module
-    (accelerate's hooks, FSDP) leaves it alone; each layer asks for the layout on its own device.
+class TheirContext(ForwardContext):
+    """What the layers of one forward pass of a transformers model know about its tokens.
 
     Attributes:
         layout: of the new tokens on their grid `[B, S]`.
@@ -44,15 +42,14 @@ class Border:
         follows: bool = False,
         router_logits: dict[int, Tensor] | None = None,
     ):
-        self.layout = layout
-        self.mask = mask
+        super().__init__(layout, mask)
         self.columns = columns
         self.follows = follows
         self.router_logits = router_logits
         self._allowed: dict[Any, Tensor] = {}
 
     @classmethod
-    def enter(
+    def read(
         cls,
         shape: tuple[int, int],
         device: torch.device,
@@ -63,7 +60,7 @@ class Border:
         cached: bool = False,
         router_logits: bool = False,
         packing: Mapping[str, Any] | None = None,
-    ) -> "Border":
+    ) -> "TheirContext":
         """Read what a caller of a transformers model says about its tokens.
 
         Args:
@@ -103,12 +100,6 @@ class Border:
                 "one document a row"
             )
         return cls(layout, mask, padding, follows, {} if router_logits else None)
-
-    def on(self, device: torch.device) -> SequenceLayout:
-        """The layout on a device; moved once a pass."""
-        if self.layout.device == device:
-            return self.layout
-        return self.layout.derived(("on", device), lambda layout: layout.to(device))
 
     def allowed(self, past: int | Tensor, length: int, device: torch.device) -> Tensor:
         """Bool `[B or 1, 1, S, L]`: which of `length` places in a cache each new token may see."""

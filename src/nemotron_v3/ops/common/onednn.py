@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemotron_v3.ops import compat
+
 # Multiplications below which a call costs more than it saves.
 SMALLEST = 1 << 23
 
@@ -35,7 +37,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight^T`, `[r, n]` and `[m, n]`."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return compat.onednn_linear(x.contiguous(), weight)
 
 
 class PackedWeight:
@@ -45,11 +47,11 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor, rows: int):
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self._weight = compat.onednn_packed(weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, n]` -> `[rows, m]`."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        return compat.onednn_linear(x, self._weight)
 
 
 @functools.cache
@@ -82,8 +84,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
         or x.numel() * weight.shape[0] < SMALLEST
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or compat.in_dispatch_mode()
+        or compat.in_transform()
         or not onednn_works()
     ):
         return None

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops import compat
+
 IGNORE_INDEX = -100
 
 
@@ -15,7 +17,7 @@ def refuse_outside(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         torch.compiler.is_compiling()
         or type(targets) is not Tensor
         or not targets.is_cpu
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.in_transform()
     ):
         return
     outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
