@@ -50,7 +50,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """`y_t = act(bias + sum_j weight[:, j] * x_{t-W+1+j})` inside each document (Mamba-2).
 
-    Letters: T packed tokens, D documents, C channels, W taps.
+    Letters: T packed tokens, n_docs documents, C channels, W taps.
 
     Args:
         x: `[T, C]`.
@@ -58,14 +58,14 @@ def causal_conv1d(
         bias: `[C]` or None.
         layout: where the documents start; inputs before a document are its initial state.
         activation: `"silu"` or None.
-        initial_states: `[D, C, W]`, the last W inputs before each document, before activation,
+        initial_states: `[n_docs, C, W]`, the last W inputs before each document, before activation,
             newest last; zeros by default.
         return_final_states: also return the states after each document.
         impl: see `nemotron_v3.ops`.
 
     Returns:
-        `y` `[T, C]` in `x`'s dtype (sums in fp32 or wider), and the final states `[D, C, W]` in
-        `x`'s dtype, or None. Both are differentiable, also in the initial states.
+        `y` `[T, C]` in `x`'s dtype (sums in fp32 or wider), and the final states `[n_docs, C, W]`
+        in `x`'s dtype, or None. Both are differentiable, also in the initial states.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown activation.

@@ -1,6 +1,6 @@
 """The gradients of the convolution (README.md, 'How the portable form computes the backward').
 
-Letters: T packed tokens, D documents, C channels, W taps; u is the sum before the activation.
+Letters: T packed tokens, n_docs documents, C channels, W taps; u is the sum before the activation.
 """
 
 import torch

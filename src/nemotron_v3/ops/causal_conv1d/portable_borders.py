@@ -1,6 +1,6 @@
 """Where a convolution over packed tokens meets the borders of documents.
 
-Letters: T packed tokens, D documents, W taps.
+Letters: T packed tokens, n_docs documents, W taps.
 
 The packed tokens are convolved as one stream, which is wrong for the first W - 1 tokens of a
 document alone: their taps reach into the document before it. These *heads* are computed apart, each
@@ -32,12 +32,13 @@ class Places:
 class Borders:
     """
     Attributes:
-        heads: the table `[D, W - 1]` of the first tokens of each document; sources are tokens, in
-            rising order.
+        heads: the table `[n_docs, W - 1]` of the first tokens of each document; sources are tokens,
+            in rising order.
         head_tokens: the same sources, on the host.
-        head_counts: how many of them lie before each document's, `[D + 1]` on the host.
-        final_tokens: the table `[D, W]` of the last W inputs of each document, from its tokens.
-        final_states: the same, from its initial state; sources are rows of `[D * W]`.
+        head_counts: how many of them lie before each document's, `[n_docs + 1]` on the host.
+        final_tokens: the table `[n_docs, W]` of the last W inputs of each document, from its
+        tokens.
+        final_states: the same, from its initial state; sources are rows of `[n_docs * W]`.
         final_shape: `(D, W)`.
     """
 

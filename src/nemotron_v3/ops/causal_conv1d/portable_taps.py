@@ -1,6 +1,7 @@
 """What forward and backward of the portable convolution share.
 
-Letters: T packed tokens, D documents, C channels, W taps; n outputs, which need n + W - 1 inputs.
+Letters: T packed tokens, n_docs documents, C channels, W taps; n outputs, which need n + W - 1
+inputs.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,6 +22,58 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("nemotron_v3", "FRAGMENT")
+
+
+_KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    list[bool]: "bool[]",
+    torch.dtype: "ScalarType",
+}
+
+
+def schema(name: str, *arguments: type[tuple], results: int, mutated: str = "") -> str:
+    """What `torch.library` calls the schema of an op.
+
+    Args:
+        arguments: NamedTuples of the op's arguments, one after the other; their annotations give
+            the kinds.
+        results: how many tensors the op returns.
+        mutated: the argument that the op writes to.
+    """
+    kinds = {}
+    for part in arguments:
+        kinds |= {field: _KINDS[kind] for field, kind in get_type_hints(part).items()}
+    if mutated:
+        kinds[mutated] = "Tensor(a!)"
+    listed = ", ".join(f"{kind} {field}" for field, kind in kinds.items())
+    returned = ", ".join(["Tensor"] * results)
+    return f"{name}({listed}) -> {returned if results == 1 else f'({returned})'}"
+
+
+_Arguments = TypeVar("_Arguments", bound=tuple)
+
+
+def gradients_of(arguments: type[_Arguments], **gradients: Tensor | None) -> _Arguments:
+    """What an autograd formula returns: a gradient or None for each of the op's arguments."""
+    return arguments(*[gradients.get(name) for name in arguments._fields])
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of the shape, dtype and device of `x`."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What an op returns for a result that there is not."""
+    return like.new_empty(0, dtype=dtype)
 
 
 def register(

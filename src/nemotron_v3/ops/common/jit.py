@@ -13,7 +13,18 @@ import triton
 # What differs from batch to batch, by its name in all kernels: T tokens, R rows of experts, and
 # sizes that follow from them.
 DATA_SIZES = (
-    *("T", "R", "n", "size", "tiles", "blocks", "sweeps", "parts", "places", "places_out"),
+    *(
+        "T",
+        "R",
+        "n",
+        "size",
+        "tiles",
+        "blocks",
+        "passing_programs",
+        "parts",
+        "places",
+        "places_out",
+    ),
 )
 
 

@@ -3,7 +3,6 @@
 Letters: R programs that left a partial sum, K sums of each, C columns.
 """
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -50,22 +49,20 @@ def sums_kernel(
 _launch = Launcher(sums_kernel)
 
 
-def sum_partials(partial: Tensor, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """The sums over the first dimension of `partial` `[R, K, C]` fp32, as new tensors.
+def sum_partials(partial: Tensor, *results: Tensor) -> None:
+    """The sums over the first dimension of `partial` `[R, K, C]` fp32, written to `results`.
 
     Args:
-        wanted: shape and dtype of each result, at most three. The first may be `[C, k]` and takes
-            the first k of the K sums; the others are `[C]`, and sums that are left over go nowhere.
+        results: at most three, contiguous. The first may be `[C, k]` and takes the first k of the K
+            sums; the others are `[C]`, and sums that are left over go nowhere.
     """
     R, K, C = partial.shape
-    made = [torch.empty(shape, dtype=dtype, device=partial.device) for shape, dtype in wanted]
-    first = made[0].numel() // C
-    used = first + len(made) - 1
-    outputs = (made + made[:1] * 2)[:3]
+    first = results[0].numel() // C
+    used = first + len(results) - 1
+    outputs = (*results, *results[:1] * 2)[:3]
     _launch(
         -(-C // BLOCK_C) * used,
         (partial, *outputs),
         (R, C),
         (K, used, first, BLOCK_R, BLOCK_C),
     )
-    return made

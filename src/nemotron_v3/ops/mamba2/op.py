@@ -63,20 +63,20 @@ def mamba2(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution + SiLU, scan, skip, gate and grouped norm on the packed projection.
 
-    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps,
-    C = H*P + 2*G*N convolved channels.
+    Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state, W conv
+    taps, conv_dim = H*P + 2*G*N convolved channels.
 
     Args:
         zxbcdt: `[T, 2*H*P + 2*G*N + H]`, in the order z, x, B, C, dt.
-        conv_weight: `[C, W]`. conv_bias: `[C]` or None.
+        conv_weight: `[conv_dim, W]`. conv_bias: `[conv_dim]` or None.
         dt_bias, A_log, D: `[H]`; the decay is `A = -exp(A_log)`.
         norm_weight: `[H*P]`, in G groups.
         n_groups, head_dim, state_size: G, P, N.
         chunk_size, dt_limit: see `ssd`.
         eps: of the norm.
         layout: where the documents start.
-        conv_states: `[D, C, W]`, ssm_states: `[D, H, P, N]`: the states before each document, zeros
-            by default.
+        conv_states: `[n_docs, conv_dim, W]`, ssm_states: `[n_docs, H, P, N]`: the states before
+            each document, zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 

@@ -1,8 +1,8 @@
 """Everything of a Mamba-2 mixer between its projections, in plain PyTorch.
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps, C =
-H*P + 2*G*N convolved channels; the packed projection is `z [H*P] | x [H*P] | B [G*N] | C [G*N] |
-dt [H]`.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state, W conv taps,
+conv_dim = H*P + 2*G*N convolved channels; the packed projection is
+`z [H*P] | x [H*P] | B [G*N] | C [G*N] | dt [H]`.
 
 The parts are one node of autograd's graph: each writes its gradient into its own columns of that of
 the projection, which three nodes would give as pieces to be put together.
@@ -64,7 +64,7 @@ class _Sizes(NamedTuple):
     N: int
 
     def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
-        """z `[T, H*P]`, xBC `[T, C]` and dt `[T, H]`, views."""
+        """z `[T, H*P]`, xBC `[T, conv_dim]` and dt `[T, H]`, views."""
         H, P, G, N = self
         return zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
 

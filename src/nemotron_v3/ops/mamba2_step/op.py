@@ -39,12 +39,12 @@ def mamba2_step(
 ) -> Tensor:
     """`mamba2` for one token a row, with both states updated in place and no gradient.
 
-    Letters: rows of a batch, H heads, P head width, G groups, N state, W conv taps, C = H*P + 2*G*N
-    convolved channels.
+    Letters: rows of a batch, H heads, P head width, G groups, N state, W conv taps, conv_dim =
+    H*P + 2*G*N convolved channels.
 
     Args:
         zxbcdt: `[rows, 2*H*P + 2*G*N + H]`, in the order z, x, B, C, dt.
-        conv_state: `[rows, C, W]`, the last W inputs before activation, newest last.
+        conv_state: `[rows, conv_dim, W]`, the last W inputs before activation, newest last.
         ssm_state: `[rows, H, P, N]`.
         conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, n_groups, head_dim, state_size,
             dt_limit, eps: as in `mamba2`.

@@ -45,7 +45,7 @@ def mamba2_step(
 
 
 def _conv_step(xBC: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
-    """Push the newest input into the state `[rows, C, W]`; the convolution's output, after SiLU."""
+    """Push the newest input into the state `[rows, conv_dim, W]`; return the output after SiLU."""
     state.copy_(torch.cat([state[..., 1:], xBC[..., None].to(state.dtype)], dim=-1))
     dtype = wide(xBC.dtype)
     y = torch.linalg.vecdot(state.to(dtype), weight.to(dtype))

@@ -61,7 +61,7 @@ def ssd(
     `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T` and `y_t = S_t C_t + D x_t`, with
     `dt_t = clamp(softplus(dt_t + dt_bias), *dt_limit)`.
 
-    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state.
+    Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state.
 
     Args:
         x: `[T, H, P]`.
@@ -73,13 +73,14 @@ def ssd(
         dt_limit: bounds of dt after the softplus.
         layout: where the documents start.
         chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
-        initial_states: `[D, H, P, N]`; zeros by default.
+        initial_states: `[n_docs, H, P, N]`; zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 
     Returns:
-        `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[D, H, P, N]` in fp32 or
-        wider (dt, decays and states are), or None. Both are differentiable in every tensor given.
+        `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[n_docs, H, P, N]` in
+        fp32 or wider (dt, decays and states are), or None. Both are differentiable in every tensor
+        given.
 
     Raises:
         ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size

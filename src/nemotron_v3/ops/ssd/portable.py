@@ -1,7 +1,7 @@
 """State-space duality, tile by tile, in plain PyTorch (Mamba-2, arXiv 2405.21060, section 6).
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, R = H / G heads of a group,
-N state; n tiles of a slab, q tokens of a tile.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, R = H / G heads of a
+group, N state; n tiles of a slab, q tokens of a tile.
 
 Within a tile the recurrence is a masked matrix product; between tiles one state per head passes on.
 With `a_i` the sum of `dt A` over the tokens of the tile up to and including i,

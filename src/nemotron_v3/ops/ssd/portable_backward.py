@@ -1,8 +1,8 @@
 """The gradients of the tiled scan (README.md, 'How the portable form computes the backward').
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, R = H / G heads of a group,
-N state; n tiles of a slab, q tokens of a tile. `dS` is the gradient with respect to a state, of all
-that it does later: the adjoint state of the README.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, R = H / G heads of a
+group, N state; n tiles of a slab, q tokens of a tile. `dS` is the gradient with respect to a state,
+of all that it does later: the adjoint state of the README.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """How a layout is cut into tiles, tiles into slabs, and how states pass through them.
 
-Letters: T packed tokens, D documents, Q tokens of a chunk at most, q tokens of a tile, n tiles of a
-slab.
+Letters: T packed tokens, n_docs documents, Q tokens of a chunk at most, q tokens of a tile, n tiles
+of a slab.
 
 A tile never crosses a document's border, and it starts at a multiple of Q counted from the
 document's own first token, so the arithmetic of a document does not depend on what is packed beside

@@ -1,6 +1,7 @@
 """Attention as ops of `torch.library`, with their autograd formula.
 
-Letters: T packed tokens, D documents, H query heads, J key/value heads, P head width, L places.
+Letters: T packed tokens, n_docs documents, H query heads, J key/value heads, P head width, L
+places.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Step sizes and running sums of the log-decay, and their backward.
 
-Letters: T packed tokens, H heads, Q tokens of a chunk. `steps` `[H, T, 2]` holds `a` and `dt` of a
-token; `a` is the sum of `dt A log2(e)` from the chunk's first token on, so that a decay is one
+Letters: T packed tokens, H heads, Q tokens of a chunk. `dA_cumsum` `[H, T, 2]` holds `a` and `dt`
+of a token; `a` is the sum of `dt A log2(e)` from the chunk's first token on, so that a decay is one
 `exp2`. An error of `a` is a relative error of a decay: it is fp64 where results are fp32, else
 fp32.
 """
@@ -12,6 +12,7 @@ import triton.language as tl
 from nemotron_v3.ops.common.jit import kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK_H = tl.constexpr(4)  # heads of a program: few, for many programs in flight
 
 
 @triton.jit
@@ -37,21 +38,19 @@ def softplus(u):
 
 
 @kernel
-def forward_kernel(
-    raw,
-    bias,
+def chunk_cumsum_fwd_kernel(
+    dt,
+    dt_bias,
     A,
-    steps,
+    dA_cumsum,
     chunk_start,
     chunk_end,
     T,
     H,
     low,
     high,
-    stride_raw: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BIASED: tl.constexpr,
+    STRIDE_dt: tl.constexpr,
+    SIZES: tl.constexpr,
     LOG_A: tl.constexpr,
 ):
     """LOG_A: `A` holds log(-A)."""
@@ -61,41 +60,41 @@ def forward_kernel(
     m_h = o_h < H
     start = tl.load(chunk_start + i_c)
     end = tl.load(chunk_end + i_c)
-    o_t = tl.arange(0, Q)
+    o_t = tl.arange(0, SIZES.Q)
     m_th = (start + o_t < end)[:, None] & m_h[None, :]
     # [Q, BLOCK_H]
-    p_raw = raw + start * stride_raw + o_t[:, None] * stride_raw + o_h[None, :]
-    b_u = tl.load(p_raw, mask=m_th, other=0.0).to(tl.float32)
-    if BIASED:
-        b_u += tl.load(bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
-    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(steps.dtype.element_ty)
+    p_dt = dt + start * STRIDE_dt + o_t[:, None] * STRIDE_dt + o_h[None, :]
+    b_u = tl.load(p_dt, mask=m_th, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        b_u += tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(dA_cumsum.dtype.element_ty)
     if LOG_A:
         b_A = -tl.exp(b_A)
-    b_u = b_u.to(steps.dtype.element_ty)
+    b_u = b_u.to(dA_cumsum.dtype.element_ty)
     b_dt = tl.minimum(tl.maximum(softplus(b_u), low), high)
     b_dt = tl.where(m_th, b_dt, 0.0)
     # Differences of these sums are what counts: rounded once, at the end.
     b_a = tl.cumsum((b_dt * b_A[None, :]).to(tl.float64) * LOG2E, 0)
-    p_steps = steps + (start + o_h.to(tl.int64)[None, :] * T + o_t[:, None]) * 2
-    tl.store(p_steps, b_a.to(steps.dtype.element_ty), mask=m_th)
-    tl.store(p_steps + 1, b_dt.to(steps.dtype.element_ty), mask=m_th)
+    p_dA = dA_cumsum + (start + o_h.to(tl.int64)[None, :] * T + o_t[:, None]) * 2
+    tl.store(p_dA, b_a.to(dA_cumsum.dtype.element_ty), mask=m_th)
+    tl.store(p_dA + 1, b_dt.to(dA_cumsum.dtype.element_ty), mask=m_th)
 
 
 @kernel
-def backward_kernel(
-    raw,
-    bias,
+def chunk_cumsum_bwd_kernel(
+    dt,
+    dt_bias,
     A,
-    steps,
-    rows,
-    columns,
-    across,
-    own,
-    from_state,
-    to_state,
-    skip,
-    through,
-    draw,
+    dA_cumsum,
+    ddA_rows,
+    ddA_columns,
+    ddA_across,
+    CB_diagonal,
+    ddA_from_states,
+    ddA_to_states,
+    x_dot_dy,
+    ddA_through,
+    ddt,
     sums,
     chunk_start,
     chunk_end,
@@ -103,20 +102,16 @@ def backward_kernel(
     H,
     low,
     high,
-    HEADS_OF_GROUP: tl.constexpr,
-    stride_raw: tl.constexpr,
-    stride_draw: tl.constexpr,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BIASED: tl.constexpr,
+    STRIDE_dt: tl.constexpr,
+    STRIDE_ddt: tl.constexpr,
+    SIZES: tl.constexpr,
     LOG_A: tl.constexpr,
 ):
     """From what the scan's backward left for each token to the gradients of the steps.
 
     The gradient of the log-decay at t is the weight of all pairs (j, i) with j < t <= i, put
     together from sums over i or over j that are all of one sign of t: no sum is taken whole and
-    then subtracted again, except inside a tile (`rows` and `columns`).
+    then subtracted again, except inside a tile (`ddA_rows` and `ddA_columns`).
     """
     n_h = tl.cdiv(H, BLOCK_H)
     i_c = (tl.program_id(0) // n_h).to(tl.int64)
@@ -124,27 +119,27 @@ def backward_kernel(
     m_h = o_h < H
     start = tl.load(chunk_start + i_c)
     end = tl.load(chunk_end + i_c)
-    o_t = tl.arange(0, TILE)
+    o_t = tl.arange(0, SIZES.TILE)
     o_h64 = o_h.to(tl.int64)
 
-    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(steps.dtype.element_ty)
+    b_A = tl.load(A + o_h, mask=m_h, other=0.0).to(dA_cumsum.dtype.element_ty)
     if LOG_A:
         b_A = -tl.exp(b_A)
     b_A = b_A.to(tl.float32)
     b_bias = tl.zeros([BLOCK_H], tl.float32)
-    if BIASED:
-        b_bias = tl.load(bias + o_h, mask=m_h, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        b_bias = tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)
     # [BLOCK_H]: the state before the chunk that reaches beyond it
-    o_r = tl.arange(0, ROWS)
-    p_through = through + (i_c * H + o_h64)[:, None] * ROWS + o_r[None, :]
+    o_r = tl.arange(0, SIZES.BLOCK_P)
+    p_through = ddA_through + (i_c * H + o_h64)[:, None] * SIZES.BLOCK_P + o_r[None, :]
     b_through = tl.sum(tl.load(p_through, mask=m_h[:, None], other=0.0), 1)
     o_first = start + o_h64[:, None] * T + o_t[None, :]
-    o_second = o_first + TILE
+    o_second = o_first + SIZES.TILE
     m_first = m_h[:, None] & (start + o_t < end)[None, :]
-    m_second = m_h[:, None] & (start + TILE + o_t < end)[None, :]
-    b_later = tl.sum(tl.load(from_state + o_second, mask=m_second, other=0.0), 1)
-    b_dt = tl.load(steps + o_first * 2 + 1, mask=m_first, other=0.0)
-    b_earlier = tl.sum(tl.load(to_state + o_first, mask=m_first, other=0.0) * b_dt, 1)
+    m_second = m_h[:, None] & (start + SIZES.TILE + o_t < end)[None, :]
+    b_later = tl.sum(tl.load(ddA_from_states + o_second, mask=m_second, other=0.0), 1)
+    b_dt = tl.load(dA_cumsum + o_first * 2 + 1, mask=m_first, other=0.0)
+    b_earlier = tl.sum(tl.load(ddA_to_states + o_first, mask=m_first, other=0.0) * b_dt, 1)
 
     b_dA = tl.zeros([BLOCK_H], tl.float32)
     b_dbias = tl.zeros([BLOCK_H], tl.float32)
@@ -154,44 +149,46 @@ def backward_kernel(
         m = m_first if i_m == 0 else m_second
         # Of the token before, in the same tile.
         m_before = m & (o_t > 0)[None, :]
-        b_dt_before = tl.load(steps + (o - 1) * 2 + 1, mask=m_before, other=0.0)
-        b_to_before = tl.load(to_state + o - 1, mask=m_before, other=0.0)
+        b_dt_before = tl.load(dA_cumsum + (o - 1) * 2 + 1, mask=m_before, other=0.0)
+        b_to_before = tl.load(ddA_to_states + o - 1, mask=m_before, other=0.0)
         # [BLOCK_H, TILE]: over dt
-        b_skip = tl.load(skip + o, mask=m, other=0.0)
-        o_own = start + i_m * TILE + (o_h64 // HEADS_OF_GROUP)[:, None] * T + o_t[None, :]
-        b_direct = b_skip * tl.load(own + o_own, mask=m, other=0.0)
-        b_direct += tl.load(columns + o, mask=m, other=0.0)
-        b_direct += tl.load(to_state + o, mask=m, other=0.0)
-        b_dt = tl.load(steps + o * 2 + 1, mask=m, other=0.0)
+        b_skip = tl.load(x_dot_dy + o, mask=m, other=0.0)
+        o_own = (
+            start + i_m * SIZES.TILE + (o_h64 // SIZES.HEADS_OF_GROUP)[:, None] * T + o_t[None, :]
+        )
+        b_direct = b_skip * tl.load(CB_diagonal + o_own, mask=m, other=0.0)
+        b_direct += tl.load(ddA_columns + o, mask=m, other=0.0)
+        b_direct += tl.load(ddA_to_states + o, mask=m, other=0.0)
+        b_dt = tl.load(dA_cumsum + o * 2 + 1, mask=m, other=0.0)
         b_q = b_through[:, None] + tl.cumsum(b_to_before * b_dt_before, 1)
         # pairs that end before the tile does or after it
         if i_m == 0:
-            b_direct += tl.load(across + o, mask=m, other=0.0)
-            b_across = tl.load(across + o - 1, mask=m_before, other=0.0)
+            b_direct += tl.load(ddA_across + o, mask=m, other=0.0)
+            b_across = tl.load(ddA_across + o - 1, mask=m_before, other=0.0)
             b_q += tl.cumsum(b_across * b_dt_before, 1) + b_later[:, None]
         else:
-            b_across = tl.load(across + o, mask=m, other=0.0)
+            b_across = tl.load(ddA_across + o, mask=m, other=0.0)
             b_q += tl.cumsum(b_across, 1, reverse=True) + b_earlier[:, None]
         # Pairs in the tile: what they cancel was multiplied by dt as fp32.
-        b_pairs = tl.load(rows + o, mask=m, other=0.0)
-        b_pairs -= tl.load(columns + o, mask=m, other=0.0) * b_dt.to(tl.float32)
+        b_pairs = tl.load(ddA_rows + o, mask=m, other=0.0)
+        b_pairs -= tl.load(ddA_columns + o, mask=m, other=0.0) * b_dt.to(tl.float32)
         b_q += tl.cumsum(b_pairs, 1, reverse=True)
-        b_q += tl.cumsum(tl.load(from_state + o, mask=m, other=0.0), 1, reverse=True)
+        b_q += tl.cumsum(tl.load(ddA_from_states + o, mask=m, other=0.0), 1, reverse=True)
         b_dt = b_dt.to(tl.float32)
         b_q = b_q.to(tl.float32)
         b_ddt = b_A[:, None] * b_q + b_direct.to(tl.float32)
         b_dD += tl.sum(b_skip.to(tl.float32), 1)
 
-        row = start + i_m * TILE
-        p_raw = raw + row * stride_raw + o_t[None, :] * stride_raw + o_h[:, None]
-        b_u = tl.load(p_raw, mask=m, other=0.0).to(tl.float32) + b_bias[:, None]
-        b_u = b_u.to(steps.dtype.element_ty)
+        row = start + i_m * SIZES.TILE
+        p_dt = dt + row * STRIDE_dt + o_t[None, :] * STRIDE_dt + o_h[:, None]
+        b_u = tl.load(p_dt, mask=m, other=0.0).to(tl.float32) + b_bias[:, None]
+        b_u = b_u.to(dA_cumsum.dtype.element_ty)
         b_step = softplus(b_u)
         b_slope = (1.0 / (1.0 + tl.exp(-b_u))).to(tl.float32)
         b_du = tl.where((b_step >= low) & (b_step <= high), b_ddt * b_slope, 0.0)
         b_du = tl.where(m, b_du, 0.0)
-        p_draw = draw + row * stride_draw + o_t[None, :] * stride_draw + o_h[:, None]
-        tl.store(p_draw, b_du.to(draw.dtype.element_ty), mask=m)
+        p_ddt = ddt + row * STRIDE_ddt + o_t[None, :] * STRIDE_ddt + o_h[:, None]
+        tl.store(p_ddt, b_du.to(ddt.dtype.element_ty), mask=m)
         b_dA += tl.sum(b_dt * b_q, 1)
         b_dbias += tl.sum(b_du, 1)
     if LOG_A:
