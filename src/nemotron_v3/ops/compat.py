@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 # The current stream of a CUDA device by its index, without an object around it; absent from builds
@@ -18,17 +20,15 @@ current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 def in_transform() -> bool:
     """Whether torch.func transforms what is computed now, functionalisation included."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def in_derivative_or_batch() -> bool:
     """Whether torch.func asks for derivatives or batches."""
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
+    if peek_interpreter_stack() is None:
         return False
-    kinds = functorch.TransformType
-    transforms = (kinds.Grad, kinds.Jvp, kinds.Vmap)
-    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack())
+    transforms = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
+    return any(layer.key() in transforms for layer in get_interpreter_stack() or ())
 
 
 def in_dispatch_mode() -> bool:
@@ -43,7 +43,7 @@ def in_forward_mode() -> bool:
 
 def graph_is_kept() -> bool:
     """Whether the backward pass that runs now leaves its graph for another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return _autograd._get_current_graph_task_keep_graph()
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def cached_attention(
         rows = slice(r.first, r.end)
         k, v = keys[rows], values[rows]
         if r.is_long:  # one prompt, and nothing before it
-            held = (t[0, :, : len(of_q)].transpose(0, 1) for t in (k, v))
-            parts.append(long.attend(of_q, *held, scale))
+            k, v = (t[0, :, : len(of_q)].transpose(0, 1) for t in (k, v))
+            parts.append(long.attend(of_q, k, v, scale))
         else:
             given = {"starts": starts[rows], "positions": positions[rows]}
             parts.append(run(of_q, k, v, layout=r.layout, **given, scale=scale))

@@ -35,8 +35,8 @@ def cached_attention(
         tokens = firsts[:, None] + torch.arange(length, device=q.device)
         places.append(tokens.flatten())
         index = on_device(rows, q.device)
-        mine = (t.index_select(0, index) for t in (keys, values))
-        parts.append(_group(q.index_select(0, places[-1]), *mine, start, length, scale))
+        k, v = keys.index_select(0, index), values.index_select(0, index)
+        parts.append(_group(q.index_select(0, places[-1]), k, v, start, length, scale))
     if not parts:
         return out
     return torch.cat(parts).index_select(0, torch.cat(places).argsort())

@@ -75,9 +75,9 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dx = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
-        others = backward(*saved, ctx.borders, ctx.activation, dy, dx)
+        x, weight, bias, initial_states = ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        others = backward(x, weight, bias, initial_states, ctx.borders, ctx.activation, dy, dx)
         return (dx, *others, None, None)
 
 

@@ -91,6 +91,6 @@ class Borders:
 
 
 def _places(pairs: list[tuple[int, int]], device: torch.device) -> Places:
-    pairs = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
-    places, sources = pairs.unbind(1)
+    table = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
+    places, sources = table.unbind(1)
     return Places(places.contiguous().to(device), sources.contiguous().to(device))

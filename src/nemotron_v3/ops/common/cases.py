@@ -5,6 +5,7 @@ A case is a frozen dataclass of shapes. `make_inputs(case, dtype, device, genera
 means the same numbers in every dtype and on every device.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class Inputs:
         options: every other argument by name (layouts, indices, numbers).
     """
 
-    tensors: dict[str, Tensor | None]
+    tensors: Mapping[str, Tensor | None]
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,12 +54,12 @@ def schema(name: str, *arguments: type[tuple], results: int, mutated: str = "") 
     return f"{name}({listed}) -> {returned if results == 1 else f'({returned})'}"
 
 
-_Arguments = TypeVar("_Arguments", bound=tuple)
+_Arguments = TypeVar("_Arguments", bound=NamedTuple)
 
 
 def gradients_of(arguments: type[_Arguments], **gradients: Tensor | None) -> _Arguments:
     """What an autograd formula returns: a gradient or None for each of the op's arguments."""
-    return arguments(*[gradients.get(name) for name in arguments._fields])
+    return arguments._make(gradients.get(name) for name in arguments._fields)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -94,13 +94,14 @@ def register(
     _library.define(schema)
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nemotron_v3::{name}", fake, lib=_library)
-    if backward is not None:
+    function = None
+    if backward is not None and setup_context is not None:
         backward = _once(backward)
         torch.library.register_autograd(
             f"nemotron_v3::{name}", backward, setup_context=setup_context, lib=_library
         )
+        function = _function(launch, setup_context, backward)
     op = getattr(torch.ops.nemotron_v3, name).default
-    function = None if backward is None else _function(launch, setup_context, backward)
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:

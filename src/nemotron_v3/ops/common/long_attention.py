@@ -108,4 +108,4 @@ def attention(
     if len(lengths) == 1:  # nothing to copy
         return attend(q, k, v, scale, dropout_p)
     documents = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
-    return torch.cat([attend(*document, scale, dropout_p) for document in documents])
+    return torch.cat([attend(*qkv, scale=scale, dropout_p=dropout_p) for qkv in documents])

@@ -124,7 +124,7 @@ class _TiledLinear(torch.autograd.Function):
         return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = _TiledLinear.apply(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = None

@@ -92,7 +92,8 @@ def of_one_token(step: Callable) -> Callable:
         chunk_size: int,
         **arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        states = {"conv_state": conv_states.clone(), "ssm_state": ssm_states.clone()}
-        return step(**arguments, **states), *states.values()
+        conv_state, ssm_state = conv_states.clone(), ssm_states.clone()
+        y = step(**arguments, conv_state=conv_state, ssm_state=ssm_state)
+        return y, conv_state, ssm_state
 
     return run

@@ -133,7 +133,7 @@ class _Core(torch.autograd.Function):
 
         with torch.enable_grad():
             raw = [t.detach().requires_grad_() for t in (dt, dt_bias)]
-            steps = step_sizes(*raw, dt_limit)
+            steps = step_sizes(raw[0], raw[1], dt_limit)
         x, B, C = sizes.by_head(xBC)
         dxBC = torch.empty_like(xBC)
         dsteps, dA, dD, dssm = ssd_gradients.backward(

@@ -105,7 +105,7 @@ class _Gradients:
         self.dD = None if D is None else torch.zeros_like(self.dA)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        dD = None if self.D is None else self.dD.to(self.D.dtype)
+        dD = None if self.D is None or self.dD is None else self.dD.to(self.D.dtype)
         return self.ddt, self.dA.to(self.A.dtype), dD
 
     def add(
