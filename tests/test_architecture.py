@@ -68,7 +68,7 @@ HF_ROOM = ("hf/*",)
 # A file of kernels may import triton at its top, because it is itself only imported in functions.
 KERNELS = (
     *("ops/*/kernels.py", "ops/*/kernels/*.py"),
-    *("ops/common/jit.py", "ops/common/launch.py", "ops/common/sums.py", "ops/common/dot.py"),
+    *("ops/common/jit.py", "ops/common/sums.py", "ops/common/dot.py"),
 )
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,

@@ -74,6 +74,6 @@ class once(Generic[R]):
             value = outside_inference_mode(self.function)(instance)
         else:
             value = self.function(instance)
-        if not (isinstance(value, Tensor) and value.is_cuda and capturing(value.device)):
+        if not (isinstance(value, Tensor) and capturing(value.device)):
             instance.__dict__[self.name] = value
         return value

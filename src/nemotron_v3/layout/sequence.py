@@ -478,7 +478,7 @@ class SequenceLayout:
         if torch.is_inference_mode_enabled():  # the layout may serve training afterwards
             build = outside_inference_mode(build)
         tables = build(self)
-        if not (self.cu_seqlens.is_cuda and capturing(self.device)):
+        if not capturing(self.device):
             self._tables[key] = tables
         return tables
 
