@@ -10,7 +10,6 @@ head width, L places in a cache.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +21,12 @@ from transformers.cache_utils import Cache
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3 import ops
-from nemotron_v3.config import BackendConfig, NemotronV3Config, canonical_block_type
+from nemotron_v3.config import canonical_block_type
 from nemotron_v3.hf import opaque
+from nemotron_v3.hf.classes import takes_place_of
 from nemotron_v3.hf.context import TheirContext
 from nemotron_v3.hf.rows import project_rows
+from nemotron_v3.hf.settings import Accelerated
 from nemotron_v3.hf.states import MambaStates, layer_holds_tokens, one_cache
 from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_mixer, moe_mixer
@@ -55,40 +56,12 @@ def _alone(
     )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the accelerated modules of one model share.
-
-    Attributes:
-        config: the model's, typed.
-        backend: which form of each op runs.
-        loss: `"logits"` or `"linear"`, see `accelerate`.
-    """
-
-    config: NemotronV3Config
-    backend: BackendConfig
-    loss: str = "logits"
-
-
-SETTINGS = "nemotron_v3_settings"
 # The gated norm of a mixer; transformers 5.17 calls it by the model that it is taken from.
 GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or theirs.Zamba2RMSNormGated
 # Activations that ops compute themselves, and the experts' forward that calls its own.
 RELU2 = type(ACT2FN["relu2"])
 SILU = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
 EXPERTS_LOOP = inspect.unwrap(theirs.NemotronHExperts.forward)
-
-
-class Accelerated(nn.Module):
-    """A module that `accelerate` has given its settings."""
-
-    @property
-    def settings(self) -> Settings:
-        return self.__dict__[SETTINGS]
-
-    @property
-    def impl(self) -> str:
-        return self.settings.backend.impl
 
 
 class _KeepsWide(KeepsFp32):
@@ -102,6 +75,7 @@ class _KeepsWide(KeepsFp32):
         return tuple(n for n in self.wide if own[n] is not None and own[n].dtype.itemsize >= 4)
 
 
+@takes_place_of(theirs.NemotronHRMSNorm)
 class NemotronHRMSNorm(Accelerated, theirs.NemotronHRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]` in the weight's dtype."""
@@ -112,6 +86,7 @@ class NemotronHRMSNorm(Accelerated, theirs.NemotronHRMSNorm):
         )
 
 
+@takes_place_of(theirs.NemotronHMLP)
 class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
     def forward(self, x: Tensor, context: TheirContext | None = None) -> Tensor:
         """`[..., D]` -> `[..., D]`; with a `context`, padding is left out and comes back 0."""
@@ -127,6 +102,7 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
         return ops.relu2(h, impl=self.impl)
 
 
+@takes_place_of(theirs.NemotronHTopkRouter)
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
     wide = ("e_score_correction_bias",)
 
@@ -157,6 +133,7 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
         return logits, weights, indices
 
 
+@takes_place_of(theirs.NemotronHExperts)
 class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
@@ -172,6 +149,7 @@ class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
         )
 
 
+@takes_place_of(theirs.NemotronHMoE)
 class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
     def forward(
         self,
@@ -196,6 +174,7 @@ class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
         return layout.unpack(moe_mixer(x, self, route, self.experts, project=project))
 
 
+@takes_place_of(theirs.NemotronHAttention)
 class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
     def forward(
         self,
@@ -282,6 +261,7 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         return layout.pack(_masked(layout.unpack(q), keys, values, mask, self.scaling))
 
 
+@takes_place_of(theirs.NemotronHMamba2Mixer)
 class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer):
     wide = ("A_log", "D", "dt_bias")
 
@@ -347,6 +327,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         )
 
 
+@takes_place_of(theirs.NemotronHBlock)
 class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
     def forward(
         self,

@@ -16,14 +16,16 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3.hf import opaque
+from nemotron_v3.hf.classes import takes_place_of
 from nemotron_v3.hf.context import PACKING_NAMES, TheirContext
-from nemotron_v3.hf.layers import SETTINGS, Accelerated
+from nemotron_v3.hf.settings import SETTINGS, Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
+from nemotron_v3.hf.swap import install_as_built
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
-from nemotron_v3.model.model import plain_weight
 
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
@@ -42,8 +44,6 @@ class Whole:
     ]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        from nemotron_v3.hf.accelerate import install_as_built
-
         super().__init__(config, *args, **kwargs)
         if SETTINGS not in vars(self):
             install_as_built(self)
@@ -60,6 +60,7 @@ class Whole:
         return super().load_state_dict(state, strict, assign)
 
 
+@takes_place_of(theirs.NemotronHModel)
 class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
     """transformers' `NemotronHModel`, the backbone without a head, computed by this package.
 
@@ -121,6 +122,7 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
         return output.to_tuple() if as_tuple else output
 
 
+@takes_place_of(theirs.NemotronHForCausalLM)
 class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
     """transformers' `NemotronHForCausalLM`, computed by this package.
 

@@ -16,6 +16,7 @@ from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
+from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
 from nemotron_v3.layers.functional import attention_mixer
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
@@ -156,6 +157,11 @@ class NemotronV3Attention(RefusesContextParallel):
             mask=mask,
             impl=self.chosen.impl,
         )
+
+    def decode_weights(self) -> AttentionWeights:
+        """What a decode step reads."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return AttentionWeights(*map(Projection.of, projections), self.head_dim)
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
         """Raises ValueError: the layer cannot share a document's tokens with other processes."""

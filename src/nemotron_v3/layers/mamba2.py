@@ -13,6 +13,7 @@ from nemotron_v3.cache.checks import check_states
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.decode_weights import Mamba2Weights, Projection
 from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
 from nemotron_v3.layers.functional import Mamba2Sizes, mamba2_mixer
 from nemotron_v3.layers.hooks import is_observed
@@ -155,6 +156,24 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             eps=getattr(self.norm, "variance_epsilon", 0.0),  # of a norm that is not called
             taps=self.conv_kernel_size,
             impl=self.backend.impl,
+        )
+
+    def decode_weights(self) -> Mamba2Weights:
+        """What a decode step reads."""
+        bias = self.conv1d.bias
+        return Mamba2Weights(
+            in_proj=Projection.of(self.in_proj),
+            conv_weight=self.conv1d.weight.detach()[:, 0],
+            conv_bias=None if bias is None else bias.detach(),
+            dt_bias=self.dt_bias.detach(),
+            A_log=self.A_log.detach(),
+            D=self.D.detach(),
+            norm=self.norm.decode_weights(),
+            out_proj=Projection.of(self.out_proj),
+            head_dim=self.head_dim,
+            n_groups=self.n_groups,
+            state_size=self.ssm_state_size,
+            dt_limit=self.time_step_limit,
         )
 
     def init_weights(

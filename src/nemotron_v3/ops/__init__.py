@@ -24,6 +24,7 @@ from nemotron_v3.ops.mamba2.op import mamba2 as mamba2
 from nemotron_v3.ops.mamba2_step.op import mamba2_step as mamba2_step
 from nemotron_v3.ops.relu2.op import relu2 as relu2
 from nemotron_v3.ops.rms_norm.op import rms_norm as rms_norm
+from nemotron_v3.ops.router.op import choose_experts as choose_experts
 from nemotron_v3.ops.router.op import router as router
 from nemotron_v3.ops.ssd.op import ssd as ssd
 from nemotron_v3.ops.ssm_step.op import ssm_step as ssm_step

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.decode_weights import MoEWeights, Projection
 from nemotron_v3.layers.functional import moe_mixer
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
@@ -125,6 +126,19 @@ class NemotronV3MoE(RefusesContextParallel):
         """`[T, X]`: the weighted sum of each token's experts, wherever they are."""
         sent, way_back = self.dispatcher.permute(x, indices, weights)
         return self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
+
+    def decode_weights(self) -> MoEWeights:
+        """What a decode step reads."""
+        shared, into, back = self.shared_experts, self.fc1_latent_proj, self.fc2_latent_proj
+        return MoEWeights(
+            router=self.gate,
+            experts=self.experts,
+            up_proj=self.experts.up_proj.detach(),
+            down_proj=self.experts.down_proj.detach(),
+            shared=None if shared is None else shared.decode_weights(),
+            into_latent=None if into is None else Projection.of(into),
+            from_latent=None if back is None else Projection.of(back),
+        )
 
     def init_weights(
         self,

@@ -101,3 +101,25 @@ def router(
         scaling_factor=scaling_factor,
     )
     return as_promised(results, wide(x.dtype), torch.int64)
+
+
+def choose_experts(
+    scores: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`router` from its scores `[T, E]` on, for a caller who has made these: in plain PyTorch."""
+    return portable.choose(
+        scores,
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm_topk_prob,
+        scaling_factor=scaling_factor,
+    )

@@ -1,165 +1,85 @@
-"""A decode step on a CPU with as few calls as possible.
+"""The blocks of a decode step on a CPU: each lays its arrays out once and then computes in place.
 
-One token of a small model costs less arithmetic than the calls that ask for it: modules, checks,
-views and fresh arrays take most of a step. So the weights, the views and the arrays are laid out
-once for a cache, and a step is a list of in-place operations on them. It computes what the model's
-`forward` computes, in the same precision and another order of sums, and takes over only where every
-module is the plain one that it knows; hooks, adapters, other dtypes and other devices go through
-`forward`.
-
-Letters: B rows, one token each; D hidden size, V vocabulary; Mamba: H heads, P head width, G
-groups, N state, W conv taps, C convolved channels; MoE: E experts, K choices a token, R = B*K
-choices, X width the experts see, F expert width.
+Letters: B rows, one token each; D hidden size; Mamba: H heads, P head width, G groups, N state, W
+conv taps, C convolved channels; MoE: E experts, K choices a token, R = B*K choices, X width the
+experts see, F expert width.
 """
 
-import math
 from collections.abc import Callable
 from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
-from nemotron_v3.layers.hooks import is_observed
-from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
-from nemotron_v3.ops.cached_attention.portable import cached_attention
+from nemotron_v3 import ops
+from nemotron_v3.cache import NemotronHybridCache, Transaction
+from nemotron_v3.generation.cpu_decode.parts import MLP, Form, Linear, Norm, WeightedRows, starts
 from nemotron_v3.ops.common.onednn import PackedWeight
-from nemotron_v3.ops.router.portable import choose, router
 
-PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
-PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 # With more choices an expert on average the op for many tokens is as fast.
 FEW_CHOICES = 4
-# Elements of a weight whose product with one token, by BLAS, is less work than waking threads.
-ONE_THREAD = 1 << 20
 
 
-class DecodeStep:
-    """One token a row for a cache, which moves on: call it with tokens `[B]` for logits `[B, V]`.
+class Step(Protocol):
+    """What a block knows of the step that it is a part of."""
 
-    The next call writes over the logits.
-
-    Args:
-        model: one that `fits` says yes to.
-        cache: which nothing but this may touch as long as it is used.
-    """
-
-    def __init__(self, model: NemotronV3ForCausalLM, cache: NemotronHybridCache):
-        self.cache = cache
-        self.layout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
-        self._embeddings = model.model.embeddings.weight
-        self.form = form = Form(model, self._embeddings, cache.batch_size)
-        self._blocks = [
-            _BLOCKS[block.block_type](self, block, layer)
-            for layer, block in enumerate(model.model.layers)
-        ]
-        self._norm = Norm(form, model.model.norm_f, folded=True)
-        head_bias = None if isinstance(model.lm_head, TiedHead) else model.lm_head.bias
-        self._head = Linear(form, model.lm_head.weight, head_bias, self._norm)
-        # The residual stream, as norms want it.
-        self._stream = self._norm.argument(form)
-        self._hidden = self._stream[..., :-1]
-        small = all(math.prod(p.shape[-2:]) <= ONE_THREAD for p in model.parameters())
-        self._one_thread = cache.batch_size == 1 and small and not form.streams
-
-    @staticmethod
-    def fits(model: NemotronV3ForCausalLM, cache: NemotronHybridCache) -> bool:
-        """Whether a step computes what the model's `forward` would."""
-        backend, kind = model.model.backend, model.model.embeddings.weight
-        tensors = [*model.parameters(), *model.buffers(), *cache.ssm_states.values()]
-        norms = [model.model.norm_f, *(block.norm for block in model.model.layers)]
-        return (
-            kind.device.type == "cpu"
-            and kind.dtype in (torch.float32, torch.float64)
-            and all(t.dtype == kind.dtype and t.device == kind.device for t in tensors)
-            and all(type(p) is nn.Parameter for p in model.parameters())
-            and len({norm.variance_epsilon for norm in norms}) == 1  # they share their argument
-            and cache.rollback_window == 0
-            and not torch.is_autocast_enabled("cpu")
-            and backend.impl in ("auto", "portable")
-            and (backend.attn, backend.linear) == ("sdpa", "torch")
-            and all(map(_is_plain, model.modules()))
-        )
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        threads = torch.get_num_threads()
-        if not self._one_thread or threads == 1:
-            return self._step(tokens)
-        torch.set_num_threads(1)
-        try:
-            return self._step(tokens)
-        finally:
-            torch.set_num_threads(threads)
-
-    @torch.no_grad()
-    def _step(self, tokens: Tensor) -> Tensor:
-        stream, hidden = self._stream, self._hidden
-        with self.cache.step(self.layout) as self.step:
-            torch.index_select(self._embeddings, 0, tokens, out=hidden)
-            for block in self._blocks:
-                block(stream, hidden)
-            self.cache.finish(self.layout)
-            return self._head(self._norm(stream, hidden))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
-    adapted = getattr(module, "low_rank", None) is not None
-    return known and not adapted and not is_observed(module)
+    cache: NemotronHybridCache
+    form: Form
+    transaction: Transaction
 
 
 class _MLPBlock:
-    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
+    def __init__(self, step: Step, block: nn.Module, layer: int):
         form = step.form
-        self._norm = Norm(form, block.norm, folded=True)
-        self._mlp = MLP(form, block.mixer, self._norm)
+        self._norm = Norm(form, block.norm.decode_weights(), folded=True)
+        self._mlp = MLP(form, block.mixer.decode_weights(), self._norm)
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         hidden.add_(self._mlp(self._norm(stream, hidden)))
 
 
 class _AttentionBlock:
-    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer, form = block.mixer, step.form
+    def __init__(self, step: Step, block: nn.Module, layer: int):
+        weights, form = block.mixer.decode_weights(), step.form
         self._step, self._layer = step, layer
-        self._norm = Norm(form, block.norm, folded=True)
-        projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        self._norm = Norm(form, block.norm.decode_weights(), folded=True)
+        projections = (weights.q_proj, weights.k_proj, weights.v_proj)
         self._qkv = Linear.of(form, *projections, norm=self._norm)
-        self._o = Linear.of(form, mixer.o_proj)
-        parts = self._qkv.result.split([p.out_features for p in projections], dim=1)
-        self._heads = [part.unflatten(1, (-1, mixer.head_dim)) for part in parts]
+        self._o = Linear.of(form, weights.o_proj)
+        parts = self._qkv.result.split([len(p.weight) for p in projections], dim=1)
+        self._heads = [part.unflatten(1, (-1, weights.head_dim)) for part in parts]
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         self._qkv.write(self._norm(stream, hidden))
         q, k, v = self._heads
-        state = self._step.step.begin(self._layer)
-        step = state.step
+        state = self._step.transaction.begin(self._layer)
+        tokens = state.step
         keys, values = state.append(k, v)
-        y = cached_attention(
+        y = ops.cached_attention(
             q,
             keys,
             values,
-            layout=step.layout,
-            starts=step.starts,
-            positions=step.positions,
+            layout=tokens.layout,
+            starts=tokens.starts,
+            positions=tokens.positions,
+            impl="portable",
         )
         hidden.add_(self._o(y.flatten(1)))
 
 
 class _MambaBlock:
-    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer, state, form = block.mixer, step.cache.states[layer], step.form
-        B, H, P = form.rows, mixer.num_heads, mixer.head_dim
-        G, N = mixer.n_groups, mixer.ssm_state_size
+    def __init__(self, step: Step, block: nn.Module, layer: int):
+        weights, state, form = block.mixer.decode_weights(), step.cache.states[layer], step.form
+        B, H, P = form.rows, len(weights.A_log), weights.head_dim
+        G, N = weights.n_groups, weights.state_size
         self._step, self._layer = step, layer
-        self._norm = Norm(form, block.norm, folded=True)
-        self._in = Linear.of(form, mixer.in_proj, norm=self._norm)
+        self._norm = Norm(form, block.norm.decode_weights(), folded=True)
+        self._in = Linear.of(form, weights.in_proj, norm=self._norm)
         z, xBC, self._dt = self._in.result.split([H * P, H * P + 2 * G * N, H], dim=1)
-        self._gated = Norm(form, mixer.norm, G, folded=True)
-        self._out = Linear.of(form, mixer.out_proj, norm=self._gated)
+        self._gated = Norm(form, weights.norm, G, folded=True)
+        self._out = Linear.of(form, weights.out_proj, norm=self._gated)
         self._product = self._gated.argument(form)  # [B, G, H/G*P + 1], of y and silu(z)
         self._yz = self._product[..., :-1]
         self._z = z.view(self._yz.shape)
@@ -170,12 +90,12 @@ class _MambaBlock:
         self._conv = state.conv.transpose(1, 2)
         self._window = torch.empty_like(self._conv)
         self._inputs = (self._conv[:, 1:], xBC[:, None])
-        self._taps = mixer.conv1d.weight.detach()[:, 0].t().contiguous()
-        W, bias = len(self._taps), mixer.conv1d.bias
+        self._taps = weights.conv_weight.t().contiguous()
+        W, bias = len(self._taps), weights.conv_bias
         self._terms = form.empty(W + (bias is not None), xBC.shape[1])
         self._products = self._terms[:, :W]
         if bias is not None:
-            self._terms[:, W] = bias.detach()
+            self._terms[:, W] = bias
         self._xBC = form.empty(xBC.shape[1])
         x, inputs, outputs = self._xBC.split([H * P, G * N, G * N], dim=1)
         self._x = x.unflatten(1, (H, P))
@@ -185,8 +105,8 @@ class _MambaBlock:
         self._C = self._C_in_place if B == 1 else form.empty(G, N)
         self._C_row = self._C.view(B * G, 1, N)
 
-        self._dt_bias, self._dt_limit = mixer.dt_bias.detach(), mixer.time_step_limit
-        self._A, self._D = -mixer.A_log.detach().exp(), mixer.D.detach()[:, None]
+        self._dt_bias, self._dt_limit = weights.dt_bias, weights.dt_limit
+        self._A, self._D = -weights.A_log.exp(), weights.D[:, None]
         self._step_size, self._decay = form.empty(H), form.empty(H)
         self._dtx = form.empty(H, P)
         self._dtx_column = self._dtx.view(B, G, -1, 1)  # [B, G, H/G*P, 1]
@@ -198,7 +118,7 @@ class _MambaBlock:
         self._y_groups = self._y.view(self._yz.shape)
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
-        self._step.step.begin(self._layer).in_place()
+        self._step.transaction.begin(self._layer).in_place()
         self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()
@@ -230,20 +150,19 @@ class _MambaBlock:
 
 
 class _MoEBlock:
-    def __init__(self, step: DecodeStep, block: nn.Module, layer: int):
-        mixer, form = block.mixer, step.form
-        self._norm, self._gate = Norm(form, block.norm), mixer.gate
-        shared = mixer.shared_experts
+    def __init__(self, step: Step, block: nn.Module, layer: int):
+        weights, form = block.mixer.decode_weights(), step.form
+        self._norm, self._router = Norm(form, block.norm.decode_weights()), weights.router
+        shared = weights.shared
         self._shared = None if shared is None else MLP(form, shared, self._norm)
         self._into = self._back = None
-        if mixer.fc1_latent_proj is not None:
-            self._into = Linear.of(form, mixer.fc1_latent_proj)
-            self._back = Linear.of(form, mixer.fc2_latent_proj)
+        if weights.into_latent is not None:
+            self._into = Linear.of(form, weights.into_latent)
+            self._back = Linear.of(form, weights.from_latent)
             self._latent_sum = torch.empty_like(self._into.result)
-        self._experts = mixer.experts
-        up, down = (p.detach() for p in (mixer.experts.up_proj, mixer.experts.down_proj))
+        self._experts, up, down = weights.experts, weights.up_proj, weights.down_proj
         E, F_, X = up.shape
-        B, K = form.rows, mixer.gate.top_k
+        B, K = form.rows, weights.router.top_k
         self._streams = form.streams
         # Where the choices reach most experts anyway, all of them are two products.
         self._all = form.packs and B * K >= E
@@ -265,7 +184,7 @@ class _MoEBlock:
             self._chosen_down = torch.empty(K, F_, dtype=torch.int64)
             self._runs, self._starts = torch.arange(K) * X, starts(K * F_, X)
             self._x = form.empty(K, X)
-            self._scores = WeightedRows(self._gate.weight.detach().t())
+            self._scores = WeightedRows(self._router.weight.detach().t())
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         x = self._norm(stream, hidden)
@@ -281,20 +200,13 @@ class _MoEBlock:
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts `[B, K]`, by the router itself where it does more than to route."""
-        gate = self._gate
-        if gate.observed or not gate.is_plain:
-            return gate(x)
-        options = {
-            "top_k": gate.top_k,
-            "n_group": gate.n_group,
-            "topk_group": gate.topk_group,
-            "norm_topk_prob": gate.norm_topk_prob,
-            "scaling_factor": gate.scaling_factor,
-        }
-        bias = gate.e_score_correction_bias
+        router = self._router
+        if router.observed or not router.is_plain:
+            return router(x)
+        bias, options = router.e_score_correction_bias, router.options()
         if self._streams:
-            return choose(self._scores(x).sigmoid_(), bias, **options)
-        return router(x, gate.weight, bias, **options)
+            return ops.choose_experts(self._scores(x).sigmoid_(), bias, **options)
+        return ops.router(x, router.weight, bias, impl="portable", **options)
 
     def _route(self, sum_: Tensor, x: Tensor, weights: Tensor, indices: Tensor) -> None:
         """Add the experts' outputs `[B, X]`, each with its weight."""
@@ -340,7 +252,8 @@ class _MoEBlock:
         sum_.index_add_(0, tokens, self._y)
 
 
-_BLOCKS: dict[str, Callable[[DecodeStep, nn.Module, int], Callable[[Tensor], None]]] = {
+# By block type.
+BLOCKS: dict[str, Callable[[Step, nn.Module, int], Callable[[Tensor], None]]] = {
     "mamba": _MambaBlock,
     "attention": _AttentionBlock,
     "mlp": _MLPBlock,

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from nemotron_v3.layers.decode_weights import MLPWeights, NormWeights, Projection
 from nemotron_v3.ops.common.onednn import PackedWeight, onednn_works
 
 # Rows of a batch, and elements of a model, whose weights are laid out a second time.
@@ -52,14 +53,14 @@ class Norm:
         folded: the projections that follow take the weight, where they have a copy of their own.
     """
 
-    def __init__(self, form: Form, norm: nn.Module, groups: int = 1, folded: bool = False):
+    def __init__(self, form: Form, norm: NormWeights, groups: int = 1, folded: bool = False):
         shape = (groups,) if groups > 1 else ()
         n = len(norm.weight) // groups
-        self._shape, self._last = (*shape, n + 1), (n * norm.variance_epsilon) ** 0.5
+        self._shape, self._last = (*shape, n + 1), (n * norm.eps) ** 0.5
         self._result = form.empty(len(norm.weight))
         self._by_group = self._result.view(-1, *shape, n)
         self._root = form.empty(*shape, 1)
-        weight = norm.weight.detach() * n**0.5
+        weight = norm.weight * n**0.5
         self.folded = weight if folded and form.copies else None
         self._weight = None if self.folded is not None else weight
 
@@ -92,10 +93,9 @@ class Linear:
         bias: Tensor | None = None,
         norm: Norm | None = None,
     ):
-        weight = weight.detach()
         if norm is not None and norm.folded is not None:
             weight = weight * norm.folded
-        self._weight, self._bias = weight, None if bias is None else bias.detach()
+        self._weight, self._bias = weight, bias
         B, m = form.rows, len(weight)
         self.result = form.empty(m)
         self._rows = self._columns = self._packed = None
@@ -107,17 +107,13 @@ class Linear:
             self._columns = weight.new_empty(m, B)
 
     @classmethod
-    def of(cls, form: Form, *linears: nn.Module, norm: Norm | None = None) -> Self:
-        """Of layers side by side."""
-        if len(linears) == 1:
-            return cls(form, linears[0].weight, linears[0].bias, norm)
-        biased = linears[0].bias is not None
-        return cls(
-            form,
-            torch.cat([linear.weight.detach() for linear in linears]),
-            torch.cat([linear.bias.detach() for linear in linears]) if biased else None,
-            norm,
-        )
+    def of(cls, form: Form, *projections: Projection, norm: Norm | None = None) -> Self:
+        """Of projections side by side, which all have a bias or none has."""
+        if len(projections) == 1:
+            return cls(form, *projections[0], norm)
+        biases = [projection.bias for projection in projections if projection.bias is not None]
+        weight = torch.cat([projection.weight for projection in projections])
+        return cls(form, weight, torch.cat(biases) if biases else None, norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         """In an array that the next call may write over."""
@@ -174,7 +170,9 @@ def starts(rows: int, width: int) -> Tensor:
 
 
 class MLP:
-    def __init__(self, form: Form, mlp: nn.Module, norm: Norm):
+    """`down_proj(relu(up_proj(x))^2)` of `[B, D]`, behind a norm."""
+
+    def __init__(self, form: Form, mlp: MLPWeights, norm: Norm):
         self._up = Linear.of(form, mlp.up_proj, norm=norm)
         self._down = Linear.of(form, mlp.down_proj)
 
