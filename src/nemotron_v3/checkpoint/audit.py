@@ -63,7 +63,7 @@ class Ledger:
             old = getattr(module, leaf)
             if isinstance(old, nn.Parameter):
                 account.tensor = nn.Parameter(account.tensor, requires_grad=old.requires_grad)
-                account.tensor.__dict__.update(old.__dict__)
+                vars(account.tensor).update(vars(old))
             setattr(module, leaf, account.tensor)
             account.version = account.tensor._version
 
@@ -90,7 +90,7 @@ class Ledger:
 
 
 @torch.no_grad()
-def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
+def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike[str]) -> LoadReport:
     """Read the checkpoint in `path` again and compare every parameter, buffer and carried tensor of
     `model` with it, bit for bit after the one cast from the file's dtype to the model's.
 

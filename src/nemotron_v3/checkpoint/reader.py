@@ -43,6 +43,9 @@ class Shard:
     given to another file meanwhile. Raises `CheckpointError` for a file that is not what it claims.
     """
 
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
     def __init__(self, path: Path):
         self.path = path
         with open_weights(path) as file:
@@ -133,7 +136,7 @@ class Checkpoint:
         return self._shard_of[name].entries[name]
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the checkpoint in the directory `path`: config.json with model.safetensors, or with
     model.safetensors.index.json and its shards.
 
@@ -143,7 +146,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return _open_whole(Path(path), _open)
 
 
-def open_with_side_files(path: str | os.PathLike) -> tuple[Checkpoint, dict[str, bytes]]:
+def open_with_side_files(path: str | os.PathLike[str]) -> tuple[Checkpoint, dict[str, bytes]]:
     """The same, and the contents of the files that go where the checkpoint goes."""
 
     def read(path: Path, directory: Path) -> tuple[Checkpoint, dict[str, bytes]]:

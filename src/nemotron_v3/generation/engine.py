@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation.decode import DecodeStep
+from nemotron_v3.generation.cpu_decode import DecodeStep
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.stopping import Row
-from nemotron_v3.layers.border import full_name
+from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.model.vocabulary import vocabulary_of
 
 _STOPPED = (
@@ -97,7 +97,7 @@ class StreamedToken:
 
 
 def generate(
-    model: NemotronV3ForCausalLM,
+    model: CausalLM,
     input_ids: Any,
     attention_mask: Tensor | None = None,
     *,
@@ -133,7 +133,7 @@ def generate(
 
 
 def stream(
-    model: NemotronV3ForCausalLM,
+    model: CausalLM,
     input_ids: Any,
     attention_mask: Tensor | None = None,
     *,
@@ -164,7 +164,7 @@ class _Run:
     @ordinary
     def __init__(
         self,
-        model: NemotronV3ForCausalLM,
+        model: CausalLM,
         input_ids: Any,
         attention_mask: Tensor | None,
         cache: NemotronHybridCache | None,
@@ -326,18 +326,14 @@ class _Run:
     def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
         """Some steps without a look at what comes out."""
         segment = _Segment(pending, [], [])
-        try:
-            for _ in range(steps):
-                if pending is not None:
-                    logits = self._step(pending)
-                drawn, logprob = self.sampler(logits)
-                segment.drawn.append(drawn)
-                pending = drawn.clamp(min=0)  # something to feed until the host looks
-                if logprob is not None:
-                    segment.logprobs.append(logprob)
-        except BaseException:  # such as a KeyboardInterrupt: it may hold tokens nobody was given
-            self.cache.withhold(_STOPPED)
-            raise
+        for _ in range(steps):
+            if pending is not None:
+                logits = self._step(pending)
+            drawn, logprob = self.sampler(logits)
+            segment.drawn.append(drawn)
+            pending = drawn.clamp(min=0)  # something to feed until the host looks
+            if logprob is not None:
+                segment.logprobs.append(logprob)
         return segment
 
     def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:
