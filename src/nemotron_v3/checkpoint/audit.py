@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.names import LoadReport
+from nemotron_v3.checkpoint.narrow.read import row_blocks
 from nemotron_v3.checkpoint.plan import Fill, Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.writer import blocks, same_bits, same_values
@@ -42,8 +43,8 @@ class Ledger:
         self._device = device
         self._accounts: dict[str, _Account] = {}
 
-    def write(self, fill: Fill, source: Tensor) -> None:
-        """Copy `source` to where `fill` says, cast once, on the device."""
+    def write(self, fill: Fill, checkpoint: Checkpoint) -> None:
+        """Bring a weight to where `fill` says, rounded once, on the device."""
         name = fill.memory
         if name not in self._accounts:
             dtype = memory_dtype(name, self._dtype)
@@ -51,8 +52,7 @@ class Ledger:
             self._accounts[name] = _Account(empty)
         account = self._accounts[name]
         target = account.tensor if fill.expert is None else account.tensor[fill.expert]
-        # A cast happens on the device, where an audit does it too.
-        target.copy_(source if source.dtype == target.dtype else source.to(self._device))
+        checkpoint.copy_to(fill.disk, target)
         account.writes[fill.expert] += 1
 
     def install(self, model: nn.Module) -> None:
@@ -108,6 +108,7 @@ def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
     layers = {old: new for new, old in enumerate(chosen)}
     tensors = tensors_of(model)
     plan = plan_load(checkpoint, tensors, layers, depth, model.config.tie_word_embeddings)
+    checkpoint.check_scales(fill.disk for fill in plan.fills)
     problems = [
         f"{fill.memory} differs from {fill.disk}"
         for fill in plan.fills
@@ -128,6 +129,10 @@ def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
 
 def _equal(checkpoint: Checkpoint, fill: Fill, tensor: Tensor) -> bool:
     held = tensor if fill.expert is None else tensor[fill.expert]
+    narrow = checkpoint.narrow.weights.get(fill.disk)
+    if narrow is not None:
+        read = row_blocks(checkpoint.stored, narrow, held.dtype, held.device)
+        return all(same_values(values, held[rows]) for rows, values in read)
     equal = _cast_equals(checkpoint.tensor(fill.disk), held)
     checkpoint.drop(fill.disk)
     return equal
@@ -164,7 +169,7 @@ def _compare_carried(
 def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) -> LoadReport:
     """What a load by `plan` into `tensors` did."""
     casts = Counter(
-        f"{_short(checkpoint.dtype(fill.disk))} -> {_short(tensors[fill.memory].dtype)}"
+        f"{checkpoint.told_dtype(fill.disk)} -> {_short(tensors[fill.memory].dtype)}"
         for fill in plan.fills
     )
     return LoadReport(
@@ -173,6 +178,7 @@ def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) ->
         casts=dict(casts),
         carried=tuple(plan.carried),
         left_out=len(plan.left_out),
+        ignored=checkpoint.narrow.ignored,
     )
 
 

@@ -29,7 +29,8 @@ def from_pretrained(
     """The model in the checkpoint directory `path`, in eval mode.
 
     The model is built without storage; then each tensor is read from the memory-mapped file
-    straight into its place on `device`, cast once. Host memory beyond the model itself stays below
+    straight into its place on `device`, cast once; of weights in 8 or 4 bits the codes are, and
+    get their values there. Host memory beyond the model itself stays below
     one shard. Every parameter and buffer is proven to come from the file: what was proven is in
     `model.checkpoint_origin.report`. `mtp.*` tensors are not built in: `model.mtp` holds them, on
     the CPU, backed by the file. `model.generation_config` is what generation_config.json says, and
@@ -46,14 +47,15 @@ def from_pretrained(
             model and its config then are those of the smaller model.
 
     Raises:
-        CheckpointError (a ValueError): nothing there, or a truncated, foreign, pickled or quantised
-            file; names, shapes or dtypes that are not those of the config, all listed.
+        CheckpointError (a ValueError): nothing there, or a truncated, foreign or pickled file;
+            weights in 8 or 4 bits of an unknown layout, or with scales that cannot be; names,
+            shapes or dtypes that are not those of the config, all listed.
         ValueError: a dtype or layers that cannot be.
     """
     dtype = weight_dtype(dtype, "loaded")
     checkpoint, side_files = open_with_side_files(path)
     generation_config = read_generation_config(side_files, checkpoint.path)
-    config = read_config(checkpoint)
+    config = read_config(checkpoint).of_wide_weights()
     depth = config.num_hidden_layers
     check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
@@ -65,9 +67,10 @@ def from_pretrained(
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     destinations = tensors_of(model)
     plan = plan_load(checkpoint, destinations, layer_map, depth, config.tie_word_embeddings)
+    checkpoint.check_scales(checkpoint)
     ledger = Ledger(destinations, dtype, device)
     for fill in plan.fills:
-        ledger.write(fill, checkpoint.tensor(fill.disk))
+        ledger.write(fill, checkpoint)
         checkpoint.drop(fill.disk)
     ledger.install(model)
     ledger.prove(model)
@@ -148,7 +151,9 @@ def origin_of(
     written |= {name: name for name in plan.carried}
     if plan.tied_head:
         written[plan.tied_head] = plan.tied_head
-    shards = checkpoint.shards if chosen is None else {}
+    # What is loaded from several tensors is saved as one.
+    as_read = chosen is None and not checkpoint.narrow.weights
+    shards = checkpoint.shards if as_read else {}
     return CheckpointOrigin(
         path=checkpoint.path,
         prefix=plan.prefix,

@@ -145,8 +145,10 @@ class LoadReport:
     """What a load, or an audit of one, proved.
 
     `tensors` on disk that fill the model, `elements` in them; `casts` counts tensors on disk by
-    "dtype on disk -> dtype in memory", equal dtypes included; `carried` names the `mtp.*` tensors,
-    `left_out` counts those of layers that were not asked for.
+    "dtype on disk -> dtype in memory", equal dtypes included ("nvfp4" and "fp8" name the layouts of
+    weights of several tensors, each counted once); `carried` names the `mtp.*` tensors, `left_out`
+    counts those of layers that were not asked for, `ignored` names scales of activations and of a
+    cache in 8 bits, which change nothing here.
     """
 
     tensors: int
@@ -154,6 +156,7 @@ class LoadReport:
     casts: Mapping[str, int]
     carried: tuple[str, ...] = ()
     left_out: int = 0
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nemotron_v3.config.checks import check
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
 from nemotron_v3.config.presets import preset_values
-from nemotron_v3.config.source import Source, Untyped, mend_text, plain_json
+from nemotron_v3.config.source import Source, Untyped, cut_text, mend_text, plain_json
 from nemotron_v3.config.spelling import (
     MISSING,
     attribute,
@@ -37,6 +37,7 @@ from nemotron_v3.config.trainers import AskedByTrainers
 
 ARCHITECTURE = "NemotronHForCausalLM"
 MODEL_TYPE = "nemotron_h"
+QUANTIZATION_CONFIG = "quantization_config"  # of a checkpoint's tensors, which reads it
 
 _COUNT = values.whole(1)
 _SIZE = values.whole(0)
@@ -281,7 +282,7 @@ class NemotronV3Config:
         if told != MODEL_TYPE:
             raise ValueError(f"model_type is {told!r}: only {MODEL_TYPE!r} models are read here")
         check_dropout(source.data)
-        check_keys(settings_of(cls), source.data, also={"num_hidden_layers"})
+        check_keys(settings_of(cls), source.data, also={"num_hidden_layers", QUANTIZATION_CONFIG})
         return cls._parsed(source)
 
     @classmethod
@@ -307,6 +308,16 @@ class NemotronV3Config:
             changes.setdefault("layers_block_type", ())
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return type(self)(**fields | changes)
+
+    def of_wide_weights(self) -> Self:
+        """This config without what its file says of weights in 8 or 4 bits."""
+        source = self._origin
+        if not isinstance(source, Source) or QUANTIZATION_CONFIG not in source.data:
+            return self
+        data = {key: value for key, value in source.data.items() if key != QUANTIZATION_CONFIG}
+        text = None if source.text is None else cut_text(source.text, QUANTIZATION_CONFIG)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(**fields | {"_origin": Source(data, text)})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of this config's `config.json`.
