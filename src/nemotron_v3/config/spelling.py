@@ -11,9 +11,11 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from nemotron_v3.config.values import Codec
+
+T = TypeVar("T")
 
 ROTARY_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 
@@ -71,9 +73,25 @@ def setting(
     )
 
 
+def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -> Any:
+    """`setting`, of a field that the constructor takes in other types than it has.
+
+    A type checker reads those types off `converter`, by this keyword (PEP 681).
+    """
+    return setting(default, converter, *spellings, **options)
+
+
 def required(codec: Codec) -> Any:
     """A dataclass field that has no default."""
     return setting(MISSING, codec)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(converted, required)
+)
+def settings_class(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are settings."""
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
