@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight
 from nemotron_v3.layers.dequantise import dequantise, factors
 
-ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of a weight that are given their values at once
+ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a weight that are given their values at once
 _NAN = 0x7F  # of float8_e4m3fn, without the sign
 
 
