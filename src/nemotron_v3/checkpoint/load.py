@@ -10,8 +10,10 @@ from nemotron_v3.checkpoint.audit import Ledger, read_config, report, tied_head_
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.names import CheckpointOrigin, majority_dtype, to_disk, to_memory
+from nemotron_v3.checkpoint.narrow.hold import held_narrow
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_with_side_files
+from nemotron_v3.checkpoint.save_kept import as_held
 from nemotron_v3.checkpoint.side_files import read_generation_config
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -25,6 +27,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     backend: BackendConfig | None = None,
     layers: int | Sequence[int] | None = None,
+    narrow: bool = False,
 ) -> NemotronV3ForCausalLM:
     """The model in the checkpoint directory `path`, in eval mode.
 
@@ -45,6 +48,10 @@ def from_pretrained(
         backend: a `BackendConfig`, a foreign one, or None for the default.
         layers: the first so many layers, or the indices of some in rising order, None for all; the
             model and its config then are those of the smaller model.
+        narrow: whether weights that the file holds in 8 or 4 bits stay so in memory: frozen
+            `nemotron_v3.layers.narrow.NarrowWeight`s, which have their values, in `dtype`, one
+            layer at a time as they are used. A stack whose experts are of several layouts is
+            loaded wide all the same; `checkpoint_origin.report.casts` tells.
 
     Raises:
         CheckpointError (a ValueError): nothing there, or a truncated, foreign or pickled file;
@@ -53,9 +60,10 @@ def from_pretrained(
         ValueError: a dtype or layers that cannot be.
     """
     dtype = weight_dtype(dtype, "loaded")
-    checkpoint, side_files = open_with_side_files(path)
+    checkpoint, side_files = open_with_side_files(path, narrow)
     generation_config = read_generation_config(side_files, checkpoint.path)
-    config = read_config(checkpoint).of_wide_weights()
+    config = read_config(checkpoint)
+    config = config if narrow else config.of_wide_weights()
     depth = config.num_hidden_layers
     check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
@@ -68,7 +76,11 @@ def from_pretrained(
     destinations = tensors_of(model)
     plan = plan_load(checkpoint, destinations, layer_map, depth, config.tie_word_embeddings)
     checkpoint.check_scales(checkpoint)
-    ledger = Ledger(destinations, dtype, device)
+    stay = {}
+    if narrow:
+        shapes = {name: tensor.shape for name, tensor in destinations.items()}
+        stay = held_narrow(plan.fills, checkpoint.narrow.weights, shapes)
+    ledger = Ledger(destinations, dtype, device, stay)
     for fill in plan.fills:
         ledger.write(fill, checkpoint)
         checkpoint.drop(fill.disk)
@@ -81,6 +93,8 @@ def from_pretrained(
         )
     model.mtp = {name: checkpoint.tensor(name) for name in plan.carried} or None
     origin = origin_of(checkpoint, plan, model, chosen)
+    if stay:
+        origin = as_held(checkpoint, origin)
     model.checkpoint_origin = replace(origin, side_files=side_files)
     model.generation_config = generation_config
     return model.eval()

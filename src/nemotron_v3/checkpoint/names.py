@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from nemotron_v3.checkpoint.narrow.layouts import Narrow
 
 PREFIXES = ("backbone.", "model.")
 EXPERTS = ("per_expert", "fused")
@@ -169,6 +172,9 @@ class CheckpointOrigin:
     whose head is its embedding matrix has both on disk. `layers` are the layers that were loaded,
     as the files count them, None for all; with some left out, names are those of the smaller model
     and `shards` is empty. `side_files` are the contents of the files that are saved with the model.
+    Where weights stay in 8 or 4 bits, `narrow` says which tensors each is made of, the names are
+    those of the stored tensors, and `companions` has those that no tensor of the model holds, or
+    holds in another shape, backed by the file.
     """
 
     path: Path
@@ -183,3 +189,5 @@ class CheckpointOrigin:
     layers: tuple[int, ...] | None
     report: LoadReport
     side_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    narrow: Narrow | None = field(default=None, repr=False)
+    companions: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

@@ -228,11 +228,14 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return _open_whole(Path(path), _open)
 
 
-def open_with_side_files(path: str | os.PathLike) -> tuple[Checkpoint, dict[str, bytes]]:
-    """The same, and the contents of the files that go where the checkpoint goes."""
+def open_with_side_files(
+    path: str | os.PathLike, narrow: bool = False
+) -> tuple[Checkpoint, dict[str, bytes]]:
+    """The same, and the contents of the files that go where the checkpoint goes; with `narrow`
+    what tells the formats of its weights is one of them."""
 
     def read(path: Path, directory: Path) -> tuple[Checkpoint, dict[str, bytes]]:
-        return _open(path, directory), read_side_files(path, directory)
+        return _open(path, directory), read_side_files(path, directory, narrow)
 
     return _open_whole(Path(path), read)
 
