@@ -72,6 +72,33 @@ def test_what_is_gone_is_found(name):
     assert missing(f"see {name}.", ROOT / "README.md") == [name.strip("`")]
 
 
+def test_a_name_that_a_page_gives_to_the_code_stands_in_it():
+    code = "\n".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    claims = [
+        (page, name)
+        for page, path in PAGES.items()
+        for name in re.findall(r"`(\w+)` in (?:the )?code\b", path.read_text("utf-8"))
+    ]
+    assert ("docs/notation.md", "dy") in claims
+    assert [claim for claim in claims if claim[1] not in words] == []
+
+
+NUMBERS = {"Two": 2, "Three": 3, "Four": 4, "Five": 5, "Six": 6}
+COUNTED = re.compile(
+    rf"^[^\n]*\b({'|'.join(NUMBERS)})\b[^\n]*:\n\n((?:(?:- |\d\. ).*\n(?:  .*\n)*\n?)+)",
+    re.MULTILINE,
+)
+
+
+def test_a_list_has_as_many_entries_as_its_page_counts():
+    lists = [(page, *found) for page in PAGES for found in COUNTED.findall(prose(PAGES[page]))]
+    assert len(lists) >= 2
+    for page, number, entries in lists:
+        count = len(re.findall(r"^(?:- |\d\. )", entries, re.MULTILINE))
+        assert count == NUMBERS[number], f"{page}: {number} of {count}"
+
+
 def test_the_pages_are_found_wherever_they_lie():
     kinds = [name.split("/")[0] for name in PAGES]
     assert kinds.count("docs") > 10 and kinds.count("src") > 8

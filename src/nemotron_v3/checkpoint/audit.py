@@ -83,7 +83,7 @@ class Ledger:
             if isinstance(old, nn.Parameter):
                 trained = old.requires_grad and not isinstance(account.tensor, NarrowWeight)
                 account.tensor = nn.Parameter(account.tensor, requires_grad=trained)
-                account.tensor.__dict__.update(old.__dict__)
+                vars(account.tensor).update(vars(old))
             setattr(module, leaf, account.tensor)
             account.version = _version(account.tensor)
 
@@ -117,7 +117,7 @@ def _version(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
+def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike[str]) -> LoadReport:
     """Read the checkpoint in `path` again and compare every parameter, buffer and carried tensor of
     `model` with it, bit for bit after the one cast from the file's dtype to the model's.
 

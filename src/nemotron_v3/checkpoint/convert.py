@@ -56,15 +56,15 @@ Progress = Callable[[str, int, int], None]
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     dequantise: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -128,7 +128,7 @@ class Conversion:
     plan: Plan
     origin: CheckpointOrigin
     config: NemotronV3Config
-    files: Files
+    files: Files[StoredPiece]
     prefix: str
     experts: str | None
     layers: tuple[int, ...] | None
@@ -231,15 +231,15 @@ class _Told:
 
 
 def plan_conversion(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     dequantise: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -329,7 +329,9 @@ class _Pieces:
     def _dtype(self, name: str, shape: Sequence[int], expert: int | None) -> torch.dtype:
         if self.dtype is not None:
             return memory_dtype(name, self.dtype)
-        return self.spelling.read_dtype(name, expert, shape)
+        read = self.spelling.read_dtype(name, expert, shape)
+        assert read is not None, f"{name} is of the plan, and was not read"
+        return read
 
     def _parts(self, name: str, shape: Sequence[int], expert: int | None) -> list[Part]:
         if self.adapter is not None and (part := self.adapter.replaced.get(name)):

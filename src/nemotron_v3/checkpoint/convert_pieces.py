@@ -4,7 +4,7 @@ Letters: O rows of a weight (its outputs), I columns (its inputs), r rank of an 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -96,7 +96,7 @@ class NarrowPart(Part):
     """A weight that `source`, a checkpoint's stored tensors, holds in 8 or 4 bits: its values, in
     fp32."""
 
-    weight: NarrowWeight | None = None
+    weight: NarrowWeight = field(kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:

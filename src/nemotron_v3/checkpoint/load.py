@@ -22,7 +22,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.inference_mode(False)
 @torch.no_grad()
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: BackendConfig | None = None,
@@ -104,8 +104,8 @@ def choose_layers(layers: int | Sequence[int] | None, depth: int) -> tuple[int, 
     """The layers asked for, of `depth`, as indices; None for all. Raises `ValueError`."""
     if layers is None:
         return None
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        if not 1 <= layers <= depth:
+    if isinstance(layers, int):
+        if isinstance(layers, bool) or not 1 <= layers <= depth:
             raise ValueError(
                 f"layers={layers}: the checkpoint has {depth} layers, give 1 to {depth}"
             )

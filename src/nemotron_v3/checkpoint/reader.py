@@ -43,6 +43,9 @@ class Shard:
     given to another file meanwhile. Raises `CheckpointError` for a file that is not what it claims.
     """
 
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
     def __init__(self, path: Path):
         self.path = path
         with open_weights(path) as file:
@@ -212,12 +215,12 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     for key in ("dtype", "torch_dtype"):
         told = config.get(key)
         found = getattr(torch, told.removeprefix("torch."), None) if isinstance(told, str) else None
-        if found in WEIGHT_DTYPES.values():
+        if found is not None and found in WEIGHT_DTYPES.values():
             return found
     return torch.bfloat16
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the checkpoint in the directory `path`: config.json with model.safetensors, or with
     model.safetensors.index.json and its shards.
 
@@ -229,7 +232,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def open_with_side_files(
-    path: str | os.PathLike, narrow: bool = False
+    path: str | os.PathLike[str], narrow: bool = False
 ) -> tuple[Checkpoint, dict[str, bytes]]:
     """The same, and the contents of the files that go where the checkpoint goes; with `narrow`
     what tells the formats of its weights is one of them."""

@@ -33,7 +33,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.no_grad()
 def save_pretrained(
     model: NemotronV3ForCausalLM,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
@@ -124,8 +124,9 @@ def _piece(
     if dtype is not None:
         return Piece(disk, tensor, memory_dtype(name, dtype))
     read = spelling.read_dtype(name, expert, tensor.shape)
-    keeps = read is None or read == tensor.dtype or not survives(tensor, read)
-    return Piece(disk, tensor, tensor.dtype if keeps else read)
+    if read is None or not (read == tensor.dtype or survives(tensor, read)):
+        read = tensor.dtype
+    return Piece(disk, tensor, read)
 
 
 def _check_complete(model: NemotronV3ForCausalLM, tensors: Mapping[str, Tensor]) -> None:

@@ -40,8 +40,8 @@ def check_held(
             f"{', '.join(wanted)}, or {way_out}"
         )
     count = sum(t.shape[0] if t.dim() == 3 else 1 for t in map(tensors.__getitem__, held))
-    whole = origin is not None and origin.narrow is not None and origin.layers is None
-    if not whole or count != len(origin.narrow.weights):
+    narrow = None if origin is None or origin.layers is not None else origin.narrow
+    if narrow is None or count != len(narrow.weights):
         raise CheckpointError(
             f"{held[0]} is in 8 or 4 bits, and not all weights are those of the checkpoint that "
             f"it was read from: {way_out}"

@@ -26,7 +26,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON spells one, alone or i
 _MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")  # of UTF-8 and UTF-16
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """The regular file `path`, or the one that a link leads to, opened to be read.
 
     Raises:
@@ -48,7 +48,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         raise
 
 
-def exists(path: str | os.PathLike) -> bool:
+def exists(path: str | os.PathLike[str]) -> bool:
     """Whether something that can be looked at stands at `path`, of whatever kind."""
     try:
         os.stat(path)
@@ -57,7 +57,7 @@ def exists(path: str | os.PathLike) -> bool:
     return True
 
 
-def read_bytes(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of the regular file `path`.
 
     Raises:
@@ -73,7 +73,7 @@ def read_bytes(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> bytes:
     return raw
 
 
-def read_text(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> str:
     """The text of the regular file `path`, in UTF-8.
 
     Raises:
@@ -83,7 +83,7 @@ def read_text(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> str:
     return _decode(read_bytes(path, limit), str(path))
 
 
-def read_object(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in the regular file `path`, in UTF-8 without a byte order mark.
 
     Raises:
@@ -123,7 +123,7 @@ def parse_object(raw: bytes | str, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_regular(found: os.stat_result, path: str | os.PathLike) -> None:
+def _check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if stat.S_ISREG(found.st_mode):
         return
     kind = next((name for test, name in _KINDS if test(found.st_mode)), "no file")

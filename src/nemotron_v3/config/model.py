@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from nemotron_v3.config import values
 from nemotron_v3.config.blocks import to_pattern
@@ -133,7 +133,7 @@ class NemotronV3Config(ModelSettings):
         return cls._from_source(Source(plain_json(data)))
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> Self:
+    def from_json(cls, path: str | os.PathLike[str]) -> Self:
         """The config in a JSON file, or in the `config.json` of a directory.
 
         Raises `FileNotFoundError`, or `ValueError` with the file's name: no config, more than
@@ -168,9 +168,9 @@ class NemotronV3Config(ModelSettings):
         return cls(**told, num_hidden_layers=source.data.get("num_hidden_layers"), _origin=source)
 
     # Else a trainer gets as far as setting `use_cache` of a frozen config, or further.
-    get_text_config = AskedByTrainers()
-    _name_or_path = AskedByTrainers()
-    num_labels = AskedByTrainers()
+    get_text_config: ClassVar[AskedByTrainers] = AskedByTrainers()
+    _name_or_path: ClassVar[AskedByTrainers] = AskedByTrainers()
+    num_labels: ClassVar[AskedByTrainers] = AskedByTrainers()
 
     # ------------------------------------------------------------------------- changing and writing
 
@@ -193,8 +193,9 @@ class NemotronV3Config(ModelSettings):
             return self
         data = {key: value for key, value in source.data.items() if key != QUANTIZATION_CONFIG}
         text = None if source.text is None else cut_text(source.text, QUANTIZATION_CONFIG)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(**fields | {"_origin": Source(data, text)})
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["_origin"] = Source(data, text)
+        return type(self)(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of this config's `config.json`.
@@ -206,7 +207,7 @@ class NemotronV3Config(ModelSettings):
             return plain_json(self._origin.data | self._changes(self._origin))
         return plain_json(self._fresh())
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json` to `path` (a file, or a directory that gets one).
 
         The file appears whole or not at all: what was there stays until the new one is complete.

@@ -29,9 +29,9 @@ _COUNT = values.whole(1)
 class MoEConfig:
     """Router, experts and shared expert of a moe block.
 
-    A field whose only offered value is its default stands here so that another value, handed in by
-    code written for AutoModel, is an error and not silently ignored. Its other fields stand in
-    `nemotron_v3.config.foreign`: they change nothing here.
+    Code written for AutoModel may hand in its own class. Each field of that one is honoured,
+    refused, or listed in `foreign.INERT_MOE_FIELDS` because it changes nothing here. A field whose
+    only offered value is its default stands below to refuse the other values.
 
     Attributes:
         shared_expert_inter_dim: width of one shared expert; None is `moe_inter_dim`.

@@ -50,7 +50,7 @@ INERT_KEYS = ROTARY_KEYS | {
 class Setting:
     """How a field is read and spelled."""
 
-    codec: Codec
+    codec: Codec[Any, Any]
     spellings: tuple[str, ...]  # other keys than the field's name, after it in authority
     fresh: str | None  # the key a new file uses, where it is not the field's name
     group: str  # a new file holds the field where this part of the model is, or it was changed
@@ -59,7 +59,7 @@ class Setting:
 
 def setting(
     default: Any,
-    codec: Codec,
+    codec: Codec[Any, Any],
     *spellings: str,
     fresh: str | None = None,
     group: str = "",
@@ -73,7 +73,7 @@ def setting(
     )
 
 
-def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -> Any:
+def converted(*spellings: str, default: Any, converter: Codec[Any, Any], **options: Any) -> Any:
     """`setting`, of a field that the constructor takes in other types than it has.
 
     A type checker reads those types off `converter`, by this keyword (PEP 681).
@@ -81,7 +81,7 @@ def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -
     return setting(default, converter, *spellings, **options)
 
 
-def required(codec: Codec) -> Any:
+def required(codec: Codec[Any, Any]) -> Any:
     """A dataclass field that has no default."""
     return setting(MISSING, codec)
 
@@ -161,10 +161,12 @@ def read_attributes(settings: Mapping[str, Setting], source: object) -> dict[str
 def attribute(source: object, key: str) -> Any:
     """An attribute of an untyped object, or `MISSING`.
 
-    A test double makes up every attribute it is asked for; one that nobody set counts as missing.
+    An object that answers to a name that nobody has makes its attributes up, as test doubles do: of
+    such a one, only what was set on it counts.
     """
-    value = getattr(source, key, MISSING)
-    return MISSING if type(value).__module__ == "unittest.mock" else value
+    if getattr(source, "_a_name_that_no_config_has", None) is not None:
+        return getattr(source, "__dict__", {}).get(key, MISSING)
+    return getattr(source, key, MISSING)
 
 
 def check_keys(settings: Mapping[str, Setting], data: Mapping[str, Any], also: set[str]) -> None:

@@ -226,9 +226,11 @@ def _read_token_ids(key: str, value: int | Sequence[int]) -> int | list[int]:
     return [_read_token_id(key, token) for token in value]
 
 
-flag = Codec(_read_flag)
-dtype = Codec(_read_dtype, _write_dtype)
-blocks = Codec(_read_blocks, _write_blocks)
-limit = Codec(_read_limit, _write_limit)
-token_id = optional(Codec(_read_token_id))
-token_ids = optional(Codec(_read_token_ids))
+flag: Codec[bool, bool] = Codec(_read_flag)
+dtype: Codec[str | torch.dtype, torch.dtype] = Codec(_read_dtype, _write_dtype)
+blocks: Codec[str | Sequence[str], tuple[str, ...]] = Codec(_read_blocks, _write_blocks)
+limit: Codec[Sequence[Any], tuple[float, float]] = Codec(_read_limit, _write_limit)
+token_id: Codec[int | None, int | None] = optional(Codec(_read_token_id))
+token_ids: Codec[int | Sequence[int] | None, int | list[int] | None] = optional(
+    Codec(_read_token_ids)
+)

@@ -53,7 +53,8 @@ class Declared:
                 yield f"{module}.weight is {told}, {self.where} says {claimed}"
             elif module not in modules and f"{module}.weight" in stored:
                 yield f"{module}.weight has no scales beside it, {self.where} says {claimed}"
-        offered = {layout for layout, _ in self.groups} | ({self.algorithm} - {None})
+        offered = {layout for layout, _ in self.groups}
+        offered |= set() if self.algorithm is None else {self.algorithm}
         for module, weight in modules.items():
             if offered and module not in self.layers and weight.layout not in offered:
                 told = " and ".join(sorted(offered))
@@ -155,10 +156,10 @@ def _matching(modules: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     wild = [p for p in patterns if p is not None and set(p) & set("*?[")]
     if len(wild) > _MOST_PATTERNS:
         raise ValueError(f"{len(wild):,} patterns exclude modules: no release has so many")
-    found = {module: None for module in patterns if module in modules}
+    found = {module for module in patterns if module is not None and module in modules}
     for pattern in wild:
-        found |= dict.fromkeys(matching(modules, pattern))
-    return list(found)
+        found |= set(matching(modules, pattern))
+    return sorted(found)
 
 
 def _pattern(name: str) -> str | None:

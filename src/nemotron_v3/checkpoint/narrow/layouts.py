@@ -229,7 +229,7 @@ class _Module:
                 f"is {scale.dtype} {scale.shape}: beside {name} {held.shape} one float is needed, "
                 f"({N}, 1) for one a row{blocks}",
             )
-        if not self.problems:
+        if tiles is not None and not self.problems:
             scales = self._name("weight_scale")
             self.weight = NarrowWeight(
                 name, FP8, name, scales, None, False, held.shape, tiles, ignored

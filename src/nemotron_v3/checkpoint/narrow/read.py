@@ -94,7 +94,7 @@ def _problem(
         if values is not None and (bad := values[~(values.isfinite() & (values >= 0))]).numel():
             return f"{name} holds {bad[0].item()} ({bad.numel():,} of {values.numel():,} scales)"
     factor = factors(scale, number, weight.divides)
-    if not factor.isfinite().all():
+    if number is not None and not factor.isfinite().all():
         return f"{weight.global_scale} is {number.item()}: with {weight.scale} out of fp32's range"
     (N, _), (n, k) = weight.shape, weight.tiles
     empty = (codes.view(torch.uint8) & (0x77 if weight.layout == "nvfp4" else 0x7F)) == 0
