@@ -257,7 +257,7 @@ def plan_conversion(
     check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
     if chosen is not None:
-        config = config.replace(layers_block_type=[config.layers_block_type[i] for i in chosen])
+        config = config.of_layers(chosen)
     model = skeleton(checkpoint, config, BackendConfig())
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     tensors = tensors_of(model)

@@ -70,7 +70,7 @@ def from_pretrained(
     dtype = _choose_dtype(dtype, config, checkpoint)
     device = torch.device(device) if device is not None else torch.get_default_device()
     if chosen is not None:
-        config = config.replace(layers_block_type=[config.layers_block_type[i] for i in chosen])
+        config = config.of_layers(chosen)
     model = skeleton(checkpoint, config, BackendConfig.from_any(backend))
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     destinations = tensors_of(model)

@@ -8,7 +8,7 @@ One multiplication and addition are two FLOPs; training costs three forward pass
 activations, the embedding lookup and the choice of experts are left out, as usual.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -109,7 +109,8 @@ _MIXERS = {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
 
 
 def block_weights(config: NemotronV3Config, block_type: str) -> list[Weight]:
-    """The weights of one block: its norm and its mixer."""
+    """The weights of one block, its norm and its mixer; `config` is that of the block where blocks
+    have sizes of their own (`NemotronV3Config.of_block`)."""
     return [Weight("norm.weight", (config.hidden_size,)), *_MIXERS[block_type](config)]
 
 
@@ -128,7 +129,8 @@ def _eh_proj(config: NemotronV3Config) -> Weight:
 def model_weights(config: NemotronV3Config) -> list[Weight]:
     """The weights of the model without multi-token prediction."""
     weights = [_embedding(config), Weight("norm_f.weight", (config.hidden_size,))]
-    weights += _of_blocks(config, config.layers_block_type)
+    for index, block in enumerate(config.layers_block_type):
+        weights += block_weights(config.of_block(index), block)
     return weights if config.tie_word_embeddings else [*weights, _head(config)]
 
 
@@ -137,12 +139,9 @@ def mtp_weights(config: NemotronV3Config) -> list[Weight]:
     D = config.hidden_size
     depth = [Weight(f"{name}.weight", (D,)) for name in ("enorm", "hnorm", "final_layernorm")]
     depth.append(_eh_proj(config))
-    depth += _of_blocks(config, config.mtp_layers_block_type)
+    for index, block in enumerate(config.mtp_layers_block_type):
+        depth += block_weights(config.of_mtp_block(index), block)
     return depth * config.num_nextn_predict_layers
-
-
-def _of_blocks(config: NemotronV3Config, blocks: Iterable[str]) -> list[Weight]:
-    return [weight for block in blocks for weight in block_weights(config, block)]
 
 
 # ----------------------------------------------------------------------------- parameters and bytes
@@ -228,14 +227,20 @@ def forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     Raises `ValueError` for a length below 1.
     """
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.layers_block_type)
+    blocks = sum(
+        block_flops(config.of_block(index), block, seq_len)
+        for index, block in enumerate(config.layers_block_type)
+    )
     return blocks + _head(config).flops
 
 
 def mtp_forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     """Forward FLOPs a token of multi-token prediction, all depths, each with a pass of the head."""
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.mtp_layers_block_type)
+    blocks = sum(
+        block_flops(config.of_mtp_block(index), block, seq_len)
+        for index, block in enumerate(config.mtp_layers_block_type)
+    )
     depth = _eh_proj(config).flops + blocks + _head(config).flops
     return config.num_nextn_predict_layers * depth
 
