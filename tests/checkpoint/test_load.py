@@ -258,12 +258,12 @@ def test_a_checkpoint_replaced_while_it_is_opened_is_read_again(tmp_path, tensor
     find = reader._find_narrow
     moments = []
 
-    def replace_once(directory, config, shards):
+    def replace_once(directory, config, stored):
         moments.append(config)
         if len(moments) == 1:
             changed = CONFIG.replace(routed_scaling_factor=9.0)
             changed.to_json(directory)
-        return find(directory, config, shards)
+        return find(directory, config, stored)
 
     monkeypatch.setattr(reader, "_find_narrow", replace_once)
     assert open_checkpoint(tmp_path).config["routed_scaling_factor"] == 9.0

@@ -208,6 +208,7 @@ def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) ->
         carried=tuple(plan.carried),
         left_out=len(plan.left_out),
         ignored=checkpoint.narrow.ignored,
+        beside=checkpoint.stored.beside,
     )
 
 

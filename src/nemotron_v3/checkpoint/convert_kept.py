@@ -15,6 +15,11 @@ def check_kept(checkpoint: Checkpoint, asked: Mapping[str, Any]) -> None:
 
     Names and layers stay too: quantization_config calls the modules by them.
     """
+    if checkpoint.stored.outer:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a text model among others, with weights in 8 or 4 bits: give "
+            "dequantise=True (--dequantise) for the text model alone"
+        )
     if wanted := [f"{name}={value}" for name, value in asked.items() if value is not None]:
         count = len(checkpoint.narrow.weights)
         raise CheckpointError(

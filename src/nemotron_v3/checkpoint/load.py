@@ -1,6 +1,7 @@
 """From a checkpoint on disk to a model in memory, tensor by tensor."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -76,6 +77,12 @@ def from_pretrained(
     destinations = tensors_of(model)
     plan = plan_load(checkpoint, destinations, layer_map, depth, config.tie_word_embeddings)
     checkpoint.check_scales(checkpoint)
+    if config.num_nextn_predict_layers and not plan.carried:
+        warnings.warn(
+            f"{path}: config.json promises multi-token prediction, and no tensor is called mtp.*: "
+            "the model is loaded without it",
+            stacklevel=2,
+        )
     stay = {}
     if narrow:
         shapes = {name: tensor.shape for name, tensor in destinations.items()}
@@ -166,7 +173,7 @@ def origin_of(
     if plan.tied_head:
         written[plan.tied_head] = plan.tied_head
     # What is loaded from several tensors is saved as one.
-    as_read = chosen is None and not checkpoint.narrow.weights
+    as_read = chosen is None and not checkpoint.narrow.weights and not checkpoint.stored.outer
     shards = checkpoint.shards if as_read else {}
     return CheckpointOrigin(
         path=checkpoint.path,

@@ -151,7 +151,7 @@ class LoadReport:
     "dtype on disk -> dtype in memory", equal dtypes included ("nvfp4" and "fp8" name the layouts of
     weights of several tensors, each counted once); `carried` names the `mtp.*` tensors, `left_out`
     counts those of layers that were not asked for, `ignored` names scales of activations and of a
-    cache in 8 bits, which change nothing here.
+    cache in 8 bits, which change nothing here, `beside` the tensors of other modes than text.
     """
 
     tensors: int
@@ -160,6 +160,7 @@ class LoadReport:
     carried: tuple[str, ...] = ()
     left_out: int = 0
     ignored: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

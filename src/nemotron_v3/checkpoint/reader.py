@@ -30,8 +30,13 @@ from nemotron_v3.checkpoint.refuse import refuse_narrow, refuse_without_weights
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, is_plain_name, whole_copy
 from nemotron_v3.checkpoint.side_files import read_side_files
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, exists
+from nemotron_v3.config.source import Source, of_text_model
 
 MAX_CONFIG_KEYS = 1000
+TEXT_MODEL = "language_model."
+"""What the names of the text model's tensors begin with in a model of several modes."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
 
 _Read = TypeVar("_Read")
 
@@ -83,10 +88,18 @@ class Shard:
 
 
 class Stored:
-    """The tensors of a checkpoint as they lie in its files, `shards` by file name."""
+    """The tensors of a checkpoint as they lie in its files, `shards` by file name.
 
-    def __init__(self, shards: dict[str, Shard]):
-        self._shard_of = {name: shard for shard in shards.values() for name in shard.entries}
+    Of a model of several modes they are those of its text model, whose names begin with `outer`,
+    and are called without it; `beside` names the others.
+    """
+
+    def __init__(self, shards: dict[str, Shard], outer: str = ""):
+        names = {name: shard for shard in shards.values() for name in shard.entries}
+        inside = {name: shard for name, shard in names.items() if name.startswith(outer)}
+        self.outer = outer
+        self.beside = tuple(name for name in names if name not in inside)
+        self._shard_of = {name.removeprefix(outer): shard for name, shard in inside.items()}
 
     def __iter__(self) -> Iterator[str]:
         """The tensors' names, file by file in the order of their bytes."""
@@ -99,7 +112,7 @@ class Stored:
         return name in self._shard_of
 
     def entry(self, name: str) -> Entry:
-        return self._shard_of[name].entries[name]
+        return self._shard_of[name].entries[self.outer + name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entry(name).shape
@@ -110,11 +123,11 @@ class Stored:
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` on the CPU in the dtype of the file, backed by the file: not to be
         written to."""
-        return self._shard_of[name].tensor(name)
+        return self._shard_of[name].tensor(self.outer + name)
 
     def drop(self, name: str) -> None:
         """Let go of the memory behind `name`, for peak memory's sake."""
-        self._shard_of[name].drop(name)
+        self._shard_of[name].drop(self.outer + name)
 
 
 class Checkpoint:
@@ -123,6 +136,8 @@ class Checkpoint:
     A weight that the files hold in 8 or 4 bits, in several tensors, is one here, called as a wide
     one would be and of `wide_dtype`: that of the config, else bf16. `narrow` says which those are
     and what stands beside them, `stored` has the files' own tensors.
+
+    Of a model of several modes it is the text model.
 
     `config` is config.json as parsed; `shards` maps file names to `Shard`s; `index_metadata` is
     None for a checkpoint of one file. Opened with `open_checkpoint`.
@@ -135,6 +150,7 @@ class Checkpoint:
         config: dict[str, Any],
         shards: dict[str, Shard],
         index_metadata: dict[str, Any] | None,
+        stored: Stored,
         narrow: Narrow,
     ):
         self.path = path
@@ -142,7 +158,7 @@ class Checkpoint:
         self.config = config
         self.shards = shards
         self.index_metadata = index_metadata
-        self.stored = Stored(shards)
+        self.stored = stored
         self.narrow = narrow
         self.wide_dtype = _dtype_of(config)
         hidden, name_of = narrow.companions, narrow.name_of
@@ -212,6 +228,7 @@ class Checkpoint:
 
 def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config gives narrow weights: what it says of all weights, else bf16."""
+    config = of_text_model(Source(config)).data
     for key in ("dtype", "torch_dtype"):
         told = config.get(key)
         found = getattr(torch, told.removeprefix("torch."), None) if isinstance(told, str) else None
@@ -297,13 +314,29 @@ def _open(path: Path, directory: Path) -> Checkpoint:
         shards, metadata = {SINGLE: Shard(directory / SINGLE)}, None
     else:
         shards, metadata = _open_shards(directory)
-    narrow = _find_narrow(directory, config, shards)
-    return Checkpoint(path, directory, config, shards, metadata, narrow)
+    stored = Stored(shards, _outer(directory, shards))
+    narrow = _find_narrow(directory, config, stored)
+    return Checkpoint(path, directory, config, shards, metadata, stored, narrow)
 
 
-def _find_narrow(directory: Path, config: dict[str, Any], shards: dict[str, Shard]) -> Narrow:
-    """The narrow weights in the shards, and nothing about them that is wrong."""
-    entries = {name: entry for shard in shards.values() for name, entry in shard.entries.items()}
+def _outer(directory: Path, shards: dict[str, Shard]) -> str:
+    """What the names of the text model's tensors begin with in a model of several modes.
+
+    Raises `CheckpointError` for the names of a wrapper.
+    """
+    names = [name for shard in shards.values() for name in shard.entries]
+    if wrapper := next((w for w in WRAPPERS if names and names[0].startswith(w)), None):
+        raise CheckpointError(
+            f"{directory}: its tensors are called as a wrapper calls them, {names[0]} for "
+            f"{names[0].removeprefix(wrapper)}: save the model inside it (model."
+            f"{wrapper.removesuffix('.')}), or rename them"
+        )
+    return TEXT_MODEL if any(name.startswith(TEXT_MODEL) for name in names) else ""
+
+
+def _find_narrow(directory: Path, config: dict[str, Any], stored: Stored) -> Narrow:
+    """The narrow weights among the tensors, and nothing about them that is wrong."""
+    entries = {name: stored.entry(name) for name in stored}
     narrow, problems = find_narrow(entries)
     if problems:
         why = "they are of no layout that is known here"
@@ -311,7 +344,9 @@ def _find_narrow(directory: Path, config: dict[str, Any], shards: dict[str, Shar
     beside = directory / HF_QUANT_CONFIG
     try:
         told = read_declared(config, read_json(beside) if exists(beside) else None)
-        problems = [p for declared in told for p in declared.problems(narrow, entries)]
+        problems = [
+            p for declared in told for p in declared.problems(narrow, entries, stored.outer)
+        ]
     except CheckpointError:
         raise
     except ValueError as error:

@@ -18,8 +18,8 @@ from nemotron_v3.layers.narrow import NarrowWeight
 
 def as_held(checkpoint: Checkpoint, origin: CheckpointOrigin) -> CheckpointOrigin:
     """`origin` of a model that keeps the narrow weights of `checkpoint`."""
-    if origin.layers is not None:
-        return replace(origin, narrow=checkpoint.narrow)
+    if origin.layers is not None or checkpoint.stored.outer:
+        return origin  # which is not saved
     stored = checkpoint.stored
     companions = {name: stored.tensor(name) for name in checkpoint.narrow.companions}
     return replace(as_stored(checkpoint, origin), narrow=checkpoint.narrow, companions=companions)
@@ -40,7 +40,7 @@ def check_held(
             f"{', '.join(wanted)}, or {way_out}"
         )
     count = sum(t.shape[0] if t.dim() == 3 else 1 for t in map(tensors.__getitem__, held))
-    narrow = None if origin is None or origin.layers is not None else origin.narrow
+    narrow = None if origin is None else origin.narrow
     if narrow is None or count != len(narrow.weights):
         raise CheckpointError(
             f"{held[0]} is in 8 or 4 bits, and not all weights are those of the checkpoint that "

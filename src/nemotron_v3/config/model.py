@@ -15,6 +15,7 @@ from nemotron_v3.config.blocks import to_pattern
 from nemotron_v3.config.checks import check, with_sizes
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
+from nemotron_v3.config.meaning import MEANINGS, check_meanings
 from nemotron_v3.config.presets import preset_values
 from nemotron_v3.config.puzzle import mlp_widths, of_mlp_widths
 from nemotron_v3.config.settings import ModelSettings
@@ -174,7 +175,9 @@ class NemotronV3Config(ModelSettings):
                 f"model_type is {told!r}: only {MODEL_TYPE!r} and {PUZZLE!r} models are read here"
             )
         check_dropout(source.data)
-        check_keys(settings_of(cls), source.data, also={"num_hidden_layers", QUANTIZATION_CONFIG})
+        check_meanings(source.data)
+        also = {"num_hidden_layers", "mtp_n_routed_experts", QUANTIZATION_CONFIG, *MEANINGS}
+        check_keys(settings_of(cls), source.data, also=also)
         return cls._parsed(source)
 
     @classmethod

@@ -44,14 +44,15 @@ class Declared:
     groups: tuple[tuple[str, int | None], ...]
     excluded: tuple[str, ...]
 
-    def problems(self, narrow: Narrow, stored: Mapping[str, Any]) -> Iterator[str]:
-        """Where the tensors, `narrow` and all of the `stored` names, contradict the claims."""
-        modules = {name.removesuffix(".weight"): w for name, w in narrow.weights.items()}
+    def problems(self, narrow: Narrow, stored: Mapping[str, Any], outer: str = "") -> Iterator[str]:
+        """Where the tensors, `narrow` and all of the `stored` names, contradict the claims, in
+        which names begin with `outer`."""
+        modules = {outer + n.removesuffix(".weight"): w for n, w in narrow.weights.items()}
         for module, claimed in self.layers.items():
             if module in modules and modules[module].layout != claimed:
                 told = modules[module].told
                 yield f"{module}.weight is {told}, {self.where} says {claimed}"
-            elif module not in modules and f"{module}.weight" in stored:
+            elif module not in modules and f"{module.removeprefix(outer)}.weight" in stored:
                 yield f"{module}.weight has no scales beside it, {self.where} says {claimed}"
         offered = {layout for layout, _ in self.groups}
         offered |= set() if self.algorithm is None else {self.algorithm}
