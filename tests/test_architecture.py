@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ops": rooms("layout"),
     "layers": rooms("ops layout cache config"),
     "model": rooms("layers ops layout cache config"),
-    "checkpoint": rooms("model config"),
+    # layers: the values of weights in 8 or 4 bits, which layers that hold such weights take too.
+    "checkpoint": rooms("model layers config"),
     # Text alone, without a model or a tensor: training makes its examples with it as well as
     # generation its prompts. Of config it has the reading of files from outside.
     "chat": rooms("config"),

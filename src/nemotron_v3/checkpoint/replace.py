@@ -30,6 +30,7 @@ except ImportError:  # Windows: two processes saving to one directory are not to
 
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
+from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.config.atomic import sync
 
 CONFIG = "config.json"
@@ -131,14 +132,15 @@ def _install_folder(whole: Path, folder: Path) -> None:
 
 
 def _weights(directory: Path) -> list[str]:
-    """The weights of the checkpoint in `directory`; the index that names them comes last."""
+    """The weights of the checkpoint in `directory` and what tells their formats; the index that
+    names them comes last."""
     names = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
     if (directory / INDEX).exists():
         with contextlib.suppress(CheckpointError):
             listed = read_json(directory / INDEX).get("weight_map")
             if isinstance(listed, dict):
                 names.update(file for file in listed.values() if is_plain_name(file))
-    return [*sorted(names), SINGLE, INDEX]
+    return [*sorted(names), SINGLE, HF_QUANT_CONFIG, INDEX]
 
 
 def _check_names(directory: Path) -> None:

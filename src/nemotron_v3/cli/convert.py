@@ -24,6 +24,7 @@ def convert(
     prefix: Literal["backbone", "model"] | None = None,
     layers: str | None = None,
     adapter: Path | None = None,
+    dequantise: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -39,6 +40,8 @@ def convert(
         prefix: what names begin with.
         layers: only these, such as 0-3,7; they are renumbered from 0.
         adapter: directory of a LoRA adapter in PEFT's format, to merge.
+        dequantise: write weights in 8 or 4 bits with their values; without it they stay as they
+            are, and only max_shard_size may be asked for.
         dry_run: show what would be done, and write nothing.
         overwrite: replace what is in the target.
     """
@@ -58,6 +61,7 @@ def convert(
         prefix=f"{prefix}." if prefix else None,
         layers=None if layers is None else parse_layers(layers),
         adapter=adapter,
+        dequantise=dequantise,
         overwrite=overwrite,
     )
     console = Console(highlight=False)
@@ -94,10 +98,11 @@ def plan_table(plan: "Conversion") -> "Table":
 
     checkpoint, origin = plan.checkpoint, plan.origin
     depth = plan.config.num_hidden_layers
-    read_bytes = sum(checkpoint.numel(n) * checkpoint.dtype(n).itemsize for n in checkpoint)
+    entries = map(checkpoint.stored.entry, checkpoint.stored)
+    read_bytes = sum(entry.end - entry.begin for entry in entries)
     written = majority_dtype((p.dtype, numel(p)) for p in plan.pieces)
     rows = [
-        ("tensors", f"{len(checkpoint):,}", f"{len(plan.pieces):,}"),
+        ("tensors", f"{len(checkpoint.stored):,}", f"{len(plan.pieces):,}"),
         ("bytes", f"{read_bytes:,}", f"{plan.bytes:,}"),
         ("files", f"{len(checkpoint.shards):,}", f"{len(plan.files.shards):,}"),
         ("prefix", origin.prefix, plan.prefix),

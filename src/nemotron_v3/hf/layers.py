@@ -113,7 +113,6 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
 
         Logits and weights are fp32 or wider.
         """
-        config = self.settings.config
         logits = None
         if return_logits:
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -123,11 +122,12 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
             hidden_states,
             self.weight,
             self.e_score_correction_bias,
-            top_k=config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            norm_topk_prob=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
+            # The module's own: blocks may differ where a model's config gives one number.
+            top_k=self.top_k,
+            n_group=self.num_group,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            scaling_factor=self.routed_scaling_factor,
             impl=self.impl,
         )
         return logits, weights, indices

@@ -61,10 +61,13 @@ class NemotronV3Block(nn.Module):
         part = canonical_block_type(block_type)
         if part == "moe" and moe_config is not None:
             part = "moe beside a moe_config"
+        self.block_type = canonical_block_type(block_type)
         config = NemotronV3Config.from_any(config, "block", part)
+        own = config.block_configs
+        if 0 <= layer_idx < len(own) and own[layer_idx].block_type == self.block_type:
+            config = config.of_block(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.block_type = canonical_block_type(block_type)
         self.residual_in_fp32 = config.residual_in_fp32
         dtype = config.dtype
         if self.block_type == "moe":

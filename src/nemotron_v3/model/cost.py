@@ -142,7 +142,8 @@ COSTS = {
 
 
 def block_weights(config: NemotronV3Config, block_type: str) -> list[Weight]:
-    """The weights of one block: its norm and its mixer."""
+    """The weights of one block, its norm and its mixer; `config` is that of the block where blocks
+    have sizes of their own (`NemotronV3Config.of_block`)."""
     return [Weight("norm.weight", (config.hidden_size,)), *COSTS[block_type].weights(config)]
 
 
@@ -161,7 +162,8 @@ def _eh_proj(config: NemotronV3Config) -> Weight:
 def model_weights(config: NemotronV3Config) -> list[Weight]:
     """The weights of the model without multi-token prediction."""
     weights = [_embedding(config), Weight("norm_f.weight", (config.hidden_size,))]
-    weights += _of_blocks(config, config.layers_block_type)
+    for index, block in enumerate(config.layers_block_type):
+        weights += block_weights(config.of_block(index), block)
     return weights if config.tie_word_embeddings else [*weights, _head(config)]
 
 
@@ -170,12 +172,9 @@ def mtp_weights(config: NemotronV3Config) -> list[Weight]:
     D = config.hidden_size
     depth = [Weight(f"{name}.weight", (D,)) for name in ("enorm", "hnorm", "final_layernorm")]
     depth.append(_eh_proj(config))
-    depth += _of_blocks(config, config.mtp_layers_block_type)
+    for index, block in enumerate(config.mtp_layers_block_type):
+        depth += block_weights(config.of_mtp_block(index), block)
     return depth * config.num_nextn_predict_layers
-
-
-def _of_blocks(config: NemotronV3Config, blocks: Iterable[str]) -> list[Weight]:
-    return [weight for block in blocks for weight in block_weights(config, block)]
 
 
 # ----------------------------------------------------------------------------- parameters and bytes
@@ -247,14 +246,20 @@ def forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     Raises `ValueError` for a length below 1.
     """
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.layers_block_type)
+    blocks = sum(
+        block_flops(config.of_block(index), block, seq_len)
+        for index, block in enumerate(config.layers_block_type)
+    )
     return blocks + _head(config).flops
 
 
 def mtp_forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     """Forward FLOPs a token of multi-token prediction, all depths, each with a pass of the head."""
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.mtp_layers_block_type)
+    blocks = sum(
+        block_flops(config.of_mtp_block(index), block, seq_len)
+        for index, block in enumerate(config.mtp_layers_block_type)
+    )
     depth = _eh_proj(config).flops + blocks + _head(config).flops
     return config.num_nextn_predict_layers * depth
 
