@@ -1,0 +1,116 @@
+"""What the verbs take, read from their dataclasses as tyro reads them."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Choices:
+    """In an annotation: values to complete, though others may be right too."""
+
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option, or a positional argument, whose `flag` is None.
+
+    `values` are what may stand there: None for a file, empty for anything. `takes_value` is False
+    for a switch.
+    """
+
+    name: str
+    flag: str | None
+    help: str
+    takes_value: bool = True
+    values: tuple[str, ...] | None = ()
+    repeatable: bool = False
+
+
+@dataclass(frozen=True)
+class VerbOptions:
+    """A verb with all that it takes."""
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+
+
+def read_verb(verb: str) -> VerbOptions:
+    """What `verb` takes, in order."""
+    from nemotron_v3.cli.main import VERBS
+
+    cls = getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), VERBS[verb])
+    summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
+    options = (*_of_class(cls), Option("help", "--help", "show the options", takes_value=False))
+    return VerbOptions(verb, summary, options)
+
+
+def _of_class(cls: type) -> Iterator[Option]:
+    hints, helps = get_type_hints(cls, include_extras=True), _field_docs(cls)
+    for field in dataclasses.fields(cls):
+        yield from _of_field(field, hints[field.name], helps.get(field.name, ""))
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string that stands behind each field, by the field's name."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for field, doc in zip(node.body, node.body[1:], strict=False):
+        match field, doc:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                found[name] = " ".join(text.split())
+    return found
+
+
+def _of_field(field: Any, hint: Any, told: str) -> Iterator[Option]:
+    marks, inner = _unwrap(hint)
+    if dataclasses.is_dataclass(inner):
+        yield from _of_class(inner)
+        return
+    name = field.name.replace("_", "-")
+    if inner is bool:
+        flag = f"--no-{name}" if field.default is True else f"--{name}"
+        yield Option(name, flag, told, takes_value=False)
+        return
+    values: tuple[str, ...] | None = ()
+    if get_origin(inner) is Literal:
+        values = tuple(map(str, get_args(inner)))
+    elif inner is Path:
+        values = None
+    for mark in marks:
+        if isinstance(mark, Choices):
+            values = mark.values
+    # `Positional[X]` is `Annotated[X, mark]`.
+    positional = get_args(tyro.conf.Positional[int])[1] in marks
+    flag = None if positional else f"--{name}"
+    repeatable = tyro.conf.UseAppendAction in marks or "UseAppendAction" in map(repr, marks)
+    yield Option(name, flag, told, values=values, repeatable=repeatable)
+
+
+def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
+    """The marks of an annotation, and the type of one value, without None and tuples."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        more, inner = _unwrap(inner)
+        return (*marks, *more), inner
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
+        return _unwrap(inner)
+    if get_origin(hint) is tuple:
+        return _unwrap(get_args(hint)[0])
+    return (), hint
