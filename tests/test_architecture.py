@@ -25,6 +25,10 @@ ROOMS = rooms(
     "train hf recipes cli"
 )
 
+# Rooms and packages of the table that nothing stands in yet: their rules come before their code.
+PLANNED = rooms("verify train")
+PLANNED_PACKAGES = frozenset({"datasets", "tensorboard", "nemo_automodel"})
+
 # A room may import these and itself. "" is the package's own `__init__.py`, which only hands on
 # public names; a room imports the room that has a name.
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -71,7 +75,7 @@ KERNELS = (
 )
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
-    "safetensors": ("checkpoint/*", "cache/file.py"),
+    "safetensors": ("cache/file.py",),
     "tokenizers": ("data/*",),
     "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),
@@ -79,12 +83,12 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("recipes/*", "train/*"),
     "datasets": ("data/*", "train/*"),
     "tensorboard": ("train/*",),
-    "triton": ("ops/*/op.py", *KERNELS),
-    "transformer_engine": ("ops/*/op.py", "layers/linear.py"),
+    "triton": KERNELS,
+    "transformer_engine": ("layers/linear.py",),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,
-    "accelerate": HF_ROOM,
-    "trl": HF_ROOM,
+    "accelerate": (),  # of the extra `hf`: used by tests and by those who call us
+    "trl": (),
     "nemo_automodel": HF_ROOM,
 }
 OPTIONAL = frozenset({"triton", "transformer_engine"})
@@ -206,7 +210,8 @@ def third_party_problem(path: str, room: str, item: Import) -> str | None:
     if package not in PACKAGES:
         return "not among the package's dependencies: declare it in pyproject.toml and here"
     if not matches(path, PACKAGES[package]):
-        return f"{package} may only be imported in {', '.join(PACKAGES[package])}"
+        where = ", ".join(PACKAGES[package]) or "tests"
+        return f"{package} may only be imported in {where}"
     if package in OPTIONAL and not item.functions and not matches(path, KERNELS):
         return f"{package} is optional: import it inside a function"
     if f"{item.target}.".startswith("torch.distributed.") and room in WITHOUT_DISTRIBUTED:
@@ -217,9 +222,38 @@ def third_party_problem(path: str, room: str, item: Import) -> str | None:
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 
+def source_of(path: str) -> str:
+    return (PACKAGE / path).read_text(encoding="utf-8")
+
+
+def test_every_room_of_the_table_is_there_or_planned():
+    there = {room_of(path) for path in FILES if "/" in path}
+    assert there | PLANNED == ROOMS
+    assert there & PLANNED == set(), "no longer planned: take it out of PLANNED"
+    assert set(MAY_IMPORT) == ROOMS | {""}
+
+
+def test_every_place_of_a_package_is_one():
+    """A pattern that a moved file left behind would allow an import where nobody expects it."""
+    used = {
+        (item.target.split(".")[0], path)
+        for path in FILES
+        for item in imports(path, source_of(path))
+    }
+    stale = [
+        (package, pattern)
+        for package, patterns in PACKAGES.items()
+        for pattern in patterns
+        if package not in PLANNED_PACKAGES and pattern.split("/")[0] not in PLANNED
+        if not any(name == package and fnmatch(path, pattern) for name, path in used)
+    ]
+    assert stale == []
+    assert {package for package, _ in used} & PLANNED_PACKAGES == set(), "no longer planned"
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_a_file_imports_only_what_its_room_may(path):
-    assert broken_rules(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+    assert broken_rules(path, source_of(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -230,7 +264,8 @@ def test_a_file_imports_only_what_its_room_may(path):
         ("ops/ssd/op.py", "from nemotron_v3.config import X", "ops may not import config"),
         ("ops/ssd/op.py", "import nemotron_v3.ops.attention.portable", "only attention/op.py"),
         ("ops/ssd/op.py", "from ..attention.portable import f", "only attention/op.py"),
-        ("ops/ssd/op.py", "import triton", "import it inside a function"),
+        ("ops/ssd/op.py", "import triton", "may only be imported in"),
+        ("layers/linear.py", "import transformer_engine", "import it inside a function"),
         ("ops/ssd/op.py", "from nemotron_v3.ops.ssd.kernels import f", "inside a function"),
         ("ops/ssd/portable.py", "def f():\n  import triton", "may only be imported in"),
         ("ops/ssd/op.py", "class A(torch.nn.Module): pass", "ops are functions on tensors"),
@@ -242,6 +277,7 @@ def test_a_file_imports_only_what_its_room_may(path):
         ("model/model.py", "from nemotron_v3.generation import f", "only inside"),
         ("model/model.py", "def load():\n  from nemotron_v3.generation import f", "only inside"),
         ("checkpoint/read.py", "def f():\n  import transformers", "may only be imported in hf"),
+        ("hf/trainer.py", "def f():\n  import trl", "may only be imported in tests"),
         ("data/x.py", "def f():\n  from nemotron_v3.model import M", "data may not import model"),
         ("train/loop.py", "import nemotron_v3.generation", "train may not import generation"),
         ("recipes/demo.py", "from nemotron_v3.hf import register", "recipes may not import hf"),
@@ -261,7 +297,7 @@ def test_a_broken_rule_is_found(path, source, message):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("ops/ssd/op.py", "def f():\n  import triton\n  from nemotron_v3.ops.ssd import kernels"),
+        ("ops/ssd/op.py", "def f():\n  from nemotron_v3.ops.ssd import kernels"),
         ("ops/ssd/kernels.py", "import triton\nimport triton.language as tl"),
         ("ops/mamba2/reference.py", "from nemotron_v3.ops.ssd.reference import ssd"),
         ("ops/rms_norm/kernels.py", "from nemotron_v3.ops.gated_rms_norm.kernels import norm"),

@@ -116,7 +116,7 @@ class Conversion:
     plan: Plan
     origin: CheckpointOrigin
     config: NemotronV3Config
-    files: Files
+    files: Files[StoredPiece]
     prefix: str
     experts: str | None
     layers: tuple[int, ...] | None
@@ -309,7 +309,9 @@ class _Pieces:
     def _dtype(self, name: str, shape: Sequence[int], expert: int | None) -> torch.dtype:
         if self.dtype is not None:
             return memory_dtype(name, self.dtype)
-        return self.spelling.read_dtype(name, expert, shape)
+        read = self.spelling.read_dtype(name, expert, shape)
+        assert read is not None, f"{name} is of the plan, and was not read"
+        return read
 
     def _parts(self, name: str, shape: Sequence[int], expert: int | None) -> list[Part]:
         if self.adapter is not None and (part := self.adapter.replaced.get(name)):
