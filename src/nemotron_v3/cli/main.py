@@ -84,7 +84,7 @@ def parse(args: Sequence[str]) -> Verb | None:
     try:
         with contextlib.redirect_stderr(told):
             return tyro.cli(
-                verbs(),
+                verbs(args),
                 prog="nemotron-v3",
                 description=f"{nemotron_v3.__doc__}\n\n{MORE}",
                 args=args,
@@ -96,19 +96,23 @@ def parse(args: Sequence[str]) -> Verb | None:
         raise ValueError(_plain(told.getvalue())) from None
 
 
-def verbs() -> Any:
-    """All verbs as one type, each with its options."""
+def verbs(args: Sequence[str]) -> Any:
+    """All verbs as one type, each with its options.
+
+    A verb with a class method `defaults(args)` takes what it does not find on the command line from
+    there: a file that is named among its arguments.
+    """
     from typing import Annotated, Union
 
     import tyro
 
-    classes = [
-        Annotated[
-            getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), name),
-            tyro.conf.subcommand(verb, prefix_name=False),
-        ]
-        for verb, name in VERBS.items()
-    ]
+    classes = []
+    for verb, name in VERBS.items():
+        cls = getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), name)
+        more = {}
+        if hasattr(cls, "defaults"):
+            more["default"] = cls.defaults(args[1:] if args[:1] == [verb] else ())
+        classes.append(Annotated[cls, tyro.conf.subcommand(verb, prefix_name=False, **more)])
     return Union[tuple(classes)]  # noqa: UP007
 
 

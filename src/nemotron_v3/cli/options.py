@@ -13,6 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+# `Positional[X]` is `Annotated[X, mark]`, and so are the others.
+_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+_APPEND = get_args(tyro.conf.UseAppendAction[tuple[int, ...]])[1]
+_OMIT_PREFIXES = get_args(tyro.conf.OmitArgPrefixes[int])[1]
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -56,10 +61,11 @@ def read_verb(verb: str) -> VerbOptions:
     return VerbOptions(verb, summary, options)
 
 
-def _of_class(cls: type) -> Iterator[Option]:
+def _of_class(cls: type, prefix: str = "", plain: bool = False) -> Iterator[Option]:
+    """The options of a dataclass; `plain` where no prefix says which one below it they are of."""
     hints, helps = get_type_hints(cls, include_extras=True), _field_docs(cls)
     for field in dataclasses.fields(cls):
-        yield from _of_field(field, hints[field.name], helps.get(field.name, ""))
+        yield from _of_field(field, hints[field.name], helps.get(field.name, ""), prefix, plain)
 
 
 def _field_docs(cls: type) -> dict[str, str]:
@@ -77,14 +83,19 @@ def _field_docs(cls: type) -> dict[str, str]:
     return found
 
 
-def _of_field(field: Any, hint: Any, told: str) -> Iterator[Option]:
+def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Iterator[Option]:
     marks, inner = _unwrap(hint)
-    if dataclasses.is_dataclass(inner):
-        yield from _of_class(inner)
+    name = prefix + field.name.replace("_", "-")
+    if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+        if _is_sequence(hint):
+            return  # numbered ones, which a file spells
+        plain = plain or _OMIT_PREFIXES in marks
+        named = not any(getattr(mark, "name", None) == "" for mark in marks)
+        yield from _of_class(inner, f"{name}." if named and not plain else prefix, plain)
         return
-    name = field.name.replace("_", "-")
     if inner is bool:
-        flag = f"--no-{name}" if field.default is True else f"--{name}"
+        stem = "no-" if field.default is True else ""
+        flag = f"--{prefix}{stem}{name.removeprefix(prefix)}"
         yield Option(name, flag, told, takes_value=False)
         return
     values: tuple[str, ...] | None = ()
@@ -95,11 +106,15 @@ def _of_field(field: Any, hint: Any, told: str) -> Iterator[Option]:
     for mark in marks:
         if isinstance(mark, Choices):
             values = mark.values
-    # `Positional[X]` is `Annotated[X, mark]`.
-    positional = get_args(tyro.conf.Positional[int])[1] in marks
-    flag = None if positional else f"--{name}"
-    repeatable = tyro.conf.UseAppendAction in marks or "UseAppendAction" in map(repr, marks)
-    yield Option(name, flag, told, values=values, repeatable=repeatable)
+    flag = None if _POSITIONAL in marks else f"--{name}"
+    yield Option(name, flag, told, values=values, repeatable=_APPEND in marks)
+
+
+def _is_sequence(hint: Any) -> bool:
+    """Whether a field holds any number of values."""
+    if get_origin(hint) is Annotated:
+        return _is_sequence(get_args(hint)[0])
+    return get_origin(hint) in (tuple, list)
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
