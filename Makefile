@@ -14,7 +14,7 @@ OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TRANSFORMERS)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-integrations test-oldest-transformers bench clean
+.PHONY: help setup demo test lint format docs test-integrations test-oldest-transformers bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -52,12 +52,21 @@ $(OLDEST_READY): $(READY)
 		transformers==$(OLDEST_TRANSFORMERS)
 	@touch $@
 
-lint: $(READY) ## ruff and pyright
+lint: $(READY) ## ruff, pyright and codespell
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell
+
+format: $(READY) ## ruff's formatter, and the fixes that it can make
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove both environments, builds and caches; runs/ stays
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis

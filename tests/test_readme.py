@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,14 @@ def tree_paths(tree: str) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def with_its_mark(page: Path) -> Any:
+    """How-to pages run trainers of other projects, which takes long."""
+    slow = [pytest.mark.integration] if page.parent.name == "howto" else []
+    return pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=slow)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", map(with_its_mark, PAGES))
 def test_every_python_block_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}

@@ -33,6 +33,7 @@ from nemotron_v3.checkpoint.load import check_depth, choose_layers, origin_of, s
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, CheckpointOrigin, is_stack
 from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
+from nemotron_v3.checkpoint.prove_merge import MergedTensor, merged_tensors
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, replacing
 from nemotron_v3.checkpoint.side_files import (
@@ -160,8 +161,13 @@ class Conversion:
         """Number of written tensors that the adapter changes or replaces."""
         return sum(piece.merged for piece in self.pieces)
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Write, prove, and put in place; raises what `convert` raises."""
+    def run(self, progress: Progress | None = None) -> list[MergedTensor]:
+        """Write, prove, and put in place; raises what `convert` raises.
+
+        Returns:
+            The tensors that the adapter changed, each with the size of its change and the error of
+            the sum as it was measured; empty without an adapter.
+        """
         progress = progress or (lambda doing, done, total: None)
         _check_target(self.target, self.copied, self.overwrite)
         _check_room(self.target, self.bytes)
@@ -180,7 +186,7 @@ class Conversion:
             held = read_side_files(source.path, source.directory, HF_QUANT_CONFIG in self.copied)
             write_side_files(directory, {name: held[name] for name in self.copied})
             self.config.to_json(directory / CONFIG)
-            self._prove(directory, progress)
+            return self._prove(directory, progress)
 
     def _check_range(self, progress: Progress) -> None:
         """Read what is to become fp16, or fp32 from fp64, before anything is written: its values
@@ -193,9 +199,9 @@ class Conversion:
             done += nbytes(piece)
             progress("checking", done, total)
 
-    def _prove(self, directory: Path, progress: Progress) -> None:
-        """Raise `CheckpointError` unless the checkpoint in `directory` opens, is the config's, and
-        holds every tensor to the bit."""
+    def _prove(self, directory: Path, progress: Progress) -> list[MergedTensor]:
+        """Raise `CheckpointError` unless the checkpoint in `directory` opens, is the config's,
+        holds every tensor to the bit, and merged ones are the sum of base and adapter."""
         written = open_checkpoint(directory)
         config = read_config(written)
         if config != self.config:
@@ -212,6 +218,7 @@ class Conversion:
             progress("proving", done, total)
         if problems:
             raise CheckpointError(f"the conversion to {self.target} cannot be proven", problems)
+        return merged_tensors(self.pieces, written)
 
 
 class _Told:

@@ -8,7 +8,7 @@ One multiplication and addition are two FLOPs; training costs three forward pass
 activations, the embedding lookup and the choice of experts are left out, as usual.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple

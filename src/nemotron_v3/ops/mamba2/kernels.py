@@ -3,7 +3,7 @@
 Letters: T packed tokens, H heads, P head width, G groups, N state, W conv taps, conv_dim =
 H*P + 2*G*N convolved channels. No part of the projection is copied: kernels read z, x, B, C and dt
 as columns of `zxbcdt`, and the backward writes the columns of one `dzxbcdt`, whose x columns hold
-dy in between (docs/mamba2.md).
+dy in between (docs/design/mamba2.md).
 """
 
 from typing import NamedTuple
