@@ -14,6 +14,7 @@ VERBS = {
     "demo": "train a small hybrid on Python's standard library, save it, reload it, generate",
     "generate": "continue a prompt, or chat, in the terminal",
     "inspect": "layers, parameters, FLOPs and bytes of a released model or a checkpoint",
+    "train": "train on one's own text or chats: from scratch, further, or adapters alone",
 }
 
 USAGE = f"""\
@@ -56,8 +57,13 @@ def _run(verb: str, options: Sequence[str]) -> None:
     import tyro
 
     # Imported only now, so that help and a mistyped verb are answered at once.
-    function = getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), verb)
-    tyro.cli(function, prog=f"nemotron-v3 {verb}", args=options)
+    module = importlib.import_module(f"nemotron_v3.cli.{verb}")
+    if (kind := getattr(module, verb.title(), None)) is not None:
+        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+        told = {"default": kind.defaults(options), "config": config}
+        tyro.cli(kind, prog=f"nemotron-v3 {verb}", args=options, **told).run()
+        return
+    tyro.cli(getattr(module, verb), prog=f"nemotron-v3 {verb}", args=options)
 
 
 def _meant(error: Exception) -> bool:
