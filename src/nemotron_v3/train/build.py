@@ -23,8 +23,10 @@ class Adapters(Protocol):
     def add(self, model: NemotronV3ForCausalLM, options: LoraOptions) -> None:
         """Freeze the model and put adapters beside its weights."""
 
-    def save(self, model: NemotronV3ForCausalLM, folder: Path, base: str | None) -> None:
-        """Write the adapters of a whole model as one in PEFT's format."""
+    def save(
+        self, model: NemotronV3ForCausalLM, options: LoraOptions, folder: Path, base: str | None
+    ) -> None:
+        """Write the adapters of a model, whose state dict holds whole tensors, as PEFT does."""
 
 
 def read_model_config(options: ModelOptions, device: torch.device) -> NemotronV3Config:

@@ -106,13 +106,13 @@ class Checkpoints:
         if self._pending is not None and self._pending[0].done():
             self.finish()
 
-    def finish(self) -> None:
-        """Wait for the save that is under way. Raises OSError as `save` does."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait for the save that is under way, at most so long. Raises OSError as `save` does."""
         if self._pending is None:
             return
         future, step = self._pending
         self._pending = None
-        self._guard(future.result, step)
+        self._guard(lambda: future.result(seconds), step)
         self._put_in_place(step)
 
     def _guard(self, write: Any, step: int) -> None:

@@ -34,7 +34,7 @@ def export(
     if world.first:
         if options.lora.rank:
             base = None if options.model.path is None else str(options.model.path.resolve())
-            adapters.save(whole, options.out, base)
+            adapters.save(whole, options.lora, options.out, base)
         else:
             if options.model.path is None:
                 tokenizer.save(options.out)

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -247,6 +247,11 @@ class _Run:
                         after_step(step)
             except NotFinite as error:
                 self._stop_at_nan(error)
+            except BaseException:
+                # A save that was under way counts; other processes that it needs may be dead.
+                with suppress(Exception):
+                    self.checkpoints.finish(seconds=60)
+                raise
             if not trainer.signalled:
                 self._validate()
             self.checkpoints.save(progress)
