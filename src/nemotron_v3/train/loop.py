@@ -138,9 +138,7 @@ class Trainer:
         items = targets / self.world.size  # the processes' gradients are averaged
         loss = self._accumulate(batches, items)
         details = self.look(self) if self._looks_at(number) else {}
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, options.optimizer.clip_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = self._clip()
         loss = self.world.mean_(loss).item()
         if not (_finite(loss) and _finite(norm)):
             self.optimizer.zero_grad()
@@ -168,6 +166,17 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _clip(self) -> float:
+        """Shorten the gradient where it is too long; gives its norm before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in parameters])
+        longest = self.options.optimizer.clip_norm
+        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        # The norm is read for the log anyway, and a pass over all gradients saved where it fits.
+        if norm > longest:
+            nn.utils.clip_grads_with_norm_(parameters, longest, total)
+        return norm
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """Gradients meet those of other processes in the last pass alone."""

@@ -15,7 +15,8 @@ from nemotron_v3.train.options import LoraOptions, TrainOptions
 
 # Elements that the fused head and loss hold at once, in fp32 (ops/linear_cross_entropy).
 HEAD_ELEMENTS = 2**26
-UPDATE_BYTES = 3 * 4 * 2**26  # weights, gradients and rounding of a bucket of the optimiser
+# Elements that the optimiser updates at once, in fp32: weights, gradients, and what is rounded.
+UPDATED = 2**26
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def estimate(
     trained = adapters or count
     width = dtype.itemsize
     gradients = adapters * width if adapters else weights
-    update = min(UPDATE_BYTES, 3 * 4 * trained) if width < 4 else 0
+    stacks = 1 if adapters else max(w.parameters for w in cost.model_weights(config))
+    update = 3 * 4 * min(max(UPDATED, stacks // shared), trained // shared) if width < 4 else 0
     # Of a sharded model the largest block is whole at a time, with its gradient.
     largest = max(
         sum(w.parameters for w in cost.block_weights(config, b)) for b in config.layers_block_type

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**22  # elements hashed at once: a few temporaries of 16 MiB
+CHUNK_OF_A_KERNEL = 2**30  # which has no temporaries
 
 
 def rounding_key(name: str, step: int, seed: int = 0) -> int:
@@ -35,20 +36,25 @@ def round_stochastically_(target: Tensor, value: Tensor, key: int, start: int = 
     """
     assert target.dtype == torch.bfloat16 and target.is_contiguous()
     flat, values = target.view(-1), value.reshape(-1)
-    rounded = _compiled() if target.is_cuda else _rounded
-    for first in range(0, flat.numel(), CHUNK):
-        chunk = values[first : first + CHUNK]
+    rounded, size = (_compiled(), CHUNK_OF_A_KERNEL) if target.is_cuda else (_rounded, CHUNK)
+    for first in range(0, flat.numel(), size):
         # Numbers beyond 32 bits: what is above them goes into the key.
         high, low = divmod(start + first, 2**32)
-        mixed = _as_int32(key ^ (high * 0x9E3779B9 & 0xFFFFFFFF))
-        index = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device) + low
-        flat[first : first + CHUNK] = rounded(chunk, index, torch.tensor(mixed))
+        mixed = key ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
+        told = torch.tensor([low, _as_int32(mixed)], dtype=torch.int64, device=value.device)
+        chunk = values[first : first + size]
+        flat[first : first + size] = rounded(chunk, told)
 
 
-def _rounded(value: Tensor, index: Tensor, key: Tensor) -> Tensor:
-    """fp32 `[n]` -> bf16 `[n]`: 16 random bits are added below the bits that are kept."""
-    low = index & 0xFFFFFFFF
-    noise = _hash(torch.where(low >= 2**31, low - 2**32, low).to(torch.int32) ^ key) & 0xFFFF
+def _rounded(value: Tensor, told: Tensor) -> Tensor:
+    """fp32 `[n]` -> bf16 `[n]`: 16 random bits are added below the bits that are kept.
+
+    `told` int64 `[2]`: the first element's number, and the key.
+    """
+    index = (torch.arange(len(value), dtype=torch.int64, device=value.device) + told[0]).to(
+        torch.int32  # which wraps around
+    )
+    noise = _hash(index ^ told[1].to(torch.int32)) & 0xFFFF
     bits = (value.view(torch.int32) + noise) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)  # exact: the lower half is 0
 
@@ -70,6 +76,6 @@ def _as_int32(x: int) -> int:
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     """As one kernel: the hash is a dozen passes over memory otherwise."""
     return torch.compile(_rounded, dynamic=True)
