@@ -88,9 +88,7 @@ class Encoder:
                 they alone are targets.
         """
         done = Documents()
-        texts: list[tuple[int, str]] = []
-        chats: list[tuple[int, str, list[tuple[int, int]] | None]] = []
-        order: list[tuple[bool, int]] = []
+        read: list[_Text] = []
         for record in records:
             done.lines = record.line
             if record.value is None:
@@ -101,16 +99,12 @@ class Encoder:
                 value = _document(record.value, field)
                 if isinstance(value, list):
                     self._check_template()
-                    order.append((True, len(chats)))
-                    chats.append((record.line, *self._render(value, record.value)))
+                    read.append(self._render(value, record.value))
                 else:
-                    order.append((False, len(texts)))
-                    texts.append((record.line, value))
+                    read.append(_Text(value))
             except _BadRecord as error:
                 done.bad.append((record.line, str(error)))
-        made = (self._encode_texts(texts), self._encode_chats(chats))
-        for is_chat, place in order:
-            ids = made[is_chat][place]
+        for ids in self._encode(read):
             if len(ids) < 2:
                 done.empty += 1
             elif all(number < 0 for number in ids[1:]):
@@ -129,10 +123,7 @@ class Encoder:
                 "on all words (train_on all)"
             )
 
-    def _render(
-        self, messages: list[Any], record: dict[str, Any]
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text of a chat and the places of its targets, None for all of it."""
+    def _render(self, messages: list[Any], record: dict[str, Any]) -> "_Text":
         variables = record.get("chat_template_kwargs") or {}
         if not isinstance(variables, dict):
             raise _BadRecord("chat_template_kwargs is no object")
@@ -142,27 +133,34 @@ class Encoder:
             check_text(text, "the chat")
         except (TypeError, ValueError) as error:
             raise _BadRecord(str(error)) from None
-        return text, spans if self.train_on == "assistant" else None
+        return _Text(text, True, spans if self.train_on == "assistant" else None)
 
-    def _encode_texts(self, texts: Sequence[tuple[int, str]]) -> list[list[int]]:
-        made = []
-        for batch in _batches(texts):
-            found = self.backend.encode_batch_fast([t for _, t in batch], add_special_tokens=False)
-            for (_, text), encoding in zip(batch, found, strict=True):
-                ids = [*self.before, *encoding.ids, *self.behind]
-                made.append(ids if text.strip() else [])
-        return made
+    def _encode(self, texts: Sequence["_Text"]) -> Iterator[list[int]]:
+        """The ids of each text, none for one that is blank."""
+        for start in range(0, len(texts), BATCH):
+            batch = texts[start : start + BATCH]
+            # The fast one does not say which characters a token stands for.
+            plain = all(text.spans is None for text in batch)
+            encode = self.backend.encode_batch_fast if plain else self.backend.encode_batch
+            found = encode([text.text for text in batch], add_special_tokens=False)
+            for text, encoding in zip(batch, found, strict=True):
+                if not text.text.strip():
+                    yield []
+                elif not text.is_chat:
+                    yield [*self.before, *encoding.ids, *self.behind]
+                elif text.spans is None:
+                    yield encoding.ids
+                else:
+                    yield only_in(text.spans, encoding.ids, encoding.offsets)
 
-    def _encode_chats(
-        self, chats: Sequence[tuple[int, str, list[tuple[int, int]] | None]]
-    ) -> list[list[int]]:
-        made = []
-        for batch in _batches(chats):
-            found = self.backend.encode_batch([t for _, t, _ in batch], add_special_tokens=False)
-            for (_, _, spans), encoding in zip(batch, found, strict=True):
-                ids = encoding.ids
-                made.append(ids if spans is None else only_in(spans, ids, encoding.offsets))
-        return made
+
+@dataclass(frozen=True)
+class _Text:
+    """A document's text; of a chat with the places of its targets, None for all of it."""
+
+    text: str
+    is_chat: bool = False
+    spans: list[tuple[int, int]] | None = None
 
 
 def only_in(
@@ -208,7 +206,3 @@ def _document(record: dict[str, Any], field: str) -> str | list[Any]:
             raise _BadRecord(f"the field {key!r} is an empty list of messages")
         return value
     raise _BadRecord(f"the field {key!r} is {value!r:.60}: neither text nor a list of messages")
-
-
-def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))

@@ -99,18 +99,19 @@ class RowPlan:
         """The pieces of the next `count` rows, fewer at the end, and the position behind them."""
         taken: list[list[int]] = []
         epoch, window, row = position.epoch, position.window, position.row
+        behind = position
         while len(taken) < count and not self._is_over(epoch):
-            windows = self._windows(epoch)
-            if window >= len(windows):
+            if window >= len(self._windows(epoch)):
                 epoch, window, row = epoch + 1, 0, 0
                 continue
-            rows = self._rows(epoch, window)
-            part = rows[row : row + count - len(taken)]
+            part = self._rows(epoch, window)[row : row + count - len(taken)]
             taken += part
             row += len(part)
-            if row >= len(rows):
+            behind = Position(epoch, window, row, position.rows + len(taken))
+            if row >= len(self._rows(epoch, window)):
                 window, row = window + 1, 0
-        return taken, Position(epoch, window, row, position.rows + len(taken))
+        # Of the last row that was taken: where the sequence ends, an epoch more may follow later.
+        return taken, behind
 
     def total_rows(self) -> int | None:
         """Rows of the whole sequence, None where it is endless; packs all of it to know."""

@@ -27,12 +27,14 @@ _LINE_STARTS = re.compile(rb"\n(?=[0-9A-Za-z\xc3-\xf4])")
 
 @dataclass(frozen=True)
 class Unit:
-    """`start` and `end` count bytes, or rows of a row group or data set."""
+    """`start` and `end` count bytes, or rows of a row group or data set. Within `reach` bytes
+    behind each a text's parts are parted."""
 
     file: File
     start: int
     end: int
     group: int = 0
+    reach: int = UNIT_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ def units_of(file: File, field: str) -> list[Unit]:
     if file.format == "datasets":
         _check_columns(file, open_data_set(file.path, file.name).column_names, field)
     size = UNIT_ROWS if file.format == "datasets" else UNIT_BYTES
-    return [Unit(file, start, min(start + size, file.size)) for start in range(0, file.size, size)]
+    return [
+        Unit(file, start, min(start + size, file.size), reach=size // 4)
+        for start in range(0, file.size, size)
+    ]
 
 
 def column_of(names: list[str], field: str) -> str | None:
@@ -76,19 +81,17 @@ def read_text_part(unit: Unit) -> str:
         ValueError: bytes that are no text.
     """
     with _open(unit.file) as file:
-        start, end = (_border(file, mark, unit.file.size) for mark in (unit.start, unit.end))
+        start, end = (_border(file, mark, unit) for mark in (unit.start, unit.end))
         file.seek(start)
         raw = file.read(end - start)
-    if start == 0:
-        raw = raw.removeprefix(_BOM)
+    if b"\0" in raw:
+        raise ValueError("holds NUL bytes: a binary file, or text in UTF-16")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         value = raw[error.start]
         raise ValueError(f"not UTF-8: byte 0x{value:02x} at {start + error.start}") from None
-    if "\0" in text:
-        raise ValueError("holds NUL bytes: a binary file, or text in UTF-16")
-    return text
+    return text.removeprefix("\ufeff") if start == 0 else text
 
 
 def read_records(unit: Unit, field: str) -> Iterator[Record]:
@@ -109,18 +112,18 @@ def _open(file: File) -> BinaryIO:
     return opened
 
 
-def _border(file: BinaryIO, mark: int, size: int) -> int:
+def _border(file: BinaryIO, mark: int, unit: Unit) -> int:
     """Where the part begins that stands at or behind byte `mark`."""
-    if mark in (0, size):
+    if mark in (0, unit.file.size):
         return mark
     file.seek(mark - 1)
-    raw = file.read(UNIT_BYTES // 4)
+    raw = file.read(unit.reach)
     for match in _LINE_STARTS.finditer(raw):
         first = raw[match.end() : match.end() + 4].decode(errors="ignore")[:1]
         if first.isalnum():
             return mark + match.start()
-    if mark - 1 + len(raw) >= size:
-        return size
+    if mark - 1 + len(raw) >= unit.file.size:
+        return unit.file.size
     continued = next(i for i in range(1, len(raw)) if i > 4 or raw[i] & 0xC0 != 0x80)
     return mark - 1 + continued
 
@@ -148,7 +151,7 @@ def _lines(unit: Unit) -> Iterator[Record]:
 def _length_of_line(file: BinaryIO) -> int:
     """Bytes to the end of the line, read over in parts."""
     length = 0
-    while part := file.readline(UNIT_BYTES):
+    while part := file.readline(2**20):
         length += len(part)
         if part.endswith(b"\n"):
             break
@@ -157,7 +160,7 @@ def _length_of_line(file: BinaryIO) -> int:
 
 def _parsed(number: int, raw: bytes) -> Record:
     try:
-        value = json.loads(raw.decode())
+        value = json.loads(raw.strip().decode())
     except UnicodeDecodeError as error:
         return Record(number, None, f"not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}")
     except json.JSONDecodeError as error:

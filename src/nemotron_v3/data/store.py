@@ -18,7 +18,6 @@ from nemotron_v3.config.files import read_object
 
 TOKENS, LENGTHS, ABOUT = "tokens.bin", "lengths.bin", "about.json"
 VERSION = 1
-MAX_ABOUT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class About:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        told = read_object(folder / ABOUT, MAX_ABOUT_BYTES)
+        told = read_object(folder / ABOUT, (folder / ABOUT).stat().st_size)
         if (told.pop("version"), told.pop("byteorder")) != (VERSION, sys.byteorder):
             raise ValueError(f"{folder / ABOUT} is of another version or machine")
         files = [TokenizedFile(**each) for each in told.pop("files")]

@@ -5,6 +5,7 @@ with their sizes and times, the tokeniser, the template. It appears there whole 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ try:
     import fcntl
 except ImportError:  # Windows: two processes may tokenise the same there, and the last one counts
     fcntl = None
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Progress = Callable[[int, int], None]
 """Told, after each unit, how many of how many units of a source are done."""
@@ -56,8 +59,7 @@ def open_store(
     """
     found = find_files(source)
     folder = cache / _key(source, found, encoder)
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with _telling_of_the_disk(cache), _locked(folder.with_suffix(".lock")):
         settle(folder)
         if folder.exists():
             with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
@@ -113,8 +115,24 @@ def _key(source: Source, found: Found, encoder: Encoder) -> str:
 
 
 @contextlib.contextmanager
+def _telling_of_the_disk(cache: Path) -> Iterator[None]:
+    """Say where tokens go, where there is no place for them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: tokens are kept in {cache}, 4 bytes each; set NEMOTRON_V3_CACHE to "
+            "a folder that has the room",
+        ) from None
+
+
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; whoever else wants it waits."""
+    """Hold a file's lock, in a folder that is made; whoever else wants it waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 # The one special token. It stands before and after every document: what is predicted after it is
 # a document's first token, and predicting it ends the document.
@@ -70,6 +70,10 @@ class Tokenizer:
             ]
         )
         backend.decoder = decoders.ByteLevel()
+        # Whoever reads the file puts the separator in front of a text, as it was in training.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, SEPARATOR_ID)]
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[SEPARATOR],

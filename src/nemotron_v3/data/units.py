@@ -64,11 +64,17 @@ class TokenizeUnit:
 
 def _counts(documents: list[list[int]]) -> tuple[int, int]:
     """The number of targets, and the largest id."""
-    targets = sum(number >= 0 for ids in documents for number in ids)
-    largest = max((max(max(ids), ~min(ids)) for ids in documents if ids), default=-1)
+    targets, largest = 0, -1
+    for ids in filter(None, documents):
+        least = min(ids)
+        targets += len(ids) if least >= 0 else sum(number >= 0 for number in ids)
+        largest = max(largest, max(ids), ~least)
     return targets, largest
 
 
 def _packed(documents: Sequence[Sequence[int]]) -> bytes:
     """Documents' numbers as int32, one behind the other."""
-    return array("i", [number for ids in documents for number in ids]).tobytes()
+    numbers = array("i")
+    for ids in documents:
+        numbers.extend(ids)
+    return numbers.tobytes()
