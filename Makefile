@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a small hybrid on Python's standard library, save, reload, generate
 	OMP_WAIT_POLICY=passive $(BIN)/nemotron-v3 demo $(ARGS)
 
-test: lint ## ruff and the tests
+test: lint ## ruff, pyright and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
@@ -52,8 +52,9 @@ $(OLDEST_READY): $(READY)
 		transformers==$(OLDEST_TRANSFORMERS)
 	@touch $@
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)

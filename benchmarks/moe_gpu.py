@@ -21,7 +21,7 @@ from benchmarks.mamba2_gpu import gpu_time, peak_memory, wall_time
 from benchmarks.rates import product_rate
 from benchmarks.table import OOM, Row, unavailable
 from nemotron_v3 import BackendConfig, MoEConfig, SequenceLayout, ops
-from nemotron_v3.layers.moe import NemotronV3MoE
+from nemotron_v3.layers.moe.moe import NemotronV3MoE
 
 BF16 = torch.bfloat16
 CLOSE = 2e-2

@@ -1,12 +1,13 @@
 """`nemotron-v3 convert`: what it asks of the library, what it shows, and what it refuses."""
 
 import json
+import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from nemotron_v3.checkpoint import convert, save_pretrained
+from nemotron_v3.checkpoint import convert, from_pretrained, save_pretrained
 from nemotron_v3.cli import main as cli
 from nemotron_v3.cli.convert import parse_layers
 from tests.checkpoint.files import contents
@@ -47,9 +48,11 @@ def test_every_option_reaches_the_library(source, capsys):
         adapter="adapter",
     )
     assert contents(source / "target") == contents(source / "expected")
-    shown = capsys.readouterr().out
-    for told in ("source -> target", "merged", "adapter (rank 3)", "writing", "proving", "tokeni"):
+    shown, progress = capsys.readouterr()
+    for told in ("source", "target", "merged", "adapter (rank 3)", "tokenizer.json", "q_proj"):
         assert told in shown
+    assert "writing" in progress and "proving" in progress
+    assert "every merged tensor is the fp64 sum of base and adapter" in shown
     assert "read again and equal to the bit" in shown
 
 
@@ -58,13 +61,14 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(source, capsys):
     assert cli.main(["convert", "source", "target", "--dtype", "float16", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "dry run: nothing was written" in shown
-    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines()
-            if line.startswith("│")}  # fmt: skip
-    cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
-    assert cells["most weights"] == ["bfloat16", "float16"]
-    assert cells["layers"] == ["4", "4: ME*-"]
-    assert cells["experts"] == ["per_expert", "per_expert"]
-    assert cells["copied"] == ["", "tokenizer.json"]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    for row in (
+        ["most weights", "bfloat16", "float16"],
+        ["layers", "4", "4: ME*-"],
+        ["experts", "per_expert", "per_expert"],
+        ["copied", "tokenizer.json"],
+    ):
+        assert row in cells
     assert not (source / "target").exists() and contents(source / "source") == before
     # The plan of what would be refused is refused too.
     assert cli.main(["convert", "source", "source", "--dry-run"]) == 2
@@ -74,7 +78,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(source, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int4"], "dtype is 'int4': give one of bfloat16, float16"),
+        (["--dtype", "int4"], "dtype is 'int4': give one of bfloat16, bf16"),
         (["--layers", "0-x"], "layers is '0-x': give numbers and ranges"),
         (["--layers", "0,9"], "give layers between 0 and 3"),
         (["--max-shard-size", "lots"], "max_shard_size='lots'"),
@@ -86,6 +90,49 @@ def test_a_mistake_is_told_and_nothing_is_written(source, capsys, options, messa
     told = capsys.readouterr().err
     assert told.startswith("nemotron-v3: ") and message in told
     assert not (source / "target").exists()
+
+
+def test_json_says_what_was_done_and_nothing_else_is_on_stdout(source, capsys):
+    write_adapter(source / "adapter")
+    line = ["convert", "source", "target", "--adapter", "adapter", "--layers", "0-2", "--json"]
+    assert cli.main([*line, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["written"] is False and planned["adapter"]["tensors"] == {}
+    assert not (source / "target").exists()
+    assert cli.main(line) == 0
+    told = json.loads(capsys.readouterr().out)
+    merged = told["adapter"].pop("tensors")
+    planned["adapter"].pop("tensors")
+    assert told == planned | {"written": True}
+    assert (told["layers"], told["pattern"], told["merged_tensors"]) == ([0, 1, 2], "ME*", 1)
+    assert told["adapter"] == {"path": "adapter", "ranks": [3]}
+    (name,) = merged
+    assert name.endswith("layers.2.mixer.q_proj.weight")
+    before, after = (from_pretrained(path).state_dict() for path in ("source", "target"))
+    (key,) = (k for k in after if not torch.equal(before[k], after[k]))
+    moved = (after[key].double() - before[key].double()).norm() / before[key].double().norm()
+    assert merged[name]["change"] == pytest.approx(moved.item(), rel=0.01)
+    assert 0 < merged[name]["error"] <= 1
+
+
+def test_an_adapter_that_changes_nothing_is_told(source, capsys):
+    write_adapter(source / "adapter")
+    tensors = load_file(source / "adapter" / "adapter_model.safetensors")
+    tensors = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(tensors, source / "adapter" / "adapter_model.safetensors")
+    assert cli.main(["convert", "source", "target", "--adapter", "adapter"]) == 0
+    assert "1 of them did not change" in capsys.readouterr().out
+
+
+def test_a_plan_fits_60_columns_whatever_its_paths_are(source, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    target = f"{'long-' * 30}\x1b[31m"
+    assert cli.main(["convert", "source", target, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60 and "…" not in shown and "\x1b" not in shown
+    # The path's pieces stand below one another in the last column.
+    path = shown.partition("source")[2].partition("tensors")[0]
+    assert "".join(path.split()) == f"{'long-' * 30}␛[31m"
 
 
 def test_overwriting_has_to_be_asked_for(source, capsys):

@@ -1,15 +1,24 @@
 import json
+import re
 
 import pytest
+import torch
 
-from nemotron_v3.cli.inspect import inspect
+from nemotron_v3.cli import main as cli
+from nemotron_v3.cli.inspect import RELEASED, Inspect
 from nemotron_v3.config import PRESETS, NemotronV3Config
+from nemotron_v3.config.presets import preset_of_model_id
+from nemotron_v3.model import cost
+
+
+def inspect(target: str, **options) -> None:
+    Inspect(target, **options).run()
 
 
 def figures(text: str) -> dict[str, str]:
-    """The cells of every row of two or more columns, by the first one."""
-    rows = (line.strip("│┃ \n").split("│") for line in text.splitlines())
-    return {row[0].strip(): " ".join(cell.strip() for cell in row[1:]) for row in rows if row[1:]}
+    """The last cell of every row, by the first one."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
+    return {row[0]: row[-1] for row in rows if row[1:]}
 
 
 def test_a_released_model(capsys):
@@ -57,15 +66,79 @@ def test_a_file_and_its_directory(tmp_path, capsys):
 def test_the_whole_pattern_is_shown(capsys):
     for name in PRESETS:
         inspect(name)
-        shown = capsys.readouterr().out.split("┏")[0].replace("\n", "")
+        shown = capsys.readouterr().out.splitlines()[0]
         assert shown.endswith(NemotronV3Config.preset(name).hybrid_override_pattern)
 
 
-def test_nothing_is_cut_off_at_eighty_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    for name in PRESETS:
-        inspect(name, seq_len=1_000_000, dtype="float32")
-        assert "…" not in capsys.readouterr().out
+def counts(costs: dict) -> set[str]:
+    """The counts of a JSON object, which a table shows digit by digit."""
+    objects = [costs, *costs["blocks"].values()]
+    kinds = ("parameters", "active", "count", "layers", "vocab_size", "hidden_size", "checkpoint_t")
+    return {f"{n:,}" for of in objects for key, n in of.items() if key.startswith(kinds)}
+
+
+@pytest.mark.parametrize("columns", [None, "200", "60", "40"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_number_is_cut_or_broken_at_any_width(capsys, monkeypatch, name, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    inspect(name, json=True)
+    costs = json.loads(capsys.readouterr().out)
+    assert len(counts(costs)) > 10
+    inspect(name)
+    head, *rest = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(rest)
+    shown = {word.strip("(),:") for line in [head, *rest] for word in line.split()}
+    assert counts(costs) - shown == set()
+    if columns == "60":
+        assert max(map(len, rest)) <= 60
+
+
+def test_official_ids_and_folders_are_the_presets():
+    assert RELEASED == PRESETS
+    for model_id, preset in {
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "nemotron-3-nano-30b",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16": "nemotron-3-nano-30b",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4": "nemotron-3-nano-30b",
+        "NVIDIA-Nemotron-3-Nano-4B-BF16": "nemotron-3-nano-4b",
+        "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8": "nemotron-3-super",
+        "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": "nemotron-3-ultra",
+        "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4": "nemotron-3.5-lightning",
+        "nvidia/Nemotron-H-4B-Instruct-128K": "nemotron-h-4b",
+        "nvidia/Nemotron-H-8B-Base-8K": "nemotron-h-8b",
+        "nvidia/Nemotron-H-47B-Reasoning-128K": "nemotron-h-47b",
+        "nvidia/Nemotron-H-56B-Base-8K": "nemotron-h-56b",
+        "nvidia/NVIDIA-Nemotron-Nano-9B-v2": "nemotron-nano-9b-v2",
+        "nvidia/NVIDIA-Nemotron-Nano-12B-v2-Base": "nemotron-nano-12b-v2",
+        "nvidia/NVIDIA-Nemotron-3-Nano-Omni-30B-A3B-BF16": None,
+        "nvidia/Nemotron-Mini-4B-Instruct": None,
+        "nvidia/NVIDIA-Nemotron-3-Super-49B": None,
+        "": None,
+    }.items():
+        assert preset_of_model_id(model_id) == preset
+    for preset in PRESETS:
+        assert preset_of_model_id(preset) == preset
+
+
+def test_a_model_id_shows_what_its_preset_shows(capsys):
+    inspect("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16")
+    by_id = capsys.readouterr().out
+    inspect("nemotron-3-nano-30b")
+    assert capsys.readouterr().out == by_id
+
+
+def test_json_holds_the_numbers_of_the_cost_model(capsys):
+    assert cli.main(["inspect", "nemotron-3-super", "--seq-len", "1000", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    config = NemotronV3Config.preset("nemotron-3-super")
+    assert costs["parameters"] == cost.parameters(config).total
+    assert costs["training_flops_per_token"] == cost.training_flops(config, 1000)
+    assert costs["kv_cache_bytes"] == 1000 * cost.kv_bytes_per_token(config, torch.bfloat16)
+    each = [of["count"] * of["parameters"] for of in costs["blocks"].values()]
+    around = 2 * costs["vocab_size"] * costs["hidden_size"] + costs["hidden_size"]
+    assert sum(each) + around == costs["parameters"]
+    assert sum(of["count"] for of in costs["blocks"].values()) == costs["layers"] == 88
 
 
 def test_an_unknown_name_gets_the_nearest_and_all():

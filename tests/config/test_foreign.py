@@ -141,7 +141,27 @@ def test_a_plain_object_is_checked_like_a_file():
         )
 
 
-@pytest.mark.parametrize("double", [Mock, MagicMock])
+class AnswersAll:
+    """A double of no known kind."""
+
+    def __getattr__(self, name: str) -> object:
+        return object()
+
+
+class KnowsNothingElse:
+    """A config that says None to what it does not hold, and holds it elsewhere."""
+
+    def __init__(self) -> None:
+        self.__dict__["held"] = {}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.held[name] = value
+
+    def __getattr__(self, name: str) -> object:
+        return self.held.get(name)
+
+
+@pytest.mark.parametrize("double", [Mock, MagicMock, AnswersAll])
 def test_a_test_double_has_what_was_set_on_it(double):
     source = double()
     source.hidden_size = 48
@@ -152,6 +172,14 @@ def test_a_test_double_has_what_was_set_on_it(double):
     assert config == NemotronV3Config(
         hidden_size=48, layers_block_type="M", num_attention_heads=6, num_key_value_heads=6
     )
+
+
+def test_an_object_that_answers_none_to_other_names_is_read():
+    source = KnowsNothingElse()
+    source.hidden_size = 48
+    source.layers_block_type = ["mamba"]
+    config = NemotronV3Config.from_any(source)
+    assert (config.hidden_size, config.hybrid_override_pattern) == (48, "M")
 
 
 @pytest.mark.parametrize("source", [None, "nemotron-h-8b", Path("config.json"), NemotronHConfig])

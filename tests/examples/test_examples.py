@@ -101,6 +101,8 @@ def test_the_notebook_is_stored_without_outputs():
 
 def test_every_example_is_tested():
     source = Path(__file__).read_text()
-    for path in EXAMPLES.iterdir():
-        if path.suffix in (".py", ".ipynb") and path.name != "tiny.py":
+    found = [p for p in EXAMPLES.rglob("*") if p.suffix in (".py", ".ipynb")]
+    assert len(found) >= 5
+    for path in found:
+        if path.name != "tiny.py":
             assert path.name in source, path.name

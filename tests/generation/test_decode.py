@@ -7,7 +7,7 @@ from nemotron_v3 import BackendConfig
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation import decode_parts, generate
 from nemotron_v3.generation.decode import DecodeStep
-from nemotron_v3.layers.router import watched
+from nemotron_v3.layers.moe.router import watched
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
 

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemotron_v3.layers.balance import BalanceLoss, ExpertLoad, balance_, sequence_balance
-from nemotron_v3.layers.replay import record_routing
-from nemotron_v3.layers.router import routers
+from nemotron_v3.layers.moe.load_balancing import (
+    BalanceLoss,
+    ExpertLoad,
+    balance_,
+    sequence_balance,
+)
+from nemotron_v3.layers.moe.router import routers
+from nemotron_v3.layers.moe.routing_replay import record_routing
 from nemotron_v3.layout import SequenceLayout
 from tests.models import tiny_model, tokens
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron_v3 import ops
-from nemotron_v3.layers.dispatcher import LocalDispatcher, Sent
+from nemotron_v3.layers.moe.dispatcher import LocalDispatcher, Sent
 from tests.models import labels_of, tiny_model, tokens
 
 

@@ -18,7 +18,7 @@ from nemotron_v3.layers import (
     record_routing,
     replay_routing,
 )
-from nemotron_v3.layers.even import EvenRouter, _say_once
+from nemotron_v3.layers.moe.even_router import EvenRouter, _say_once
 from tests.models import disturb, tiny_config, tokens
 
 FIELDS = {

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron_v3 import BackendConfig, SequenceLayout
 from nemotron_v3.layers import NemotronV3MoE
-from nemotron_v3.layers.balance import BalanceLoss, ExpertLoad
-from nemotron_v3.layers.replay import RoutingRecord, record_routing, replay_routing
-from nemotron_v3.layers.router import checkpoint_contexts, routers
+from nemotron_v3.layers.moe.load_balancing import BalanceLoss, ExpertLoad
+from nemotron_v3.layers.moe.router import checkpoint_contexts, routers
+from nemotron_v3.layers.moe.routing_replay import RoutingRecord, record_routing, replay_routing
 from tests.models import labels_of, tiny_model, tokens
 
 IDS, MASK = tokens(2, 20), torch.ones(2, 20)

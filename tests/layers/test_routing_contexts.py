@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemotron_v3.layers import record_routing, replay_routing
-from nemotron_v3.layers.router import routers
+from nemotron_v3.layers.moe.router import routers
 from tests.models import tiny_model, tokens
 
 MODEL = tiny_model().requires_grad_(False)

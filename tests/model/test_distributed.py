@@ -216,7 +216,7 @@ def fsdp_that_casts_inputs(rank: int) -> None:
     shard_model(model, mp_policy=policy)
     for block in model.model.layers:
         block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["layout"]), with_kwargs=True
+            lambda module, args, kwargs: seen.append(kwargs["context"].layout), with_kwargs=True
         )
     model(**half(rank)).loss.backward()
     assert len(seen) == len(model.model.layers) and all(each is seen[0] for each in seen)

@@ -40,14 +40,14 @@ def silu_slope(z: Tensor) -> Tensor:
 
 
 def test_rms_norm_gradients_by_hand():
-    x, weight, grad_y, eps = randn(7, 12, grad=True), randn(12, grad=True), randn(7, 12), 1e-2
+    x, weight, dy, eps = randn(7, 12, grad=True), randn(12, grad=True), randn(7, 12), 1e-2
     r = (x.square().mean(1, keepdim=True) + eps).rsqrt()
-    g = weight * grad_y
+    g = weight * dy
     by_hand = {
         "x": r * (g - r**2 * x * (g * x).mean(1, keepdim=True)),
-        "weight": (grad_y * r * x).sum(0),
+        "weight": (dy * r * x).sum(0),
     }
-    assert_gradients(rms_norm(x, weight, eps), grad_y, {"x": x, "weight": weight}, by_hand)
+    assert_gradients(rms_norm(x, weight, eps), dy, {"x": x, "weight": weight}, by_hand)
 
 
 def test_gated_rms_norm_gradients_by_hand():
@@ -80,7 +80,7 @@ def test_conv_gradients_by_hand(layout):
         "initial_states": randn(layout.num_documents, channels, width, grad=True),
     }
     y, final = causal_conv1d(**leaves, layout=layout, return_final_states=True)
-    grad_y, grad_final = torch.randn_like(y), torch.randn_like(final)
+    dy, grad_final = torch.randn_like(y), torch.randn_like(final)
     weight, bias = leaves["weight"], leaves["bias"]
     by_hand = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     start = 0
@@ -91,14 +91,14 @@ def test_conv_gradients_by_hand(layout):
         for t in range(length):
             window = u[t + 1 : t + 1 + width].T
             p = (weight * window).sum(1) + bias
-            dp = grad_y[start + t] * silu_slope(p)
+            dp = dy[start + t] * silu_slope(p)
             by_hand["weight"] += dp[:, None] * window
             by_hand["bias"] += dp
             du[t + 1 : t + 1 + width] += (dp[:, None] * weight).T
         by_hand["initial_states"][document] = du[:width].T
         by_hand["x"][start : start + length] = du[width:]
         start += length
-    assert_gradients([y, final], [grad_y, grad_final], leaves, by_hand)
+    assert_gradients([y, final], [dy, grad_final], leaves, by_hand)
 
 
 def test_ssd_gradients_by_hand(layout):
@@ -106,7 +106,7 @@ def test_ssd_gradients_by_hand(layout):
     low, high = 0.2, 1.5
     inputs = ssd_inputs(layout)
     y, final = ssd(**inputs, layout=layout, dt_limit=(low, high))
-    grad_y, grad_final = torch.randn_like(y), torch.randn_like(final)
+    dy, grad_final = torch.randn_like(y), torch.randn_like(final)
     x, A, D, S_0 = (inputs[name].detach() for name in ("x", "A", "D", "initial_states"))
     group = torch.arange(6) // 3
     B, C = inputs["B"].detach()[:, group], inputs["C"].detach()[:, group]
@@ -123,22 +123,22 @@ def test_ssd_gradients_by_hand(layout):
         R = grad_final[document]
         for t in reversed(range(start, start + length)):
             before, after = S[t - start], S[t - start + 1]
-            R = R + torch.einsum("hp,hn->hpn", grad_y[t], C[t])
+            R = R + torch.einsum("hp,hn->hpn", dy[t], C[t])
             RB = torch.einsum("hpn,hn->hp", R, B[t])
             da = (R * before).sum((1, 2)) * a[t]
-            grads["x"][t] = dt[t][:, None] * RB + D[:, None] * grad_y[t]
+            grads["x"][t] = dt[t][:, None] * RB + D[:, None] * dy[t]
             grads["dt"][t] = A * da + (x[t] * RB).sum(1)
             grads["A"] += dt[t] * da
-            grads["D"] += (grad_y[t] * x[t]).sum(1)
+            grads["D"] += (dy[t] * x[t]).sum(1)
             grads["B"][t].index_add_(0, group, torch.einsum("h,hpn,hp->hn", dt[t], R, x[t]))
-            grads["C"][t].index_add_(0, group, torch.einsum("hpn,hp->hn", after, grad_y[t]))
+            grads["C"][t].index_add_(0, group, torch.einsum("hpn,hp->hn", after, dy[t]))
             R = a[t][:, None, None] * R
         grads["initial_states"][document] = R
         start += length
     inside = (F.softplus(raw) > low) & (F.softplus(raw) < high)
     grads["dt"] *= torch.sigmoid(raw) * inside
     grads["dt_bias"] = grads["dt"].sum(0)
-    assert_gradients([y, final], [grad_y, grad_final], inputs, grads)
+    assert_gradients([y, final], [dy, grad_final], inputs, grads)
 
 
 def test_attention_gradients_by_hand(layout):
@@ -183,20 +183,20 @@ def test_router_gradients_by_hand(normalised):
 def test_experts_gradients_by_hand():
     leaves, indices = expert_inputs()
     y = experts(**leaves, indices=indices)
-    grad_y = torch.randn_like(y)
+    dy = torch.randn_like(y)
     x, w, up, down = (leaf.detach() for leaf in leaves.values())
     grads = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for t in range(9):
         for k, e in enumerate(indices[t].tolist()):
             u = up[e] @ x[t]
             r = u.relu()
-            dr2 = down[e].T @ grad_y[t]
+            dr2 = down[e].T @ dy[t]
             du = w[t, k] * dr2 * 2 * r
             grads["weights"][t, k] = dr2 @ r**2
             grads["x"][t] += up[e].T @ du
             grads["up_proj"][e] += torch.outer(du, x[t])
-            grads["down_proj"][e] += w[t, k] * torch.outer(grad_y[t], r**2)
-    assert_gradients(y, grad_y, leaves, grads)
+            grads["down_proj"][e] += w[t, k] * torch.outer(dy[t], r**2)
+    assert_gradients(y, dy, leaves, grads)
     assert torch.equal(grads["up_proj"][4], torch.zeros(7, 6, dtype=torch.float64))
 
 

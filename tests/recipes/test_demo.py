@@ -16,7 +16,8 @@ from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.data import Corpus, Tokenizer, standard_library
 from nemotron_v3.recipes import demo
 from nemotron_v3.recipes.console import Story, TrainingBar, clock
-from nemotron_v3.recipes.demo import DemoOptions, ModelSizes, run_demo, schedule
+from nemotron_v3.recipes.demo import run_demo, schedule
+from nemotron_v3.recipes.options import DemoOptions, ModelSizes
 from nemotron_v3.recipes.plot import _smooth
 
 SMALL = ModelSizes(

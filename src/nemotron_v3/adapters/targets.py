@@ -184,12 +184,13 @@ def resolve(model: nn.Module, targets: Targets) -> tuple[list[str], list[str]]:
 
     Raises `ValueError` naming every target that matches nothing, with the nearest names.
     """
-    if not isinstance(targets, LoraTargets):
-        modules = targets if isinstance(targets, str) else tuple(targets)
-        targets = LoraTargets(modules, ())
+    if isinstance(targets, LoraTargets):
+        modules, parameters = targets.modules, targets.parameters
+    else:
+        modules, parameters = targets, ()
     there, stacked = list(projections(model)), list(stacks(model))
-    found = matches(there, targets.modules)
-    found_parameters = matches(stacked, targets.parameters)
+    found = matches(there, modules)
+    found_parameters = matches(stacked, parameters)
     problems = [
         _no_match(t, there, stacked, "it is a parameter: give it in LoraTargets(parameters=...)")
         for t, names in found.items()

@@ -2,6 +2,7 @@
 
 from nemotron_v3.cache.cache import NemotronHybridCache
 from nemotron_v3.cache.outside import held_by
-from nemotron_v3.cache.step import Step
+from nemotron_v3.cache.step import Transaction
+from nemotron_v3.cache.tokens import Step
 
-__all__ = ["NemotronHybridCache", "Step", "held_by"]
+__all__ = ["NemotronHybridCache", "Step", "Transaction", "held_by"]

@@ -14,8 +14,6 @@ from nemotron_v3.cache.checks import (
     check_conv,
     check_dtype,
     check_keys,
-    check_layer,
-    check_no_step_missed,
     check_rows,
     check_snapshot,
     check_whole,
@@ -26,15 +24,12 @@ from nemotron_v3.cache.make import Sizes, fresh_states
 from nemotron_v3.cache.outside import OutsideView
 from nemotron_v3.cache.rows import Rows
 from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState
-from nemotron_v3.cache.step import Step
+from nemotron_v3.cache.step import HALF_WAY, Transaction
+from nemotron_v3.cache.tokens import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import kept, ordinary
+from nemotron_v3.layout.modes import ordinary
 
-_HALF_WAY = (
-    "a forward pass failed half-way: layers of the cache hold its tokens, though nobody has its "
-    "result; restore a snapshot, or make a new cache"
-)
 _HALF_WRITTEN = (
     "an operation on the cache was stopped half-way, with some of its tensors written and others "
     "not; restore a snapshot, or make a new cache"
@@ -88,7 +83,6 @@ class NemotronHybridCache(OutsideView, Rows):
         self._step: Step | None = None
         self._updated: set[int] = set()
         self._behind: frozenset[int] = frozenset()  # layers that a step has passed by
-        self.begun = 0  # times that a layer has begun a step, less those that were undone
         self.withheld: str | None = None
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.states: dict[int, LayerState] = fresh_states(
@@ -144,38 +138,16 @@ class NemotronHybridCache(OutsideView, Rows):
         self._settle()
         check_rows(layout, self.lengths, self.device, self.max_length)
 
-    def begin(self, layer_idx: int | None, layout: SequenceLayout) -> tuple[LayerState, Step]:
-        """The state of a layer, and the step its new tokens belong to.
+    def step(self, layout: SequenceLayout) -> Transaction:
+        """Entered around the layers of one forward pass: `with cache.step(layout) as step:`.
 
-        The layers of one forward pass share a step; a layer that comes again starts the next one.
+        `step.begin(layer_idx)` gives a layer its state. The layers of a pass that are called one by
+        one share their tokens as well; a layer that comes again starts the next pass.
 
-        Raises:
-            ValueError: a layer without state, or tokens that do not fit.
-            RuntimeError: the cache is withheld, or a step has gone by without this layer.
+        Args:
+            layout: of the new tokens, one document a row.
         """
-        check_layer(layer_idx, self.states)
-        if self.withheld is not None:
-            raise RuntimeError(self.withheld)
-        if layer_idx in self._updated:
-            self.finish()
-        check_no_step_missed(layer_idx, self._behind, self._lengths)
-        if self._step is None:
-            check_rows(layout, self.lengths, self.device, self.max_length)
-            positions = kept(self.positions.clone())
-            step = Step(layout.packed, tuple(self._lengths), positions, self.rollback_window)
-        elif self._step.lengths != layout.lengths:
-            raise ValueError(
-                f"layer {layer_idx} gets {list(layout.lengths)} tokens, the layers before it in "
-                f"this pass got {list(self._step.lengths)}: give all the same"
-            )
-        else:
-            step = self._step
-        state = self.states[layer_idx]
-        state.touched = False
-        self.begun += 1  # first: by it `abandon` knows that something is to be undone
-        self._step = step
-        self._updated.add(layer_idx)
-        return state, step
+        return Transaction(self, layout)
 
     def finish(self, layout: SequenceLayout | None = None) -> None:
         """End the forward pass, of `layout` where no layer has a state: the positions move on."""
@@ -193,7 +165,7 @@ class NemotronHybridCache(OutsideView, Rows):
         behind = self._behind
         if any(self._step.lengths):
             behind = behind | (self.states.keys() - self._updated)
-        withheld, self.withheld = self.withheld, self.withheld or _HALF_WAY
+        withheld, self.withheld = self.withheld, self.withheld or HALF_WAY
         self.positions.add_(moved)
         self._lengths, self._floors, self._behind = lengths, floors, behind
         self._step = None
@@ -203,33 +175,6 @@ class NemotronHybridCache(OutsideView, Rows):
     def withhold(self, reason: str) -> None:
         """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
         self.withheld = reason
-
-    def interrupted(self, since: int) -> None:
-        """Withhold what a pass that failed has left, if layers moved on since `begun` was that."""
-        if self.begun != since:
-            self.withhold(_HALF_WAY)
-
-    @torch.no_grad()
-    def abandon(self, layer_idx: int, before: tuple[Tensor, Tensor], since: int) -> None:
-        """Undo what a layer that failed in or after `begin` has written; withhold where that cannot
-        be.
-
-        Args:
-            layer_idx: the layer.
-            before: both tensors of its state before `begin`.
-            since: what `begun` was before `begin`.
-        """
-        if self.begun == since:
-            return
-        self.withhold(_HALF_WAY)  # first, should this fail in its turn
-        written = layer_idx in self._updated  # an interrupt may have come before it was added
-        if written and not self.states[layer_idx].undo(before, self._step.positions):
-            return
-        self._updated.discard(layer_idx)
-        if not self._updated:
-            self._step = None
-        self.begun -= 1
-        self.withheld = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
@@ -243,14 +188,9 @@ class NemotronHybridCache(OutsideView, Rows):
         layout = layout or SequenceLayout.plain(rows, seq_len, key_states.device)
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
         check_keys(self.states.get(layer_idx), layer_idx, k, v)
-        state, since = self.states[layer_idx], self.begun
-        before = (state.keys, state.values)
-        try:
-            state, step = self.begin(layer_idx, layout)
-            return state.append(k, v, step)
-        except BaseException:
-            self.abandon(layer_idx, before, since)
-            raise
+        with self.step(layout) as step:
+            state, tokens = step.begin(layer_idx)
+            return state.append(k, v, tokens)
 
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None

@@ -4,18 +4,22 @@ Letters: rows of the batch, J key/value heads, S tokens held, P head width.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.cache.states import KeyValueState, MambaState
-
-if TYPE_CHECKING:
-    from nemotron_v3.cache.cache import NemotronHybridCache
+from nemotron_v3.cache.step import Stepped
 
 
-def held_by(cache: "NemotronHybridCache", layer_idx: int | None) -> tuple[int, ...]:
+class Held(Stepped, Protocol):
+    """What of a cache is read from outside."""
+
+    _lengths: list[int]
+
+
+def held_by(cache: Held, layer_idx: int | None) -> tuple[int, ...]:
     """Tokens that a layer has of each row, in a pass that may have come to it already or not.
 
     A layer without a state has none of the present pass.
@@ -76,7 +80,7 @@ class _ByLayer(Mapping[int, Tensor]):
 
     kind: type
 
-    def __init__(self, cache: "NemotronHybridCache", name: str):
+    def __init__(self, cache: Held, name: str):
         self._cache, self._name = cache, name
 
     def _state(self, layer: int) -> MambaState | KeyValueState:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.cache.step import Step
+from nemotron_v3.cache.tokens import Step
 from nemotron_v3.layout.modes import kept, ordinary
 
 SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
@@ -58,11 +58,15 @@ class LayerState:
         for name, tensor in self.held(length).tensors().items():
             tensor.copy_(getattr(other, name))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The two tensors that a step moves on; both kinds of state have two."""
+        raise NotImplementedError
+
     def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
         """Take back what a step has written, unless nothing knows what was there: False.
 
         Args:
-            before: the two tensors that it began with; both kinds of state have two.
+            before: the `pair` that it began with.
             positions: int64 `[rows]`, tokens each row held then.
         """
         raise NotImplementedError
@@ -89,6 +93,9 @@ class KeyValueState(LayerState):
     def capacity(self) -> int:
         # The smaller one: an interrupt may have come between the growth of both.
         return min(self.keys.shape[2], self.values.shape[2])
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
     def held(self, length: int) -> Self:
         return self.map(lambda tensor: tensor[:, :, :length])
@@ -187,6 +194,9 @@ class MambaState(LayerState):
     @property
     def window(self) -> int:
         return self.past_conv.shape[1]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.conv, self.ssm
 
     def write(self, conv: Tensor, ssm: Tensor) -> None:
         """The states after a step: in place, or as new tensors where autograd must see them."""

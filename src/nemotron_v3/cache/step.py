@@ -1,113 +1,136 @@
-"""One forward pass as the cache sees it: which tokens each row gets, and where they go."""
+"""One forward pass over a cache as a transaction: `with cache.step(layout) as step:`."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from nemotron_v3.cache.checks import check_layer, check_no_step_missed, check_rows
+from nemotron_v3.cache.states import LayerState
+from nemotron_v3.cache.tokens import Step
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import kept
+
+HALF_WAY = (
+    "a forward pass failed half-way: layers of the cache hold its tokens, though nobody has its "
+    "result; restore a snapshot, or make a new cache"
+)
 
 
-@dataclass(frozen=True)
-class Step:
-    """The tokens that one forward pass adds; document r of the layout belongs to row r.
+class Stepped(Protocol):
+    """What of a cache a forward pass reads and moves on."""
 
-    Attributes:
-        layout: of the new tokens, packed.
-        starts: tokens each row held before, on the host.
-        positions: int64 `[rows]`, the same on the device.
-        window: the last so many tokens of each row go one by one, so that the states before each
-            of them can be kept.
-    """
-
-    layout: SequenceLayout
-    starts: tuple[int, ...]
+    states: dict[int, LayerState]
     positions: Tensor
-    window: int = 0
+    max_length: int | None
+    rollback_window: int
+    withheld: str | None
+    _step: Step | None
+    _updated: set[int]
+    _behind: frozenset[int]
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """New tokens of each row."""
-        return self.layout.lengths
+    def lengths(self) -> tuple[int, ...]: ...
 
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens each row holds afterwards."""
-        return tuple(a + n for a, n in zip(self.starts, self.lengths, strict=True))
+    @property
+    def device(self) -> torch.device: ...
 
-    @cached_property
-    def uniform(self) -> tuple[int, int] | None:
-        """`(start, length)` where all rows share them, else None."""
-        pairs = set(zip(self.starts, self.lengths, strict=True))
-        return next(iter(pairs)) if len(pairs) == 1 else None
-
-    @cached_property
-    def is_decode(self) -> bool:
-        """Whether every row gets exactly one token."""
-        return self.layout.uniform_length == 1
-
-    @cached_property
-    @ordinary  # layers of one step may be called in several modes
-    def places(self) -> tuple[Tensor, Tensor]:
-        """int64 `[T]` each: the row of every new token, and its position in the row."""
-        rows = self.layout.seq_idx.long()
-        first = self.layout.cu_seqlens[:-1] - self.positions
-        tokens = torch.arange(self.layout.num_tokens, device=self.layout.device)
-        return rows, tokens - first.index_select(0, rows)
-
-    @cached_property
-    @ordinary
-    def pieces(self) -> tuple["Piece", ...]:
-        """The step cut for a rollback window: the bulk of each row, then the last tokens singly."""
-        heads = [max(0, length - self.window) for length in self.lengths]
-        pieces = [_piece(self, [0] * len(heads), heads)] if any(heads) else []
-        for k in range(min(self.window, max(self.lengths))):
-            firsts = [head + k for head in heads]
-            counts = [int(first < n) for first, n in zip(firsts, self.lengths, strict=True)]
-            pieces.append(_piece(self, firsts, counts))
-        return tuple(pieces)
-
-    @cached_property
-    @ordinary
-    def piece_order(self) -> Tensor:
-        """int64 `[T]`: the place of each token among the pieces' tokens."""
-        return torch.cat([piece.tokens for piece in self.pieces]).argsort()
+    def finish(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some tokens of a step.
+class Transaction:
+    """The layers of one forward pass: what they write of a cache belongs together.
 
-    Attributes:
-        layout: of these tokens; a row that takes no part has length 0.
-        tokens: int64, their places among the step's packed tokens.
-        rows: int64 `[n]`, the rows whose present state is to be kept first.
-        positions: int64 `[n]`, the positions these rows are at.
+    From the first layer on the cache is withheld until the pass is over, so that whatever stops it
+    (an error, an interrupt, want of memory) leaves no half of a pass that can be taken for a whole
+    one. Where the first layer fails by itself, it is undone and the cache is as it was; where that
+    cannot be, or other layers or the head fail after it, the cache stays withheld.
+
+    Args:
+        cache: what is written.
+        layout: the new tokens, one document a row.
     """
 
-    layout: SequenceLayout
-    tokens: Tensor
-    rows: Tensor
-    positions: Tensor
+    def __init__(self, cache: Stepped, layout: SequenceLayout):
+        self._cache, self._layout = cache, layout
+        self._step: Step | None = None
+        # The layer that is at work, and the tensors that it found.
+        self._at_work: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._has_written = False
+        self._has_layers = False  # whose results have been handed on
 
+    def __enter__(self) -> Self:
+        return self
 
-def _piece(step: Step, firsts: list[int], counts: list[int]) -> Piece:
-    """`counts[r]` tokens of each row r from its `firsts[r]`-th new one on."""
-    device = step.layout.device
-    taking_part = [row for row, count in enumerate(counts) if count]
-    offsets = step.layout.offsets
-    tokens = [
-        torch.arange(
-            offsets[row] + firsts[row], offsets[row] + firsts[row] + counts[row], device=device
-        )
-        for row in taking_part
-    ]
-    positions = [step.starts[row] + firsts[row] for row in taking_part]
-    return Piece(
-        SequenceLayout.from_lengths(counts, device),
-        torch.cat(tokens),
-        torch.tensor(taking_part, device=device),
-        torch.tensor(positions, device=device),
-    )
+    def begin(self, layer_idx: int | None) -> tuple[LayerState, Step]:
+        """The state of a layer, which it moves on from now, and the tokens that it gets.
+
+        Raises:
+            ValueError: a layer without state, or tokens that do not fit.
+            RuntimeError: the cache is withheld, or a step has gone by without this layer.
+        """
+        cache = self._cache
+        if layer_idx not in cache.states:
+            check_layer(layer_idx, cache.states)
+        if cache.withheld is not None and not self._has_written:
+            raise RuntimeError(cache.withheld)
+        if layer_idx in cache._updated:
+            cache.finish()
+        if cache._behind:
+            check_no_step_missed(layer_idx, cache._behind, cache.lengths)
+        step = cache._step
+        if step is None:
+            step = self._new_step()
+        elif step is not self._step and step.lengths != self._layout.lengths:
+            raise ValueError(
+                f"layer {layer_idx} gets {list(self._layout.lengths)} tokens, the layers before it "
+                f"in this pass got {list(step.lengths)}: give all the same"
+            )
+        if self._has_written:
+            self._has_layers = True
+        state = cache.states[layer_idx]
+        state.touched = False
+        self._step = step
+        self._at_work = layer_idx, state.pair()
+        self._has_written = True
+        cache.withheld = HALF_WAY
+        cache._step = step
+        cache._updated.add(layer_idx)
+        return state, step
+
+    def layer_is_done(self) -> None:
+        """The result of the layer that is at work is handed on: its tokens count."""
+        self._has_layers = self._has_written
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._has_written:
+            return
+        if kind is None:
+            self._cache.withheld = None
+        elif not self._has_layers:
+            self._undo()
+
+    def _new_step(self) -> Step:
+        cache = self._cache
+        lengths = cache.lengths
+        check_rows(self._layout, lengths, cache.device, cache.max_length)
+        positions = kept(cache.positions.clone())
+        return Step(self._layout.packed, lengths, positions, cache.rollback_window)
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        """Take back what the one layer has written that was begun, and failed."""
+        cache, (layer_idx, before) = self._cache, self._at_work
+        begun = layer_idx in cache._updated  # an interrupt may have come before it was added
+        if begun and not cache.states[layer_idx].undo(before, self._step.positions):
+            return
+        cache._updated.discard(layer_idx)
+        if not cache._updated:
+            cache._step = None
+        cache.withheld = None

@@ -110,7 +110,8 @@ def _read_calls(body: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]
     except (ValueError, RecursionError):
         return None
     calls = [_of_json(each) for each in (read if isinstance(read, list) else [read])]
-    return None if None in calls else calls
+    found = [call for call in calls if call is not None]
+    return found if len(found) == len(calls) else None
 
 
 def _of_json(call: Any) -> dict[str, Any] | None:

@@ -35,14 +35,14 @@ def plain(value: Any, depth: int = 0) -> Any:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, tuple):
         return tuple(plain(item, depth + 1) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: plain(getattr(value, name), depth + 1) for name in names}
-    if callable(getattr(value, "model_dump", None)):
-        return plain(value.model_dump(), depth + 1)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
         return plain(value.item(), depth + 1)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: plain(getattr(value, name), depth + 1) for name in names}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return plain(dump(), depth + 1)
     return f"<{type(value).__name__}>"
 
 

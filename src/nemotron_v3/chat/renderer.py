@@ -8,6 +8,7 @@ them, one at a time, and is started anew after it was ended.
 """
 
 import atexit
+import contextlib
 import json
 import marshal
 import os
@@ -42,6 +43,7 @@ class _Process:
     def ask(self, request: bytes) -> bytes | None:
         """Its reply; None where it ended without one."""
         child = self._running()
+        assert child.stdin is not None and child.stdout is not None, "both are asked for as pipes"
         clock = threading.Timer(PATIENCE, child.kill)
         clock.daemon = True
         clock.start()
@@ -81,11 +83,9 @@ class _Process:
             return
         child.kill()
         child.wait()
-        for pipe in (child.stdin, child.stdout):
-            try:
+        for pipe in filter(None, (child.stdin, child.stdout)):
+            with contextlib.suppress(OSError):  # what was not written yet has nowhere to go
                 pipe.close()
-            except OSError:  # what was not written yet has nowhere to go
-                continue
 
     def forget(self) -> None:
         """In a fork: the process is the parent's."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from math import ceil
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -206,13 +206,13 @@ def bound_time(seconds: float) -> None:
     )
 
 
-def send(file: BinaryIO, raw: bytes) -> None:
+def send(file: IO[bytes], raw: bytes) -> None:
     file.write(LENGTH.pack(len(raw)))
     file.write(raw)
     file.flush()
 
 
-def receive(file: BinaryIO) -> bytes | None:
+def receive(file: IO[bytes]) -> bytes | None:
     """The next message; None where the other side has ended."""
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:

@@ -63,7 +63,7 @@ class Ledger:
             old = getattr(module, leaf)
             if isinstance(old, nn.Parameter):
                 account.tensor = nn.Parameter(account.tensor, requires_grad=old.requires_grad)
-                account.tensor.__dict__.update(old.__dict__)
+                vars(account.tensor).update(vars(old))
             setattr(module, leaf, account.tensor)
             account.version = account.tensor._version
 

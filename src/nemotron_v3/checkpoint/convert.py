@@ -25,6 +25,7 @@ from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.load import check_depth, choose_layers, origin_of, skeleton
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, CheckpointOrigin, is_stack
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
+from nemotron_v3.checkpoint.prove_merge import MergedTensor, merged_tensors
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, replacing
 from nemotron_v3.checkpoint.side_files import (
@@ -115,7 +116,7 @@ class Conversion:
     plan: Plan
     origin: CheckpointOrigin
     config: NemotronV3Config
-    files: Files
+    files: Files[StoredPiece]
     prefix: str
     experts: str | None
     layers: tuple[int, ...] | None
@@ -147,8 +148,13 @@ class Conversion:
         """Number of written tensors that the adapter changes or replaces."""
         return sum(piece.merged for piece in self.pieces)
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Write, prove, and put in place; raises what `convert` raises."""
+    def run(self, progress: Progress | None = None) -> list[MergedTensor]:
+        """Write, prove, and put in place; raises what `convert` raises.
+
+        Returns:
+            The tensors that the adapter changed, each with the size of its change and the error of
+            the sum as it was measured; empty without an adapter.
+        """
         progress = progress or (lambda doing, done, total: None)
         _check_target(self.target, self.copied, self.overwrite)
         _check_room(self.target, self.bytes)
@@ -166,7 +172,7 @@ class Conversion:
             held = read_side_files(self.checkpoint.path, self.checkpoint.directory)
             write_side_files(directory, {name: held[name] for name in self.copied})
             self.config.to_json(directory / CONFIG)
-            self._prove(directory, progress)
+            return self._prove(directory, progress)
 
     def _check_range(self, progress: Progress) -> None:
         """Read what is to become fp16, or fp32 from fp64, before anything is written: its values
@@ -179,9 +185,9 @@ class Conversion:
             done += nbytes(piece)
             progress("checking", done, total)
 
-    def _prove(self, directory: Path, progress: Progress) -> None:
-        """Raise `CheckpointError` unless the checkpoint in `directory` opens, is the config's, and
-        holds every tensor to the bit."""
+    def _prove(self, directory: Path, progress: Progress) -> list[MergedTensor]:
+        """Raise `CheckpointError` unless the checkpoint in `directory` opens, is the config's,
+        holds every tensor to the bit, and merged ones are the sum of base and adapter."""
         written = open_checkpoint(directory)
         config = read_config(written)
         if config != self.config:
@@ -198,6 +204,7 @@ class Conversion:
             progress("proving", done, total)
         if problems:
             raise CheckpointError(f"the conversion to {self.target} cannot be proven", problems)
+        return merged_tensors(self.pieces, written)
 
 
 class _Told:
@@ -302,7 +309,9 @@ class _Pieces:
     def _dtype(self, name: str, shape: Sequence[int], expert: int | None) -> torch.dtype:
         if self.dtype is not None:
             return memory_dtype(name, self.dtype)
-        return self.spelling.read_dtype(name, expert, shape)
+        read = self.spelling.read_dtype(name, expert, shape)
+        assert read is not None, f"{name} is of the plan, and was not read"
+        return read
 
     def _parts(self, name: str, shape: Sequence[int], expert: int | None) -> list[Part]:
         if self.adapter is not None and (part := self.adapter.replaced.get(name)):

@@ -284,7 +284,7 @@ class _Reader:
             target = self.destinations.get(place.memory)
             if target is None:
                 break
-            experts, *wanted = target.shape
+            experts, wanted = target.shape[0], tuple(target.shape[1:])
             if a.dim() == b.dim() == 2 and a.shape[0] % experts == 0 and _fits(a, b, wanted):
                 fitting.append(place.memory)
         if len(fitting) != 1:

@@ -8,7 +8,7 @@ gap. Every claim of the header is checked here before anybody touches a tensor.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import torch
 
@@ -72,6 +72,10 @@ class Entry:
     end: int
 
 
+@overload
+def weight_dtype(dtype: torch.dtype, done: str) -> torch.dtype: ...
+@overload
+def weight_dtype(dtype: str | torch.dtype | None, done: str) -> torch.dtype | None: ...
 def weight_dtype(dtype: Any, done: str) -> torch.dtype | None:
     """A dtype that weights may be `done` (loaded, saved) in, by itself or by its name
     (`"bfloat16"`, `"torch.bfloat16"`); None for `"auto"`, which leaves the choice here.

@@ -87,8 +87,8 @@ def choose_layers(layers: int | Sequence[int] | None, depth: int) -> tuple[int, 
     """The layers asked for, of `depth`, as indices; None for all. Raises `ValueError`."""
     if layers is None:
         return None
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        if not 1 <= layers <= depth:
+    if isinstance(layers, int):
+        if isinstance(layers, bool) or not 1 <= layers <= depth:
             raise ValueError(
                 f"layers={layers}: the checkpoint has {depth} layers, give 1 to {depth}"
             )

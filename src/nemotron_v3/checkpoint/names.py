@@ -104,7 +104,7 @@ def to_memory(disk: str, layers: Mapping[int, int] | None = None) -> Place | Non
         return None
     parts = match.groupdict()
     layer = int(parts["i"]) if parts.get("i") is not None else None
-    if layers is not None and layer in layers:
+    if layer is not None and layers is not None and layer in layers:
         parts["i"] = str(layers[layer])
     return Place(
         memory=row.memory.format_map(parts),

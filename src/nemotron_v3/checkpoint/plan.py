@@ -66,7 +66,7 @@ def plan_load(
     for name, place in places.items():
         if place is not None and place.carried:
             plan.carried.append(name)
-        elif place is not None and place.layer is not None and _left_out(place, layers, depth):
+        elif place is not None and _left_out(place, layers, depth):
             plan.left_out.append(name)
         elif place is not None and place.memory == LM_HEAD and tied:
             plan.tied_head = name
@@ -89,7 +89,7 @@ def plan_load(
 
 
 def _left_out(place: Place, layers: Mapping[int, int], depth: int) -> bool:
-    return place.layer not in layers and place.layer < depth
+    return place.layer is not None and place.layer not in layers and place.layer < depth
 
 
 def _spelling(places: Collection[Place], problems: list[str]) -> tuple[str, str | None]:

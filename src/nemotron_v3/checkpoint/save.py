@@ -117,8 +117,9 @@ def _piece(
     if dtype is not None:
         return Piece(disk, tensor, memory_dtype(name, dtype))
     read = spelling.read_dtype(name, expert, tensor.shape)
-    keeps = read is None or read == tensor.dtype or not survives(tensor, read)
-    return Piece(disk, tensor, tensor.dtype if keeps else read)
+    if read is None or not (read == tensor.dtype or survives(tensor, read)):
+        read = tensor.dtype
+    return Piece(disk, tensor, read)
 
 
 def _check_complete(model: NemotronV3ForCausalLM, tensors: Mapping[str, Tensor]) -> None:

@@ -73,7 +73,7 @@ def read_generation_config(files: Mapping[str, bytes], path: Path) -> dict[str, 
         return None
     where = path / GENERATION_CONFIG
     try:
-        return parse_object(raw.decode("utf-8"), where)
+        return parse_object(raw.decode("utf-8"), str(where))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where} is no UTF-8 text: byte {error.start}") from None
     except ValueError as error:

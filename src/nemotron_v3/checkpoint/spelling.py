@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Generic, TypeVar
 
 import torch
 
@@ -25,11 +26,14 @@ DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+Written = TypeVar("Written", bound=Writable)
+
+
 @dataclass(frozen=True)
-class Files:
+class Files(Generic[Written]):
     """The files of a checkpoint: what is in each, its notes, and the notes of the index."""
 
-    shards: Mapping[str, Sequence[Writable]]
+    shards: Mapping[str, Sequence[Written]]
     metadata: Mapping[str, Mapping[str, str]]
     index_metadata: Mapping[str, object] | None  # None: one file, no index
 
@@ -72,20 +76,21 @@ class Spelling:
         elif is_stack(name) and expert is None:
             experts = range(shape[0])
         dtypes = [self.origin.dtypes.get(to_disk(name, self.origin.prefix, e)) for e in experts]
-        return None if None in dtypes else reduce(torch.promote_types, dtypes)
+        known = [dtype for dtype in dtypes if dtype is not None]
+        return reduce(torch.promote_types, known) if len(known) == len(dtypes) else None
 
     def writes_tied_head(self) -> bool:
         # transformers draws the head anew where the file has none, whatever the config says.
         return self.origin is None or self.origin.tied_head
 
-    def files(self, pieces: Sequence[Writable], max_shard_size: int | str | None) -> Files:
+    def files(self, pieces: Sequence[Written], max_shard_size: int | str | None) -> Files[Written]:
         """The files to write: shards of at most `max_shard_size`; for None those that were read,
         where the same tensors in the same dtypes are to be written, else shards of 5 GB."""
         limit = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
         as_read = self._files_as_read(pieces) if max_shard_size is None else None
         return as_read or _new_files(pieces, limit)
 
-    def _files_as_read(self, pieces: Sequence[Writable]) -> Files | None:
+    def _files_as_read(self, pieces: Sequence[Written]) -> Files[Written] | None:
         origin = self.origin
         if not origin or not origin.shards or origin.dtypes != {p.name: p.dtype for p in pieces}:
             return None
@@ -97,14 +102,14 @@ class Spelling:
 def parse_size(size: int | str) -> int:
     """Bytes, from a number or from text as "5GB"; raises `CheckpointError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", str(size), re.IGNORECASE)
-    unit = (match[2] or "B").upper() if match else None
-    if unit not in _UNITS or (limit := int(float(match[1]) * _UNITS[unit])) < 1:
+    limit = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if limit < 1:
         raise CheckpointError(f"max_shard_size={size!r}: give bytes, or text as '5GB' or '500MiB'")
     return limit
 
 
-def _new_files(pieces: Sequence[Writable], limit: int) -> Files:
-    shards: list[list[Writable]] = [[]]
+def _new_files(pieces: Sequence[Written], limit: int) -> Files[Written]:
+    shards: list[list[Written]] = [[]]
     room = limit
     for piece in pieces:
         if nbytes(piece) > room and shards[-1]:

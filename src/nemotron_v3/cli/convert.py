@@ -1,76 +1,90 @@
 """`nemotron-v3 convert`: a checkpoint in another spelling, or with an adapter merged into it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from nemotron_v3.cli.dtypes import DTYPES, dtype_name
+from nemotron_v3.cli.options import Choices
+from nemotron_v3.cli.terminal import console_for, harmless, new_console, new_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from nemotron_v3.checkpoint import Conversion
+    from nemotron_v3.checkpoint.prove_merge import MergedTensor
 
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
+@dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint in another spelling, streamed and proven, or merge a LoRA adapter.
 
-def convert(
-    source: Path,
-    target: Path,
-    /,
-    dtype: str | None = None,
-    max_shard_size: str | None = None,
-    experts: Literal["per_expert", "fused"] | None = None,
-    prefix: Literal["backbone", "model"] | None = None,
-    layers: str | None = None,
-    adapter: Path | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Write a checkpoint in another spelling, streamed and proven; what is not asked for stays.
-
-    Args:
-        source: directory with config.json and safetensors weights.
-        target: directory to write to.
-        dtype: of the weights: bfloat16, float16, float32 or float64. A_log, D, dt_bias and the
-            router's bias stay fp32 or wider.
-        max_shard_size: such as 5GB or 500MB.
-        experts: one tensor for each expert, or one stack.
-        prefix: what names begin with.
-        layers: only these, such as 0-3,7; they are renumbered from 0.
-        adapter: directory of a LoRA adapter in PEFT's format, to merge.
-        dry_run: show what would be done, and write nothing.
-        overwrite: replace what is in the target.
+    What is not asked for stays as it is.
     """
-    import torch
-    from rich.console import Console
 
-    from nemotron_v3.checkpoint import plan_conversion
+    source: tyro.conf.Positional[Path]
+    """folder with config.json and safetensors weights"""
+    target: tyro.conf.Positional[Path]
+    """folder to write to"""
+    dtype: Annotated[str | None, Choices(tuple(DTYPES))] = None
+    """of the weights: bfloat16, float16, float32 or float64 (bf16, fp16, ...). A_log, D, dt_bias
+    and the router's bias stay fp32 or wider"""
+    max_shard_size: str | None = None
+    """such as 5GB or 500MB"""
+    experts: Literal["per_expert", "fused"] | None = None
+    """one tensor for each expert, or one stack"""
+    prefix: Literal["backbone", "model"] | None = None
+    """what names begin with"""
+    layers: str | None = None
+    """only these, such as 0-3,7; they are renumbered from 0"""
+    adapter: Path | None = None
+    """folder of a LoRA adapter in PEFT's format, to merge"""
+    dry_run: bool = False
+    """show what would be done, and write nothing"""
+    overwrite: bool = False
+    """replace what is in the target"""
+    json: bool = False
+    """print one JSON object that says what was done"""
 
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: give one of {', '.join(_DTYPES)}")
-    plan = plan_conversion(
-        source,
-        target,
-        dtype=getattr(torch, dtype) if dtype else None,
-        max_shard_size=max_shard_size,
-        experts=experts,
-        prefix=f"{prefix}." if prefix else None,
-        layers=None if layers is None else parse_layers(layers),
-        adapter=adapter,
-        overwrite=overwrite,
-    )
-    console = Console(highlight=False)
-    console.print(plan_table(plan))
-    if dry_run:
-        console.print("dry run: nothing was written")
-        return
-    with _progress(console) as progress:
-        plan.run(progress)
-    console.print(
-        f"{len(plan.pieces):,} tensors written to {target}, read again and equal to the bit",
-        markup=False,
-    )
+    def run(self) -> None:
+        plan = self.plan()
+        merged = None
+        if not self.json:
+            table = plan_table(plan)
+            console_for(table, narrowest=60).print(table)
+        if not self.dry_run:
+            with _progress() as progress:
+                merged = plan.run(progress)
+        if self.json:
+            print(json.dumps(summary(plan, merged), indent=2))
+        elif merged is None:
+            print("dry run: nothing was written")
+        else:
+            _tell(plan, merged)
+
+    def plan(self) -> "Conversion":
+        """What is to be done; raises `ValueError`."""
+        import torch
+
+        from nemotron_v3.checkpoint import plan_conversion
+
+        return plan_conversion(
+            self.source,
+            self.target,
+            dtype=getattr(torch, dtype_name(self.dtype)) if self.dtype is not None else None,
+            max_shard_size=self.max_shard_size,
+            experts=self.experts,
+            prefix=f"{self.prefix}." if self.prefix else None,
+            layers=None if self.layers is None else parse_layers(self.layers),
+            adapter=self.adapter,
+            overwrite=self.overwrite,
+        )
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -84,21 +98,51 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def summary(plan: "Conversion", merged: "Sequence[MergedTensor] | None") -> dict[str, Any]:
+    """What is read and written, as JSON has it; `merged` is None for a dry run."""
+    checkpoint, adapter = plan.checkpoint, plan.adapter
+    told = None
+    if adapter is not None:
+        told = {
+            "path": str(adapter.path),
+            "ranks": list(adapter.ranks),
+            "tensors": {m.name: {"change": m.change, "error": m.error} for m in merged or ()},
+        }
+    return {
+        "source": str(checkpoint.path),
+        "target": str(plan.target),
+        "written": merged is not None,
+        "tensors": {"read": len(checkpoint), "written": len(plan.pieces)},
+        "bytes": {"read": _read_bytes(plan), "written": plan.bytes},
+        "files": {"read": list(checkpoint.shards), "written": list(plan.files.shards)},
+        "prefix": {"read": plan.origin.prefix, "written": plan.prefix},
+        "experts": {"read": plan.origin.experts, "written": plan.experts},
+        "layers": _layer_numbers(plan),
+        "pattern": plan.config.hybrid_override_pattern,
+        "casts": plan.casts,
+        "merged_tensors": plan.merged,
+        "adapter": told,
+        "carried_along": list(plan.plan.carried),
+        "left_out": list(plan.plan.left_out),
+        "copied": list(plan.copied),
+        "left_behind": list(plan.left_behind),
+    }
+
+
 def plan_table(plan: "Conversion") -> "Table":
     """What is read beside what is written."""
     from rich.markup import escape
-    from rich.table import Table
 
     from nemotron_v3.checkpoint.names import majority_dtype
     from nemotron_v3.checkpoint.writer import numel
 
     checkpoint, origin = plan.checkpoint, plan.origin
     depth = plan.config.num_hidden_layers
-    read_bytes = sum(checkpoint.numel(n) * checkpoint.dtype(n).itemsize for n in checkpoint)
     written = majority_dtype((p.dtype, numel(p)) for p in plan.pieces)
     rows = [
+        ("folder", str(checkpoint.path), str(plan.target)),
         ("tensors", f"{len(checkpoint):,}", f"{len(plan.pieces):,}"),
-        ("bytes", f"{read_bytes:,}", f"{plan.bytes:,}"),
+        ("bytes", f"{_read_bytes(plan):,}", f"{plan.bytes:,}"),
         ("files", f"{len(checkpoint.shards):,}", f"{len(plan.files.shards):,}"),
         ("prefix", origin.prefix, plan.prefix),
         ("experts", str(origin.experts), str(plan.experts)),
@@ -119,12 +163,54 @@ def plan_table(plan: "Conversion") -> "Table":
         rows.append(("copied", "", ", ".join(plan.copied)))
     if plan.left_behind:
         rows.append(("left behind", ", ".join(plan.left_behind), ""))
-    table = Table(title=escape(f"{checkpoint.path} -> {plan.target}"), title_justify="left")
-    for heading in ("", "read", "written"):
-        table.add_column(heading, overflow="fold")
+    table = new_table("", "read", "written")
+    table.columns[0].no_wrap = True
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(harmless(cell)) for cell in row))
     return table
+
+
+def merged_table(merged: "Sequence[MergedTensor]") -> "Table":
+    """What an adapter changed, by projection: how many tensors, and how far each moved."""
+    table = new_table("merged")
+    for heading in ("tensors", "change,\nleast", "change,\nmedian", "change,\nmost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_projection: dict[str, list[MergedTensor]] = {}
+    for tensor in merged:
+        by_projection.setdefault(_projection(tensor.name), []).append(tensor)
+    for projection, tensors in by_projection.items():
+        changes = [t.change for t in tensors if t.change is not None]
+        sizes = (min(changes), statistics.median(changes), max(changes)) if changes else ()
+        shown = [f"{100 * size:.3g} %" for size in sizes] or ["replaced", "", ""]
+        table.add_row(projection, f"{len(tensors):,}", *shown)
+    return table
+
+
+def _tell(plan: "Conversion", merged: "Sequence[MergedTensor]") -> None:
+    """What was done, and how it was proven."""
+    if merged:
+        table = merged_table(merged)
+        console_for(table).print(table)
+        print(
+            f"every merged tensor is the fp64 sum of base and adapter, rounded: the largest error "
+            f"is {max(m.error for m in merged):.2f} of what rounding allows"
+        )
+        still = [m.name for m in merged if m.change == 0]
+        if still:
+            print(f"{len(still):,} of them did not change: the adapter is 0 there, or too small")
+    count = f"{len(plan.pieces):,} tensors"
+    print(f"{count} written to {harmless(str(plan.target))}, read again and equal to the bit")
+
+
+def _projection(name: str) -> str:
+    """`backbone.layers.3.mixer.experts.7.up_proj.weight` -> `experts.up_proj`."""
+    parts = [p for p in name.removesuffix(".weight").split(".") if not p.isdecimal()]
+    return ".".join(parts[parts.index("mixer") + 1 :]) if "mixer" in parts else parts[-1]
+
+
+def _read_bytes(plan: "Conversion") -> int:
+    checkpoint = plan.checkpoint
+    return sum(checkpoint.numel(n) * checkpoint.dtype(n).itemsize for n in checkpoint)
 
 
 def _layers_read(plan: "Conversion") -> str:
@@ -133,13 +219,18 @@ def _layers_read(plan: "Conversion") -> str:
     return ", ".join(map(str, plan.layers))
 
 
+def _layer_numbers(plan: "Conversion") -> list[int]:
+    """Of the source, in order."""
+    return list(range(plan.config.num_hidden_layers) if plan.layers is None else plan.layers)
+
+
 def _short(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
-def _progress(console: "Console") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is done, in bytes."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for each thing that is done, in bytes."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -156,7 +247,7 @@ def _progress(console: "Console") -> Iterator[Callable[[str, int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=new_console(stderr=True)) as progress:
         tasks = {}
 
         def told(doing: str, done: int, total: int) -> None:

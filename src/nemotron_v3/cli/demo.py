@@ -1,18 +1,23 @@
 """`nemotron-v3 demo`."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from nemotron_v3.recipes.demo import DemoOptions
-
-# The options' names stand alone: no prefix says which dataclass they come from.
-Options = Annotated[DemoOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+from nemotron_v3.recipes.options import DemoOptions
 
 
-def demo(options: Options) -> None:
-    """Train a small Nemotron-3-shaped model on Python's standard library, save it, reload it, and
-    let it write."""
-    from nemotron_v3.recipes.demo import run_demo
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small hybrid on Python's standard library, save it, reload it, and let it write."""
 
-    run_demo(options)
+    # The options' names stand alone: no prefix says which dataclass they come from.
+    options: Annotated[DemoOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = (
+        DemoOptions()
+    )
+
+    def run(self) -> None:
+        from nemotron_v3.recipes.demo import run_demo
+
+        run_demo(self.options)

@@ -1,7 +1,15 @@
 """`nemotron-v3 inspect`: what a model is made of and what it costs, from its config alone."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from nemotron_v3.cli.dtypes import DTYPES, dtype_name
+from nemotron_v3.cli.options import Choices
+from nemotron_v3.cli.terminal import console_for, new_table
 
 if TYPE_CHECKING:
     import torch
@@ -9,30 +17,52 @@ if TYPE_CHECKING:
 
     from nemotron_v3.config import NemotronV3Config
 
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Of the released models; a test holds them to `nemotron_v3.config.PRESETS`, which needs torch.
+RELEASED = (
+    "nemotron-h-4b",
+    "nemotron-h-8b",
+    "nemotron-h-47b",
+    "nemotron-h-56b",
+    "nemotron-nano-9b-v2",
+    "nemotron-nano-12b-v2",
+    "nemotron-3-nano-4b",
+    "nemotron-3-nano-30b",
+    "nemotron-3-super",
+    "nemotron-3-ultra",
+    "nemotron-3.5-lightning",
+)
 
 
-def inspect(target: str, /, seq_len: int = 4096, dtype: str = "bfloat16") -> None:
-    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint.
+@dataclass(frozen=True)
+class Inspect:
+    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint."""
 
-    Args:
-        target: name of a released model, directory with a config.json, or a JSON file.
-        seq_len: tokens in the sequence that FLOPs and state are counted for.
-        dtype: of weights, keys and values: bfloat16, float16, float32 or float64.
-    """
-    import torch
-    from rich.console import Console
+    target: Annotated[tyro.conf.Positional[str], Choices(RELEASED)]
+    """name of a released model or its id on the hub, a folder with a config.json, or a JSON file"""
+    seq_len: int = 4096
+    """tokens in the sequence that FLOPs and state are counted for"""
+    dtype: Annotated[str, Choices(tuple(DTYPES))] = "bfloat16"
+    """of weights, keys and values: bfloat16, float16, float32 or float64 (bf16, fp16, ...)"""
+    json: bool = False
+    """print one JSON object"""
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: give one of {', '.join(_DTYPES)}")
-    if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}: give at least 1 token")
-    config = read_target(target)
-    console = Console(highlight=False)
-    layers = f"{config.num_hidden_layers} layers: {config.hybrid_override_pattern}"
-    console.print(layers, markup=False)
-    console.print(_layers_table(config, seq_len))
-    console.print(_totals_table(config, seq_len, getattr(torch, dtype)))
+    def run(self) -> None:
+        import torch
+
+        dtype = getattr(torch, dtype_name(self.dtype))
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len is {self.seq_len}: give at least 1 token")
+        config = read_target(self.target)
+        costs = costs_of(config, self.seq_len, dtype)
+        if self.json:
+            print(json.dumps(costs, indent=2))
+            return
+        tables = layers_table(costs), totals_table(costs, config)
+        console = console_for(*tables)
+        layers = f"{costs['layers']} layers: {costs['pattern']}"
+        console.print(layers, markup=False, soft_wrap=True)
+        for table in tables:
+            console.print(table)
 
 
 def read_target(target: str) -> "NemotronV3Config":
@@ -42,33 +72,74 @@ def read_target(target: str) -> "NemotronV3Config":
     lists all.
     """
     from nemotron_v3.config import PRESETS, NemotronV3Config
+    from nemotron_v3.config.files import exists
+    from nemotron_v3.config.presets import preset_of_model_id
 
-    if target not in PRESETS and Path(target).exists():
-        return NemotronV3Config.from_json(target)
+    if target not in PRESETS and exists(target):
+        return NemotronV3Config.from_json(Path(target))
     try:
-        return NemotronV3Config.preset(target)
+        return NemotronV3Config.preset(preset_of_model_id(target) or target)
     except ValueError as error:
         raise ValueError(f"{error}; nor is there a file or directory {target!r}") from None
 
 
-def _layers_table(config: "NemotronV3Config", seq_len: int) -> "Table":
-    """A row for each block type that occurs: what one such block costs."""
-    from rich.table import Table
-
+def costs_of(config: "NemotronV3Config", seq_len: int, dtype: "torch.dtype") -> dict[str, Any]:
+    """All figures, as JSON has them: counts, FLOPs and bytes as numbers."""
     from nemotron_v3.model import cost
 
-    table = Table()
-    table.add_column("block", no_wrap=True)
-    for heading in ("count", "parameters each", "active each", "MFLOP a token each"):
+    count = cost.parameters(config)
+    kv = cost.kv_bytes_per_token(config, dtype)
+    mtp = config.mtp_hybrid_override_pattern if config.num_nextn_predict_layers else None
+    return {
+        "layers": config.num_hidden_layers,
+        "pattern": config.hybrid_override_pattern,
+        "blocks": {block: _block_costs(config, block, seq_len) for block in _types(config)},
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "multi_token_prediction": mtp,
+        "parameters": count.total,
+        "parameters_with_multi_token_prediction": count.with_mtp,
+        "active_parameters": count.active,
+        "active_parameters_without_input_embedding": count.active_without_embedding,
+        "seq_len": seq_len,
+        "forward_flops_per_token": cost.forward_flops(config, seq_len),
+        "training_flops_per_token": cost.training_flops(config, seq_len),
+        "dtype": _name(dtype),
+        "ssm_dtype": _name(config.mamba_ssm_cache_dtype),
+        "kv_cache_bytes_per_token": kv,
+        "kv_cache_bytes": kv * seq_len,
+        "ssm_state_bytes": cost.ssm_state_bytes(config),
+        "conv_state_bytes": cost.conv_state_bytes(config, dtype),
+        "checkpoint_bytes": cost.checkpoint_bytes(config, dtype),
+        "checkpoint_tensors": cost.checkpoint_tensors(config),
+    }
+
+
+def _block_costs(config: "NemotronV3Config", block: str, seq_len: int) -> dict[str, Any]:
+    """What one block of a type costs, and how many there are."""
+    from nemotron_v3.model import cost
+
+    weights = cost.block_weights(config, block)
+    return {
+        "count": config.layers_block_type.count(block),
+        "parameters": sum(weight.parameters for weight in weights),
+        "active_parameters": sum(weight.active for weight in weights),
+        "forward_flops_per_token": cost.block_flops(config, block, seq_len),
+    }
+
+
+def layers_table(costs: dict[str, Any]) -> "Table":
+    """A row for each block type that occurs: what one such block costs."""
+    table = new_table("block")
+    for heading in ("count", "parameters\neach", "active\neach", "MFLOP a\ntoken each"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for block in _types(config):
-        weights = cost.block_weights(config, block)
+    for block, of_block in costs["blocks"].items():
         table.add_row(
             block,
-            f"{config.layers_block_type.count(block)}",
-            f"{sum(weight.parameters for weight in weights):,}",
-            f"{sum(weight.active for weight in weights):,}",
-            f"{cost.block_flops(config, block, seq_len) / 1e6:,.1f}",
+            f"{of_block['count']}",
+            f"{of_block['parameters']:,}",
+            f"{of_block['active_parameters']:,}",
+            f"{of_block['forward_flops_per_token'] / 1e6:,.1f}",
         )
     return table
 
@@ -101,73 +172,68 @@ def _sizes(config: "NemotronV3Config", block: str) -> str:
     )
 
 
-def _totals_table(config: "NemotronV3Config", seq_len: int, dtype: "torch.dtype") -> "Table":
+def totals_table(costs: dict[str, Any], config: "NemotronV3Config") -> "Table":
     """The whole model: sizes, parameters, FLOPs, state and checkpoint."""
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("figure", justify="right")
-    sections = (
-        _size_rows(config),
-        _parameter_rows(config),
-        _flop_rows(config, seq_len),
-        _byte_rows(config, seq_len, dtype),
-    )
-    for rows in sections:
+    table = new_table("", "")
+    table.columns[1].justify = "right"
+    for rows in (
+        _size_rows(costs, config),
+        _parameter_rows(costs),
+        _flop_rows(costs),
+        _byte_rows(costs),
+    ):
         for row in rows:
             table.add_row(*row)
         table.add_section()
     return table
 
 
-def _size_rows(config: "NemotronV3Config") -> list[tuple[str, str]]:
-    mtp = config.mtp_hybrid_override_pattern if config.num_nextn_predict_layers else "none"
+def _size_rows(costs: dict[str, Any], config: "NemotronV3Config") -> list[tuple[str, str]]:
     return [
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("hidden size", f"{config.hidden_size:,}"),
-        *((block, _sizes(config, block)) for block in _types(config)),
-        ("multi-token prediction", mtp),
+        ("vocabulary", f"{costs['vocab_size']:,}"),
+        ("hidden size", f"{costs['hidden_size']:,}"),
+        *((block, _sizes(config, block)) for block in costs["blocks"]),
+        ("multi-token prediction", costs["multi_token_prediction"] or "none"),
     ]
 
 
-def _parameter_rows(config: "NemotronV3Config") -> list[tuple[str, str]]:
-    from nemotron_v3.model.cost import parameters
-
-    count = parameters(config)
+def _parameter_rows(costs: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("parameters", _billions(count.total)),
-        ("with multi-token prediction", _billions(count.with_mtp)),
-        ("active a token", _billions(count.active)),
-        ("active without input embedding", _billions(count.active_without_embedding)),
+        ("parameters", _billions(costs["parameters"])),
+        (
+            "with multi-token prediction",
+            _billions(costs["parameters_with_multi_token_prediction"]),
+        ),
+        ("active a token", _billions(costs["active_parameters"])),
+        (
+            "active without input embedding",
+            _billions(costs["active_parameters_without_input_embedding"]),
+        ),
     ]
 
 
-def _flop_rows(config: "NemotronV3Config", seq_len: int) -> list[tuple[str, str]]:
-    from nemotron_v3.model.cost import forward_flops, training_flops
-
+def _flop_rows(costs: dict[str, Any]) -> list[tuple[str, str]]:
+    at = f"FLOP a token at {costs['seq_len']:,}"
     return [
-        (f"forward FLOP a token at {seq_len:,}", _giga(forward_flops(config, seq_len))),
-        (f"training FLOP a token at {seq_len:,}", _giga(training_flops(config, seq_len))),
+        (f"forward {at}", _giga(costs["forward_flops_per_token"])),
+        (f"training {at}", _giga(costs["training_flops_per_token"])),
     ]
 
 
-def _byte_rows(
-    config: "NemotronV3Config", seq_len: int, dtype: "torch.dtype"
-) -> list[tuple[str, str]]:
-    from nemotron_v3.model import cost
-
-    name = str(dtype).removeprefix("torch.")
-    ssm = str(config.mamba_ssm_cache_dtype).removeprefix("torch.")
-    kv = cost.kv_bytes_per_token(config, dtype)
+def _byte_rows(costs: dict[str, Any]) -> list[tuple[str, str]]:
+    name = costs["dtype"]
     return [
-        (f"KV cache a token, {name}", _bytes(kv)),
-        (f"KV cache at {seq_len:,} tokens", _bytes(kv * seq_len)),
-        (f"SSM state a sequence, {ssm}", _bytes(cost.ssm_state_bytes(config))),
-        (f"conv state a sequence, {name}", _bytes(cost.conv_state_bytes(config, dtype))),
-        (f"checkpoint, {name}", _bytes(cost.checkpoint_bytes(config, dtype))),
-        ("checkpoint tensors", f"{cost.checkpoint_tensors(config):,}"),
+        (f"KV cache a token, {name}", _bytes(costs["kv_cache_bytes_per_token"])),
+        (f"KV cache at {costs['seq_len']:,} tokens", _bytes(costs["kv_cache_bytes"])),
+        (f"SSM state a sequence, {costs['ssm_dtype']}", _bytes(costs["ssm_state_bytes"])),
+        (f"conv state a sequence, {name}", _bytes(costs["conv_state_bytes"])),
+        (f"checkpoint, {name}", _bytes(costs["checkpoint_bytes"])),
+        ("checkpoint tensors", f"{costs['checkpoint_tensors']:,}"),
     ]
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _billions(count: int) -> str:

@@ -1,89 +1,143 @@
-"""`nemotron-v3 VERB ...`: finds the verb, and says what went wrong in one line."""
+"""`nemotron-v3 VERB ...`: reads what is asked, runs it, and says what went wrong in one line."""
 
+import contextlib
 import importlib
-import linecache
+import io
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, Protocol
 
 import nemotron_v3
+from nemotron_v3.cli.errors import status_of
+from nemotron_v3.cli.terminal import one_line
 
-# A verb is the function of that name in the file of that name: its arguments are the options.
+# A verb is the dataclass of that name in the file of the verb's name. Its fields are the options,
+# its docstring is the help text, and `run` does the work. These files import neither torch nor a
+# room before `run`, so that help and completion come at once.
 VERBS = {
-    "convert": "a checkpoint in another spelling, or with a LoRA adapter merged into it",
-    "demo": "train a small hybrid on Python's standard library, save it, reload it, generate",
-    "generate": "continue a prompt, or chat, in the terminal",
-    "inspect": "layers, parameters, FLOPs and bytes of a released model or a checkpoint",
-    "train": "train on one's own text or chats: from scratch, further, or adapters alone",
+    "convert": "Convert",
+    "demo": "Demo",
+    "generate": "Generate",
+    "inspect": "Inspect",
+    "train": "Train",
+    "completion": "Completion",
 }
 
-USAGE = f"""\
-usage: nemotron-v3 VERB [options]
+MORE = "nemotron-v3 VERB --help shows the options of a verb, nemotron-v3 --version the version."
 
-{"".join(f"  {verb:<10}{summary}{chr(10)}" for verb, summary in VERBS.items())}
-  nemotron-v3 VERB --help   the options of a verb
-  nemotron-v3 --version"""
+WRONG_CALL = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-ERROR = 2
-INTERRUPTED = 130
+
+class Verb(Protocol):
+    """What the user asked for."""
+
+    def run(self) -> None: ...
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 2 for a mistake in what was asked, 130 for
-    Ctrl-C. What we did not expect keeps its traceback."""
+    """Run one verb and return the exit status.
+
+    0; 2 for a mistake in what was asked; 1 for a failure (no memory, a full disk); 130 for Ctrl-C;
+    141 where the reader of a pipe has gone. What nobody foresaw keeps its traceback, and Python's
+    status for it is 1.
+    """
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if args else ERROR
-    verb, *options = args
-    if verb in ("-V", "--version"):
-        print(f"nemotron-v3 {nemotron_v3.__version__}")
-        return 0
-    if verb not in VERBS:
-        return _complain(f"no verb {verb!r}: there are {', '.join(VERBS)}")
+    _print_anything()
     try:
-        _run(verb, options)
+        verb = parse(args)
+        if verb is not None:
+            verb.run()
+            sys.stdout.flush()
+        return 0 if args else WRONG_CALL
     except KeyboardInterrupt as interrupt:
         print(": ".join(["nemotron-v3: interrupted", *interrupt.args]), file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, which would be an error again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except Exception as error:
-        if not _meant(error):
+        status = status_of(error)
+        if status is None:
             raise
-        return _complain(str(error))
-    return 0
+        print(f"nemotron-v3: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        return status
 
 
-def _run(verb: str, options: Sequence[str]) -> None:
+def parse(args: Sequence[str]) -> Verb | None:
+    """The verb with its options; None where help or the version was asked for, and printed.
+
+    Raises:
+        ValueError: no such verb or option, or a value that cannot be read.
+    """
+    if args and args[0] in ("-V", "--version"):
+        print(f"nemotron-v3 {nemotron_v3.__version__}")
+        return None
+    if not args or args[0] == "help":
+        args = ["--help"]
     import tyro
 
-    # Imported only now, so that help and a mistyped verb are answered at once.
-    module = importlib.import_module(f"nemotron_v3.cli.{verb}")
-    if (kind := getattr(module, verb.title(), None)) is not None:
-        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-        told = {"default": kind.defaults(options), "config": config}
-        tyro.cli(kind, prog=f"nemotron-v3 {verb}", args=options, **told).run()
-        return
-    tyro.cli(getattr(module, verb), prog=f"nemotron-v3 {verb}", args=options)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                verbs(args),
+                prog="nemotron-v3",
+                description=f"{nemotron_v3.__doc__}\n\n{MORE}",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            return None
+        raise ValueError(_plain(told.getvalue())) from None
 
 
-def _meant(error: Exception) -> bool:
-    """Whether the error is an answer to the user: a `raise` in this package, or a file that cannot
-    be read or written; anything else is a fault of ours, and its traceback is needed."""
-    if isinstance(error, OSError):
-        return error.filename is not None
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return False
-    file = traceback.tb_frame.f_code.co_filename
-    line = linecache.getline(file, traceback.tb_lineno).strip()
-    return line.startswith("raise ") and Path(__file__).parents[1] in Path(file).parents
+def verbs(args: Sequence[str]) -> Any:
+    """All verbs as one type, each with its options.
+
+    A verb with a class method `defaults(args)` takes what it does not find on the command line from
+    there: a file that is named among its arguments.
+    """
+    from typing import Annotated, Union
+
+    import tyro
+
+    classes = []
+    for verb, name in VERBS.items():
+        cls = getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), name)
+        more = {}
+        if hasattr(cls, "defaults"):
+            more["default"] = cls.defaults(args[1:] if args[:1] == [verb] else ())
+        classes.append(Annotated[cls, tyro.conf.subcommand(verb, prefix_name=False, **more)])
+    return Union[tuple(classes)]  # noqa: UP007
 
 
-def _complain(message: str) -> int:
-    print(f"nemotron-v3: {message}", file=sys.stderr)
-    return ERROR
+def _plain(frame: str) -> str:
+    """tyro's framed error as text: the title, and the sections as sentences."""
+    sections = [[]]
+    for line in frame.splitlines():
+        text = line.strip().strip("│").strip()
+        if text.startswith("╭"):
+            sections = [[text.strip("╭╮─ ")], []]
+        elif text and not text.strip("╰╯─-"):
+            sections.append([])
+        elif text:
+            sections[-1].append(text)
+    title, *sentences = [" ".join(section).rstrip(".") for section in sections if section]
+    if sentences and sentences[0].lower().startswith(title.lower()):
+        return ". ".join(sentences)
+    return f"{title}: {'. '.join(sentences)}"
+
+
+def _print_anything() -> None:
+    """Let stdout write what its encoding has no character for as an escape, not as an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

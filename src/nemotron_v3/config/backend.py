@@ -1,7 +1,6 @@
 """Which implementation the layers use."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from numbers import Number
 from typing import Any, Self
 
@@ -11,12 +10,13 @@ from nemotron_v3.config.spelling import (
     read_attributes,
     read_mapping,
     setting,
+    settings_class,
     settings_of,
     settle,
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BackendConfig:
     """Who computes attention, projections and norms, and which form of our ops runs.
 

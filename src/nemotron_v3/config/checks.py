@@ -1,9 +1,7 @@
 """Contradictions between the settings of a model, each with the way out."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nemotron_v3.config.model import NemotronV3Config
+from nemotron_v3.config.blocks import to_pattern
+from nemotron_v3.config.settings import ModelSettings
 
 _EXPERT_SIZES = (
     "n_routed_experts",
@@ -12,7 +10,7 @@ _EXPERT_SIZES = (
 )
 
 
-def check(config: "NemotronV3Config", num_hidden_layers: int | None, untyped: bool) -> None:
+def check(config: ModelSettings, num_hidden_layers: int | None, untyped: bool) -> None:
     """Raise `ValueError` where settings of `config` contradict each other.
 
     `num_hidden_layers` is the depth that was told beside the blocks (`None`: none was).
@@ -38,7 +36,7 @@ def check(config: "NemotronV3Config", num_hidden_layers: int | None, untyped: bo
         _check_experts(config)
 
 
-def _check_depth(config: "NemotronV3Config", told: int | None, untyped: bool) -> None:
+def _check_depth(config: ModelSettings, told: int | None, untyped: bool) -> None:
     blocks = config.layers_block_type
     if not blocks and not untyped:
         raise ValueError(
@@ -49,7 +47,7 @@ def _check_depth(config: "NemotronV3Config", told: int | None, untyped: bool) ->
     if told != len(blocks):
         raise ValueError(
             f"num_hidden_layers {told} contradicts the {len(blocks)} blocks of "
-            f"{config.hybrid_override_pattern!r}: correct one, or leave num_hidden_layers out"
+            f"{to_pattern(blocks)!r}: correct one, or leave num_hidden_layers out"
         )
 
 
@@ -58,7 +56,7 @@ def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
         raise ValueError(f"{name} {value} is not a multiple of {by_name} {by}: change one of them")
 
 
-def check_expert_sizes(config: "NemotronV3Config") -> None:
+def check_expert_sizes(config: ModelSettings) -> None:
     """Raise `ValueError` where a size is missing without which no moe block can be built."""
     missing = [name for name in _EXPERT_SIZES if getattr(config, name) == 0]
     if missing:
@@ -68,7 +66,7 @@ def check_expert_sizes(config: "NemotronV3Config") -> None:
         )
 
 
-def _check_experts(config: "NemotronV3Config") -> None:
+def _check_experts(config: ModelSettings) -> None:
     if config.n_shared_experts != 1:
         raise ValueError(
             f"n_shared_experts is {config.n_shared_experts}: only 1 is supported, its width is "

@@ -3,14 +3,11 @@
 import dataclasses
 import errno
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from nemotron_v3.config import values
 from nemotron_v3.config.atomic import atomic_file
@@ -19,6 +16,7 @@ from nemotron_v3.config.checks import check
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
 from nemotron_v3.config.presets import preset_values
+from nemotron_v3.config.settings import ModelSettings
 from nemotron_v3.config.source import Source, Untyped, mend_text, plain_json
 from nemotron_v3.config.spelling import (
     MISSING,
@@ -29,7 +27,7 @@ from nemotron_v3.config.spelling import (
     put,
     read_attributes,
     read_mapping,
-    setting,
+    settings_class,
     settings_of,
     settle,
 )
@@ -38,25 +36,9 @@ from nemotron_v3.config.trainers import AskedByTrainers
 ARCHITECTURE = "NemotronHForCausalLM"
 MODEL_TYPE = "nemotron_h"
 
-_COUNT = values.whole(1)
-_SIZE = values.whole(0)
-_FRACTION = values.number(0.0, below=1.0)
-_POSITIVE = values.positive()
-_NOT_NEGATIVE = values.number(0.0)
 
-
-class _View:
-    """A field seen another way: a keyword of the constructor, computed when read."""
-
-    def __init__(self, compute: Callable[["NemotronV3Config"], Any]) -> None:
-        self.compute = compute
-
-    def __get__(self, config: "NemotronV3Config | None", owner: type) -> Any:
-        return None if config is None else self.compute(config)  # None: the constructor's default
-
-
-@dataclass(frozen=True, kw_only=True)
-class NemotronV3Config:
+@settings_class
+class NemotronV3Config(ModelSettings):
     """A Nemotron-H / Nemotron-3 hybrid, as its `config.json` describes it.
 
     Every value is checked at construction (`ValueError` with the value and the way out). A config
@@ -64,93 +46,6 @@ class NemotronV3Config:
     a pattern string (`"MEM*-"`), a dtype field its name. Defaults are those of transformers'
     `NemotronHConfig`, except that a model has no experts unless they are told.
     """
-
-    # Width and vocabulary
-    vocab_size: int = setting(131072, _COUNT)
-    hidden_size: int = setting(4096, _COUNT)
-    tie_word_embeddings: bool = setting(False, values.flag)
-    max_position_embeddings: int = setting(4096, _COUNT)
-
-    # The blocks, in order: each is one of BLOCK_TYPES with its own norm and residual
-    layers_block_type: tuple[str, ...] = setting(
-        (), values.blocks, "layer_types", "hybrid_override_pattern", fresh="hybrid_override_pattern"
-    )
-
-    # Attention (no positional encoding of any kind)
-    num_attention_heads: int = setting(32, _COUNT)
-    num_key_value_heads: int = setting(8, values.optional(_COUNT))  # None: one per query head
-    head_dim: int = setting(128, _COUNT, "attention_head_dim")
-    attention_bias: bool = setting(False, values.flag)
-    attention_dropout: float = setting(0.0, _FRACTION)
-    sliding_window: int | None = setting(None, values.optional(values.only(None)))
-
-    # Mamba-2
-    mamba_num_heads: int = setting(128, _COUNT)
-    mamba_head_dim: int = setting(64, _COUNT)
-    ssm_state_size: int = setting(128, _COUNT)
-    n_groups: int = setting(8, _COUNT, "mamba_n_groups")
-    conv_kernel: int = setting(4, _COUNT, "mamba_d_conv")
-    chunk_size: int = setting(128, _COUNT, "mamba_chunk_size")
-    mamba_hidden_act: str = setting("silu", values.choice("silu", "swish"))  # one function
-    use_conv_bias: bool = setting(True, values.flag, "mamba_conv_bias")
-    # Every implementation obeys use_bias; files hold mamba_proj_bias beside it without effect.
-    use_bias: bool = setting(False, values.flag, yielding=("mamba_proj_bias",))
-    time_step_min: float = setting(0.001, _POSITIVE, "mamba_dt_min")
-    time_step_max: float = setting(0.1, _POSITIVE, "mamba_dt_max")
-    time_step_floor: float = setting(1e-4, _POSITIVE, "mamba_dt_init_floor")
-    time_step_limit: tuple[float, float] = setting(
-        (0.0, math.inf), values.limit, "mamba_dt_limit", group="if changed"
-    )
-    mamba_ssm_cache_dtype: torch.dtype = setting(torch.float32, values.dtype)
-
-    # MLP: down(relu(up(x))^2)
-    intermediate_size: int = setting(21504, _COUNT)
-    mlp_hidden_act: str = setting("relu2", values.choice("relu2"))
-    mlp_bias: bool = setting(False, values.flag)
-
-    # Mixture of experts; n_routed_experts 0 means there is none
-    n_routed_experts: int = setting(0, _SIZE, "num_local_experts", group="moe")
-    n_shared_experts: int = setting(1, _SIZE, group="moe")
-    num_experts_per_tok: int = setting(2, _COUNT, group="moe")
-    moe_intermediate_size: int = setting(0, _SIZE, group="moe")
-    moe_shared_expert_intermediate_size: int = setting(0, _SIZE, group="moe")
-    moe_latent_size: int | None = setting(None, values.optional(_COUNT), group="moe")
-    moe_shared_expert_overlap: bool = setting(True, values.flag, group="moe")
-    n_group: int = setting(1, _COUNT, group="moe")
-    topk_group: int = setting(1, _COUNT, group="moe")
-    norm_topk_prob: bool = setting(True, values.flag, group="moe")
-    routed_scaling_factor: float = setting(1.0, values.number(), group="moe")
-
-    # Multi-token prediction; num_nextn_predict_layers 0 means there is none
-    num_nextn_predict_layers: int = setting(0, _SIZE, group="mtp")
-    mtp_layers_block_type: tuple[str, ...] = setting(
-        ("attention", "moe"),
-        values.blocks,
-        "mtp_hybrid_override_pattern",
-        fresh="mtp_hybrid_override_pattern",
-        group="mtp",
-    )
-
-    # Norms, residual stream, initialisation
-    layer_norm_epsilon: float = setting(1e-5, _NOT_NEGATIVE, "norm_eps", "rms_norm_eps")
-    residual_in_fp32: bool = setting(False, values.flag)
-    rescale_prenorm_residual: bool = setting(True, values.flag)
-    initializer_range: float = setting(0.02, _NOT_NEGATIVE)
-    hidden_dropout: float = setting(0.0, values.only(0.0))  # which no implementation applies
-
-    # Generation and storage
-    pad_token_id: int | None = setting(0, values.token_id)
-    bos_token_id: int | None = setting(1, values.token_id)
-    eos_token_id: int | list[int] | None = setting(2, values.token_ids, hashed=False)
-    use_cache: bool = setting(True, values.flag)
-    num_logits_to_keep: int = setting(1, _SIZE)
-    dtype: torch.dtype | None = setting(
-        None, values.optional(values.dtype), "torch_dtype", group="if changed"
-    )
-
-    # Other ways to tell, and to ask for, the blocks
-    hybrid_override_pattern: InitVar[str | None] = _View(lambda c: to_pattern(c.layers_block_type))
-    num_hidden_layers: InitVar[int | None] = _View(lambda c: c._count_layers())
 
     _origin: Source | Untyped | None = field(default=None, repr=False, compare=False)
 
@@ -162,11 +57,14 @@ class NemotronV3Config:
             self._take_pattern(hybrid_override_pattern)
         if self.num_key_value_heads is None:
             put(self, "num_key_value_heads", self.num_attention_heads)
-        told = values.optional(_SIZE).read("num_hidden_layers", num_hidden_layers)
-        untyped = isinstance(self._origin, Untyped)
-        if untyped and told is not None:
-            put(self, "_origin", dataclasses.replace(self._origin, num_hidden_layers=told))
-        check(self, None if untyped and self._origin.of_a_part else told, untyped)
+        told = values.optional(values.whole(0)).read("num_hidden_layers", num_hidden_layers)
+        origin = self._origin
+        if isinstance(origin, Untyped):
+            if told is not None:
+                put(self, "_origin", dataclasses.replace(origin, num_hidden_layers=told))
+            check(self, None if origin.of_a_part else told, untyped=True)
+        else:
+            check(self, told, untyped=False)
 
     def _take_pattern(self, pattern: str) -> None:
         blocks = values.blocks.read("hybrid_override_pattern", pattern)
@@ -177,39 +75,18 @@ class NemotronV3Config:
             )
         put(self, "layers_block_type", blocks)
 
-    def _count_layers(self) -> int:
+    @property
+    def hybrid_override_pattern(self) -> str:
+        """`layers_block_type` as pattern letters, such as `"MEM*-"`."""
+        return to_pattern(self.layers_block_type)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of blocks; of a foreign object that names none, what it announced."""
         origin, blocks = self._origin, self.layers_block_type
         if isinstance(origin, Untyped) and (origin.of_a_part or not blocks):
             return len(blocks) if origin.num_hidden_layers is None else origin.num_hidden_layers
         return len(blocks)
-
-    # ------------------------------------------------------------------------------ derived sizes
-
-    @property
-    def mamba_intermediate_size(self) -> int:
-        """Inner width of a mamba block: heads times head width."""
-        return self.mamba_num_heads * self.mamba_head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
-
-    @property
-    def in_proj_size(self) -> int:
-        """Width of a mamba block's input projection: z, then x B C, then dt."""
-        return self.mamba_intermediate_size + self.conv_dim + self.mamba_num_heads
-
-    @property
-    def mtp_hybrid_override_pattern(self) -> str:
-        """`mtp_layers_block_type` as pattern letters."""
-        return to_pattern(self.mtp_layers_block_type)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether any block, a multi-token prediction block included, is a mixture of experts."""
-        mtp = self.mtp_layers_block_type if self.num_nextn_predict_layers else ()
-        return "moe" in self.layers_block_type or "moe" in mtp
 
     # ------------------------------------------------------------------------------------ reading
 

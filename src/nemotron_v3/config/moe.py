@@ -1,7 +1,7 @@
 """The config of one mixture of experts, in the fields that NeMo AutoModel's `MoEConfig` has."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from typing import Any, Self
 
 import torch
@@ -11,11 +11,13 @@ from nemotron_v3.config.checks import check_expert_sizes, check_routing
 from nemotron_v3.config.foreign import INERT_MOE_FIELDS, check_fields
 from nemotron_v3.config.model import NemotronV3Config
 from nemotron_v3.config.spelling import (
+    converted,
     put,
     read_attributes,
     read_mapping,
     required,
     setting,
+    settings_class,
     settings_of,
     settle,
 )
@@ -23,13 +25,13 @@ from nemotron_v3.config.spelling import (
 _COUNT = values.whole(1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class MoEConfig:
     """Router, experts and shared expert of a moe block.
 
-    A field whose only offered value is its default stands here so that another value, handed in by
-    code written for AutoModel, is an error and not silently ignored. Its other fields stand in
-    `nemotron_v3.config.foreign`: they change nothing here.
+    Code written for AutoModel may hand in its own class. Each field of that one is honoured,
+    refused, or listed in `foreign.INERT_MOE_FIELDS` because it changes nothing here. A field whose
+    only offered value is its default stands below to refuse the other values.
 
     Attributes:
         shared_expert_inter_dim: width of one shared expert; None is `moe_inter_dim`.
@@ -46,7 +48,7 @@ class MoEConfig:
     n_routed_experts: int = required(_COUNT)
     n_activated_experts: int = required(_COUNT)
     moe_inter_dim: int = required(_COUNT)
-    shared_expert_inter_dim: int | None = setting(None, values.optional(values.whole(0)))
+    shared_expert_inter_dim: int = converted(default=None, converter=values.filled(values.whole(0)))
     inter_dim: int = setting(0, values.whole(0))
     moe_latent_size: int | None = setting(None, values.optional(_COUNT))
     n_shared_experts: int = setting(1, values.whole(0))
@@ -55,8 +57,10 @@ class MoEConfig:
     norm_topk_prob: bool = setting(True, values.flag)
     route_scale: float = setting(1.0, values.number())
     train_gate: bool = setting(True, values.flag)
-    dtype: torch.dtype | None = setting(None, values.optional(values.dtype))
-    gate_dtype: torch.dtype | None = setting(None, values.optional(values.dtype))
+    dtype: torch.dtype | None = converted(default=None, converter=values.optional(values.dtype))
+    gate_dtype: torch.dtype | None = converted(
+        default=None, converter=values.optional(values.dtype)
+    )
     force_e_score_correction_bias: bool = setting(True, values.flag)
     router_weight_uses_score_correction_bias: bool = setting(False, values.flag)
     score_func: str = setting("sigmoid", values.choice("sigmoid"))

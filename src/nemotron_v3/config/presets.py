@@ -4,6 +4,7 @@ Values are those of the models' config.json files (56B and the four MoE models) 
 training recipes of the same models (the others).
 """
 
+import re
 from typing import Any
 
 from nemotron_v3.config.spelling import closest
@@ -149,3 +150,22 @@ def preset_values(name: str) -> dict[str, Any]:
     raise ValueError(
         f"unknown preset {name!r}: did you mean {nearest!r}? The presets are {', '.join(PRESETS)}"
     )
+
+
+# What a model id on the hub says beside the preset's name: who released it, what it was trained
+# for, the context it was trained at, how many parameters a token passes, and the dtype.
+_PUBLISHER = re.compile(r"^(nvidia/)?(nvidia-)?")
+_BESIDE = re.compile(r"-(base|instruct|reasoning|chat|\d+k|a\d+b|bf16|fp8|nvfp4)(?=-|$)")
+_TOTAL = {"nemotron-3-super": "120b", "nemotron-3-ultra": "550b", "nemotron-3.5-lightning": "30b"}
+
+
+def preset_of_model_id(model_id: str) -> str | None:
+    """The preset with the sizes of a released model, from its id on the hub or its folder's name.
+
+    `nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16` is `nemotron-3-nano-30b`. None for any other name.
+    Releases of one size that differ in their training, dtype or longest context share a preset.
+    """
+    name = _BESIDE.sub("", _PUBLISHER.sub("", model_id.lower(), count=1))
+    for preset, total in _TOTAL.items():
+        name = preset if name == f"{preset}-{total}" else name
+    return name if name in _VALUES else None

@@ -1,14 +1,13 @@
 """Where a config came from, and how its text is read and mended."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemotron_v3.config.files import parse_object
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_BLANKS = frozenset(" \t\r\n")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,9 @@ def _members(text: str) -> tuple[dict[str, tuple[int, int]], str]:
 
 
 def _skip_blank(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()
+    while text[position : position + 1] in _BLANKS:
+        position += 1
+    return position
 
 
 def _dump(value: Any, indent: str) -> str:

@@ -11,9 +11,11 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from nemotron_v3.config.values import Codec
+
+T = TypeVar("T")
 
 ROTARY_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 
@@ -71,9 +73,25 @@ def setting(
     )
 
 
+def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -> Any:
+    """`setting`, of a field that the constructor takes in other types than it has.
+
+    A type checker reads those types off `converter`, by this keyword (PEP 681).
+    """
+    return setting(default, converter, *spellings, **options)
+
+
 def required(codec: Codec) -> Any:
     """A dataclass field that has no default."""
     return setting(MISSING, codec)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(converted, required)
+)
+def settings_class(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are settings."""
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
@@ -143,10 +161,12 @@ def read_attributes(settings: Mapping[str, Setting], source: object) -> dict[str
 def attribute(source: object, key: str) -> Any:
     """An attribute of an untyped object, or `MISSING`.
 
-    A test double makes up every attribute it is asked for; one that nobody set counts as missing.
+    An object that answers to a name that nobody has makes its attributes up, as test doubles do: of
+    such a one, only what was set on it counts.
     """
-    value = getattr(source, key, MISSING)
-    return MISSING if type(value).__module__ == "unittest.mock" else value
+    if getattr(source, "_a_name_that_no_config_has", None) is not None:
+        return getattr(source, "__dict__", {}).get(key, MISSING)
+    return getattr(source, key, MISSING)
 
 
 def check_keys(settings: Mapping[str, Setting], data: Mapping[str, Any], also: set[str]) -> None:

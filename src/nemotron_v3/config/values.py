@@ -7,9 +7,9 @@ there, `None` where it held nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -21,6 +21,9 @@ from nemotron_v3.config.blocks import (
     vocabulary_of,
 )
 
+Given = TypeVar("Given")
+Typed = TypeVar("Typed")
+
 _FP32_MAX = torch.finfo(torch.float32).max
 _MARKED_FLOAT = "__float__"  # transformers 5 writes infinity as {"__float__": "Infinity"}
 
@@ -30,30 +33,39 @@ def _as_it_is(value: Any, was: Any, key: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(Generic[Given, Typed]):
     """Reader and writer of one kind of value; `optional` ones take `None` as a value."""
 
-    read: Callable[[str, Any], Any]
-    write: Callable[[Any, Any, str], Any] = _as_it_is
+    read: Callable[[str, Given], Typed]
+    write: Callable[[Typed, Any, str], Any] = _as_it_is
     optional: bool = False
 
+    def __call__(self, value: Given) -> Typed:
+        """`read`, as a type checker sees a field's converter."""
+        return self.read("value", value)
 
-def optional(codec: Codec) -> Codec:
+
+def optional(codec: Codec[Given, Typed]) -> Codec[Given | None, Typed | None]:
     """`codec` with `None` as one more value."""
 
-    def read(key: str, value: Any) -> Any:
+    def read(key: str, value: Given | None) -> Typed | None:
         return None if value is None else codec.read(key, value)
 
-    def write(value: Any, was: Any, key: str) -> Any:
+    def write(value: Typed | None, was: Any, key: str) -> Any:
         return None if value is None else codec.write(value, was, key)
 
     return Codec(read, write, optional=True)
 
 
-def whole(minimum: int) -> Codec:
+def filled(codec: Codec[Given, Typed]) -> Codec[Given | None, Typed]:
+    """`optional`, of a field whose `None` the config replaces before anybody reads it."""
+    return cast(Codec[Given | None, Typed], optional(codec))
+
+
+def whole(minimum: int) -> Codec[int, int]:
     """A whole number of at least `minimum`."""
 
-    def read(key: str, value: Any) -> int:
+    def read(key: str, value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{key} is {value!r}: give a whole number of at least {minimum}")
         return value
@@ -61,13 +73,13 @@ def whole(minimum: int) -> Codec:
     return Codec(read)
 
 
-def number(minimum: float = -math.inf, below: float = math.inf) -> Codec:
+def number(minimum: float = -math.inf, below: float = math.inf) -> Codec[float, float]:
     """A finite number in [minimum, below)."""
     bounds = [f"at least {minimum:g}"] * math.isfinite(minimum)
     bounds += [f"below {below:g}"] * math.isfinite(below)
     wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
 
-    def read(key: str, value: Any) -> float:
+    def read(key: str, value: float) -> float:
         found = _as_float(value)
         if not math.isfinite(found) or not minimum <= found < below:
             raise ValueError(f"{key} is {value!r}: give {wanted}")
@@ -76,10 +88,10 @@ def number(minimum: float = -math.inf, below: float = math.inf) -> Codec:
     return Codec(read)
 
 
-def positive() -> Codec:
+def positive() -> Codec[float, float]:
     """A finite number above 0."""
 
-    def read(key: str, value: Any) -> float:
+    def read(key: str, value: float) -> float:
         found = _as_float(value)
         if not math.isfinite(found) or found <= 0:
             raise ValueError(f"{key} is {value!r}: give a finite number above 0")
@@ -98,10 +110,10 @@ def _as_float(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def choice(*names: str, **synonyms: str) -> Codec:
+def choice(*names: str, **synonyms: str) -> Codec[str, str]:
     """One of a few words; a synonym stands for the word it is given with."""
 
-    def read(key: str, value: Any) -> str:
+    def read(key: str, value: str) -> str:
         found = synonyms.get(value, value) if isinstance(value, str) else value
         if found not in names:
             raise ValueError(f"{key} is {value!r}, which is not offered: use {' or '.join(names)}")
@@ -110,10 +122,10 @@ def choice(*names: str, **synonyms: str) -> Codec:
     return Codec(read)
 
 
-def only(offered: Any, instead: str = "") -> Codec:
+def only(offered: Typed, instead: str = "") -> Codec[Typed, Typed]:
     """The one value that is offered; `instead` says what does the work of the others."""
 
-    def read(key: str, value: Any) -> Any:
+    def read(key: str, value: Typed) -> Typed:
         if value != offered:
             way = f"set it to {offered!r}" + (f" and use {instead}" if instead else "")
             raise ValueError(f"{key} is {value!r}, which is not offered: {way}")
@@ -122,13 +134,13 @@ def only(offered: Any, instead: str = "") -> Codec:
     return Codec(read)
 
 
-def _read_flag(key: str, value: Any) -> bool:
+def _read_flag(key: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{key} is {value!r}: give true or false")
     return value
 
 
-def _read_dtype(key: str, value: Any) -> torch.dtype:
+def _read_dtype(key: str, value: str | torch.dtype) -> torch.dtype:
     found = value
     if isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), None)
@@ -144,7 +156,7 @@ def _write_dtype(value: torch.dtype, was: Any, key: str) -> str:
     return str(value) if prefixed else str(value).removeprefix("torch.")
 
 
-def _read_blocks(key: str, value: Any) -> tuple[str, ...]:
+def _read_blocks(key: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         return parse_pattern(key, value)
     if not isinstance(value, list | tuple):
@@ -176,7 +188,7 @@ def _read_bound(key: str, value: Any) -> float:
     return math.inf if found >= _FP32_MAX else found
 
 
-def _read_limit(key: str, value: Any) -> tuple[float, float]:
+def _read_limit(key: str, value: Sequence[Any]) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{key} is {value!r}: give two numbers, such as [0.0, Infinity]")
     low, high = (_read_bound(key, bound) for bound in value)
@@ -199,16 +211,18 @@ def _write_limit(value: tuple[float, float], was: Any, key: str) -> list[Any]:
     ]
 
 
-def _read_token_id(key: str, value: Any) -> int:
+def _read_token_id(key: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{key} is {value!r}: give a token id")
     return value
 
 
-def _read_token_ids(key: str, value: Any) -> int | list[int]:
-    if isinstance(value, list | tuple):
-        return [_read_token_id(key, token) for token in value]
-    return _read_token_id(key, value)
+def _read_token_ids(key: str, value: int | Sequence[int]) -> int | list[int]:
+    if isinstance(value, int):
+        return _read_token_id(key, value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key} is {value!r}: give a token id or a list of them")
+    return [_read_token_id(key, token) for token in value]
 
 
 flag = Codec(_read_flag)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.decode_parts import MLP, Form, Linear, Norm, WeightedRows, starts
-from nemotron_v3.layers.calls import is_watched
+from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM, TiedHead
 from nemotron_v3.ops._products import PackedWeight
@@ -97,17 +97,18 @@ class DecodeStep:
     @torch.no_grad()
     def _step(self, tokens: Tensor) -> Tensor:
         stream, hidden = self._stream, self._hidden
-        torch.index_select(self._embeddings, 0, tokens, out=hidden)
-        for block in self._blocks:
-            block(stream, hidden)
-        self.cache.finish(self.layout)
-        return self._head(self._norm(stream, hidden))
+        with self.cache.step(self.layout) as self.step:
+            torch.index_select(self._embeddings, 0, tokens, out=hidden)
+            for block in self._blocks:
+                block(stream, hidden)
+            self.cache.finish(self.layout)
+            return self._head(self._norm(stream, hidden))
 
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
     adapted = getattr(module, "low_rank", None) is not None
-    return known and not adapted and not is_watched(module)
+    return known and not adapted and not is_observed(module)
 
 
 class _MLPBlock:
@@ -134,7 +135,7 @@ class _AttentionBlock:
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         self._qkv.write(self._norm(stream, hidden))
         q, k, v = self._heads
-        state, step = self._step.cache.begin(self._layer, self._step.layout)
+        state, step = self._step.step.begin(self._layer)
         keys, values = state.append(k, v, step)
         y = cached_attention(
             q,
@@ -196,7 +197,8 @@ class _MambaBlock:
         self._y_groups = self._y.view(self._yz.shape)
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
-        self._step.cache.begin(self._layer, self._step.layout)
+        state, _ = self._step.step.begin(self._layer)
+        state.touched = True
         self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()

@@ -27,7 +27,7 @@ from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.stopping import Row
-from nemotron_v3.layers.border import full_name
+from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -326,18 +326,14 @@ class _Run:
     def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
         """Some steps without a look at what comes out."""
         segment = _Segment(pending, [], [])
-        try:
-            for _ in range(steps):
-                if pending is not None:
-                    logits = self._step(pending)
-                drawn, logprob = self.sampler(logits)
-                segment.drawn.append(drawn)
-                pending = drawn.clamp(min=0)  # something to feed until the host looks
-                if logprob is not None:
-                    segment.logprobs.append(logprob)
-        except BaseException:  # such as a KeyboardInterrupt: it may hold tokens nobody was given
-            self.cache.withhold(_STOPPED)
-            raise
+        for _ in range(steps):
+            if pending is not None:
+                logits = self._step(pending)
+            drawn, logprob = self.sampler(logits)
+            segment.drawn.append(drawn)
+            pending = drawn.clamp(min=0)  # something to feed until the host looks
+            if logprob is not None:
+                segment.logprobs.append(logprob)
         return segment
 
     def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:

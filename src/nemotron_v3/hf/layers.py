@@ -31,9 +31,9 @@ from nemotron_v3.hf.states import (
     one_cache,
     write_mamba_states,
 )
-from nemotron_v3.layers.calls import has_global_hooks, must_call
+from nemotron_v3.layers.fp32_params import KeepsFp32
+from nemotron_v3.layers.hooks import is_observed, must_call
 from nemotron_v3.layers.linear import project
-from nemotron_v3.layers.precision import KeepsFp32
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops._long_attention import without_plans
 
@@ -468,9 +468,8 @@ def _is_called(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _only_fetches(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing happens at a call but that accelerate brings weights and inputs together."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     placed = type(getattr(module, "_hf_hook", None)).__name__ == "AlignDevicesHook"
-    return placed and type(module) is kind and not hooks and not has_global_hooks()
+    return placed and type(module) is kind and not is_observed(module, by_its_forward=False)
 
 
 def _fetched(module: nn.Module, read: Callable[[nn.Module], Any]) -> Any:

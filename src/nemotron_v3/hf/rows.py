@@ -5,7 +5,7 @@ Letters: B batch, S sequence, T packed tokens, D width in, E width out.
 
 from torch import Tensor, nn
 
-from nemotron_v3.layers.calls import is_watched, must_call
+from nemotron_v3.layers.hooks import is_observed, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
 
@@ -20,6 +20,6 @@ def project_rows(layer: nn.Module, x: Tensor, layout: SequenceLayout) -> Tensor:
     """
     if not must_call(layer, nn.Linear):
         return project(layer, x)
-    if layout.token_index is not None and not any(map(is_watched, layer.modules())):
+    if layout.token_index is not None and not any(map(is_observed, layer.modules())):
         return layer(x)
     return layout.pack(layer(layout.unpack(x)))

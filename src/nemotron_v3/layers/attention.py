@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from nemotron_v3 import ops
-from nemotron_v3.cache import NemotronHybridCache, held_by
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.checks import check_keys, check_layer
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import as_cache, enter, is_4d
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
 from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.transformer_engine import make_te_attention
-from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.cached_attention.masked import check_mask
 
 
@@ -39,6 +39,8 @@ class NemotronV3Attention(RefusesContextParallel):
         ValueError: a config that contradicts itself.
         ModuleNotFoundError: `attn="te"` where Transformer Engine is not installed.
     """
+
+    layer_idx: int | None = None  # in a model's cache, of a layer in a block
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
@@ -97,77 +99,65 @@ class NemotronV3Attention(RefusesContextParallel):
                 hold different numbers of tokens.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        cache = as_cache(past_key_values)
-        if cache is not None and layer_idx is None:
-            check_layer(layer_idx, cache.states)
-        mask = attention_mask if is_4d(attention_mask) else None
-        padding_mask = attention_mask if mask is None else None
-        layout = enter(
-            hidden_states,
-            self.hidden_size,
-            padding_mask,
+        context = attn_kwargs.get("context")
+        if context is not None:
+            return self._mix(hidden_states, context, self.layer_idx)
+        if isinstance(past_key_values, NemotronHybridCache) and layer_idx is None:
+            check_layer(layer_idx, past_key_values.states)
+        context = ForwardContext.enter(
+            grid_of(hidden_states, self.hidden_size),
+            hidden_states.device,
+            attention_mask,
+            past_key_values,
             attn_kwargs,
-            cache,
             layer_idx=layer_idx,
-            by_token=mask is not None,
+            takes_pairs=True,
         )
-        x = layout.pack(hidden_states)  # [T, D]
-        q = project(self.q_proj, x).unflatten(
-            -1, (self.num_attention_heads, self.head_dim)
-        )  # [T, H, P]
-        k = project(self.k_proj, x).unflatten(
-            -1, (self.num_key_value_heads, self.head_dim)
-        )  # [T, J, P]
-        v = project(self.v_proj, x).unflatten(-1, (self.num_key_value_heads, self.head_dim))
-        if cache is not None:
-            return self._follow(q, k, v, layout, cache, layer_idx, mask)
-        y = self.core(
-            q,
-            k,
-            v,
-            layout=layout,
-            mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            impl=self.impl,
-        )
-        return layout.unpack(project(self.o_proj, y.flatten(-2)))
+        with context.writing():
+            return self._mix(hidden_states, context, layer_idx)
 
-    def _follow(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: SequenceLayout,
-        cache: NemotronHybridCache,
-        layer_idx: int | None,
-        mask: Tensor | None,
+    def _mix(
+        self, hidden_states: Tensor, context: ForwardContext, layer_idx: int | None
+    ) -> Tensor:
+        layout = context.on(hidden_states.device)
+        x = layout.pack(hidden_states)  # [T, D]
+        q = project(self.q_proj, x).unflatten(-1, (-1, self.head_dim))  # [T, H, P]
+        k = project(self.k_proj, x).unflatten(-1, (-1, self.head_dim))  # [T, J, P]
+        v = project(self.v_proj, x).unflatten(-1, (-1, self.head_dim))
+        if context.step is None:
+            y = self.core(
+                q,
+                k,
+                v,
+                layout=layout,
+                mask=context.mask,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                impl=self.impl,
+            )
+        else:
+            y = self._attend_cached(q, k, v, context, layer_idx)
+        return context.leave(project(self.o_proj, y.flatten(-2)))
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer_idx: int | None
     ) -> Tensor:
         """Store the new keys and values, and attend to all that each row holds, or to what a mask
         says."""
-        check_keys(cache.states.get(layer_idx), layer_idx, k, v)
-        rows = layout
-        if mask is not None:
-            rows = rows_of(layout)
-            check_mask(mask, q, rows, held_by(cache, layer_idx))
-        state, since = cache.states[layer_idx], cache.begun
-        before = (state.keys, state.values)
-        try:
-            state, step = cache.begin(layer_idx, rows)
-            keys, values = state.append(k, v, step, in_graph=q.requires_grad)
-            y = ops.cached_attention(
-                q,
-                keys,
-                values,
-                layout=step.layout,
-                starts=step.starts,
-                positions=step.positions,
-                mask=mask,
-                impl=self.chosen.impl,
-            )
-            return layout.unpack(project(self.o_proj, y.flatten(-2)))
-        except BaseException:
-            cache.abandon(layer_idx, before, since)
-            raise
+        state, step = context.step.begin(layer_idx)
+        check_keys(state, layer_idx, k, v)
+        if context.mask is not None:
+            check_mask(context.mask, q, step.layout, step.starts)
+        keys, values = state.append(k, v, step, in_graph=q.requires_grad)
+        return ops.cached_attention(
+            q,
+            keys,
+            values,
+            layout=step.layout,
+            starts=step.starts,
+            positions=step.positions,
+            mask=context.mask,
+            impl=self.chosen.impl,
+        )
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
         """Raises ValueError: the layer cannot share a document's tokens with other processes."""
@@ -193,18 +183,3 @@ class NemotronV3Attention(RefusesContextParallel):
             rescale_prenorm_residual=rescale_prenorm_residual,
             buffer_device=buffer_device,
         )
-
-
-def rows_of(layout: SequenceLayout) -> SequenceLayout:
-    """All tokens of each row as one document: a mask decides which of them see each other.
-
-    Raises:
-        ValueError: a layout with padding, which would not be stored.
-    """
-    B, S = layout.shape if len(layout.shape) == 2 else (1, *layout.shape)
-    if layout.token_index is not None:
-        raise ValueError(
-            f"a layout of {layout.num_tokens} real tokens on a grid of {B * S} contradicts a 4-D "
-            "mask with a cache, which stores all of them: give a padding mask"
-        )
-    return SequenceLayout.plain(B, S, layout.device)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import (
     BackendConfig,
     MoEConfig,
@@ -13,13 +12,13 @@ from nemotron_v3.config import (
     canonical_block_type,
 )
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.border import as_cache, check_floats, check_names, enter, is_4d
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.init import place_on
+from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
-from nemotron_v3.layers.moe import NemotronV3MoE
+from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
-from nemotron_v3.layout import SequenceLayout
 
 
 class NemotronV3Block(nn.Module):
@@ -30,7 +29,7 @@ class NemotronV3Block(nn.Module):
             attributes; never changed.
         layer_idx: the block's number in the model.
         moe_config: a `MoEConfig` or a foreign object with its fields; None derives it from
-        `config`.
+            `config`.
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
         block_type: `mamba`, `attention`, `mlp`, `moe` in any spelling; None reads it from
             `config.layers_block_type[layer_idx]`.
@@ -121,80 +120,36 @@ class NemotronV3Block(nn.Module):
         Raises:
             ValueError, TypeError: what the mixer raises.
         """
-        cache = as_cache(past_key_values)
-        check_names(attn_kwargs)
-        check_floats(hidden_states)
+        context = attn_kwargs.get("context")
+        if context is not None:
+            return self._add(hidden_states, context)
+        by_token = self.block_type in ("mlp", "moe")
+        context = ForwardContext.enter(
+            grid_of(hidden_states, self.config.hidden_size),
+            hidden_states.device,
+            attention_mask,
+            past_key_values,
+            attn_kwargs,
+            layer_idx=None if by_token else self.layer_idx,
+            takes_pairs=self.block_type == "attention",
+            by_token=by_token,
+        )
+        with context.writing():
+            return self._add(hidden_states, context)
+
+    def _add(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        """`x + mixer(norm(x))`; padding is in neither, nor in any gradient of their weights."""
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
                 torch.promote_types(hidden_states.dtype, torch.float32)
             )
-        mask = None
-        by_token = self.block_type in ("mlp", "moe")
-        if (by_token or self.block_type == "attention") and is_4d(attention_mask):
-            mask, attention_mask = attention_mask, None
-        if by_token:  # pairs of tokens say nothing to it
-            mask = None
-        if self.block_type == "mlp" and attention_mask is None and not attn_kwargs:
-            return hidden_states + self.mixer(self.norm(hidden_states))
-        layout = attn_kwargs.get("layout")
-        if not (
-            attention_mask is None
-            and len(attn_kwargs) == 1
-            and isinstance(layout, SequenceLayout)
-            and layout.token_index is None
-            and layout.shape == hidden_states.shape[:-1]
-        ):  # not as a model hands it to its blocks, many times a token
-            width = self.config.hidden_size
-            layout = enter(
-                hidden_states,
-                width,
-                attention_mask,
-                attn_kwargs,
-                cache,
-                layer_idx=None if by_token else self.layer_idx,
-                by_token=by_token or mask is not None,
-            )
-        if cache is None:
-            return self._add(hidden_states, layout, mask, None)
-        begun = cache.begun
-        try:
-            return self._add(hidden_states, layout, mask, cache)
-        except BaseException:  # after the mixer has finished, such as in a hook on it
-            cache.interrupted(begun)
-            raise
-
-    def _add(
-        self,
-        hidden_states: Tensor,
-        layout: SequenceLayout,
-        mask: Tensor | None,
-        cache: NemotronHybridCache | None,
-    ) -> Tensor:
-        """`x + mixer(norm(x))`; padding is in neither, nor in any gradient of their weights."""
-        if layout.token_index is None or mask is not None:
-            y = self._mix(self.norm(hidden_states), layout, mask, cache)
-        else:
+        if context.has_padding:
+            layout = context.on(hidden_states.device)
             x = self.norm(layout.pack(hidden_states))  # [T, D]
-            y = layout.unpack(self._mix(x, layout.packed, None, cache))
-        if self.block_type == "moe":  # whose dtype may be its own
-            y = y.to(hidden_states.dtype)
-        return hidden_states + y
-
-    def _mix(
-        self,
-        x: Tensor,
-        layout: SequenceLayout,
-        mask: Tensor | None,
-        cache: NemotronHybridCache | None,
-    ) -> Tensor:
-        match self.block_type:
-            case "mlp":
-                return self.mixer(x)
-            case "moe":
-                return self.mixer(x, layout=layout)
-            case "mamba":
-                return self.mixer(x, past_key_values=cache, layout=layout)
-        return self.mixer(x, mask, cache, self.layer_idx, layout=layout)
+            y = layout.unpack(self.mixer(x, context=context.packed()))
+        else:
+            y = self.mixer(self.norm(hidden_states), context=context)
+        return hidden_states + y.to(hidden_states.dtype)  # the mixer's dtype may be its own
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`).
@@ -217,7 +172,9 @@ def _make_mixer(
     if block_type == "mamba":
         return NemotronV3Mamba2Mixer(config, layer_idx, backend=backend)
     if block_type == "attention":
-        return NemotronV3Attention(config, backend)
+        attention = NemotronV3Attention(config, backend)
+        attention.layer_idx = layer_idx
+        return attention
     if block_type == "mlp":
         return NemotronV3MLP.from_config(config, backend)
     if moe_config.dim != config.hidden_size:

@@ -1,70 +1,210 @@
-"""What one caller does with a router's calls, while other callers use the same model.
+"""What the layers of one forward pass know about their tokens, read once, where these enter.
 
-A scope belongs to the context (PEP 567) that it was entered in: a thread has its own, and so has an
-async task, which begins with what its maker had. A call sees the scopes of its own context alone.
+A model, or a layer that is called alone, enters: it reads masks, offsets and the cache. Layers
+further in are handed its context and read nothing again.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from nemotron_v3.cache import NemotronHybridCache, Transaction
+from nemotron_v3.layers.offsets import offsets_of_this_call
+from nemotron_v3.layout import SequenceLayout
 
 
-@dataclass(eq=False)
-class Scope:
-    """From its entry until it is left, wherever that happens."""
+class ForwardContext:
+    """How the tokens of one forward pass lie, and what they follow.
 
-    open: bool = True
-
-
-@dataclass(eq=False, frozen=True)
-class Scoped:
-    """What is done with the calls of one router in a scope.
+    It is no dataclass and no pytree, so that what moves or casts the arguments of a module (FSDP,
+    device hooks) leaves it alone; each layer asks for the layout on its own device.
 
     Attributes:
-        scope: where it holds.
-        watcher: called with a `Routing` at every call, or None.
-        forced: a function of the number of tokens that returns the experts `[T, K]`, or None.
+        layout: of the tokens on the grid that the layers see.
+        mask: a 4-D mask `[B or 1, 1 or H, S, L]` that speaks of pairs of tokens and decides alone
+            in attention; or None.
+        cache: what the tokens follow, or None.
+        step: what the layers write of the cache, while `writing()` is entered; or None.
     """
 
-    scope: Scope
-    watcher: Callable[[Any], None] | None = None
-    forced: Callable[[int], Tensor] | None = None
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        mask: Tensor | None = None,
+        cache: NemotronHybridCache | None = None,
+        step: Transaction | None = None,
+    ):
+        self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
+
+    @classmethod
+    def enter(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layout_kwargs: dict[str, Any] | None = None,
+        *,
+        layer_idx: int | None = None,
+        takes_pairs: bool = False,
+        by_token: bool = False,
+        who: str = "a layer",
+    ) -> "ForwardContext":
+        """Read what a caller says about the tokens of a pass.
+
+        Args:
+            shape: the grid of the tokens, `(B, S)` or `(T,)`.
+            device: where they are.
+            attention_mask: `[B, S]`, 1 = real; it may also cover what the cache holds. Or a 4-D
+                mask, for a layer that takes it or to which it says nothing.
+            past_key_values: a `NemotronHybridCache` or None.
+            layout_kwargs: the keyword arguments of `SequenceLayout.resolve`.
+            layer_idx: of a layer called alone, its number in the cache where it has a state there.
+            takes_pairs: the layer takes a 4-D mask, which speaks of pairs of tokens.
+            by_token: the layer works token by token (see `offsets_of_this_call`): to it such a mask
+                says nothing.
+            who: of whose arguments an error speaks.
+
+        Raises:
+            ValueError: masks, layouts or a cache that do not fit.
+            TypeError: an unknown keyword argument, or a cache of another kind.
+        """
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, NemotronHybridCache):
+            _refuse_cache(cache)
+        mask = None
+        if (takes_pairs or by_token) and _is_4d(attention_mask):
+            mask = attention_mask if takes_pairs else None
+            attention_mask, by_token = None, True
+        kwargs = layout_kwargs or {}
+        if attention_mask is None and not kwargs:
+            layout = SequenceLayout.of_rows(shape, device)
+        elif attention_mask is None and _is_ready(kwargs, shape, device):
+            layout = kwargs["layout"]
+        else:
+            check_names(kwargs, who)
+            attention_mask = _of_new_tokens(attention_mask, shape, cache)
+            kwargs = offsets_of_this_call(kwargs, shape, attention_mask, cache, layer_idx, by_token)
+            layout = SequenceLayout.resolve(shape, device, attention_mask, **kwargs)
+        return cls(layout, mask, cache)
+
+    def writing(self) -> AbstractContextManager[Transaction | None]:
+        """Entered around the layers of the pass: what they write of the cache belongs together."""
+        if self.cache is None:
+            return nullcontext()
+        layout = self.layout if self.mask is None else _whole_rows(self.layout)
+        self.step = self.cache.step(layout)
+        return self.step
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether layers are to see the real tokens alone; a 4-D mask speaks of the whole grid."""
+        return self.layout.token_index is not None and self.mask is None
+
+    def packed(self) -> "ForwardContext":
+        """The same pass as layers see it that are given the real tokens alone, `[T, D]`."""
+        return ForwardContext(self.layout.packed, None, self.cache, self.step)
+
+    def on(self, device: torch.device) -> SequenceLayout:
+        """The layout on a device; moved once a pass."""
+        layout = self.layout
+        if layout.cu_seqlens.device == device:
+            return layout
+        return layout.derived(("on", device), lambda layout: layout.to(device))
+
+    def leave(self, y: Tensor) -> Tensor:
+        """`[T, D]`, what a mixer has made of the tokens, at their places; 0 at padding.
+
+        The mixer is done: from now on what it wrote of the cache counts.
+        """
+        if self.step is not None:
+            self.step.layer_is_done()
+        return self.on(y.device).unpack(y)
 
 
-_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("nemotron_v3 routing", default=())
+def _is_4d(mask: Any) -> bool:
+    """Whether a mask speaks of pairs of tokens."""
+    return isinstance(mask, Tensor) and mask.dim() == 4
 
 
-def of_caller(scoped: list[Scoped]) -> tuple[Scoped, ...]:
-    """Those that hold for who calls now."""
-    here = _scopes.get()
-    return tuple(each for each in tuple(scoped) if each.scope.open and each.scope in here)
+def _is_ready(kwargs: dict[str, Any], shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether all that is said is a layout of just these tokens, as for many steps of one token."""
+    layout = kwargs.get("layout")
+    return (
+        len(kwargs) == 1
+        and isinstance(layout, SequenceLayout)
+        and (layout.shape, layout.device) == (shape, device)
+    )
 
 
-@contextmanager
-def scoped(make: Callable[[Scope], list[tuple[nn.Module, Scoped]]]) -> Iterator[None]:
-    """Within it, in the caller's context, what `make` gives each router holds.
+def check_names(layout_kwargs: dict[str, Any], who: str) -> None:
+    """Raises TypeError for a keyword argument that no layer understands."""
+    for name in layout_kwargs:
+        if name not in _LAYOUT_NAMES:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: {who} takes {', '.join(_LAYOUT_NAMES)}"
+            )
 
-    It may be left in another context or thread, as where a generator is closed by the collector,
-    and in another order than others were entered: it is over everywhere then.
+
+_LAYOUT_NAMES = tuple(
+    name
+    for name, parameter in inspect.signature(SequenceLayout.resolve).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+
+
+def _of_new_tokens(
+    mask: Tensor | None, shape: tuple[int, ...], cache: NemotronHybridCache | None
+) -> Tensor | None:
+    """The columns of a padding mask that belong to the new tokens.
+
+    With a cache a caller may go on giving the mask of the whole sequence: what the cache holds is
+    settled, only the last columns say anything.
+
+    Raises:
+        ValueError: more columns than new tokens, but fewer than a row of the cache holds.
     """
-    scope = Scope()
-    added = make(scope)
-    try:
-        for router, each in added:
-            router.scoped.append(each)
-        _scopes.set((*_open(), scope))
-        yield
-    finally:
-        scope.open = False
-        for router, each in added:
-            if each in router.scoped:
-                router.scoped.remove(each)
-        _scopes.set(_open())
+    is_padding_mask = isinstance(mask, Tensor) and 1 <= mask.dim() <= 2
+    if cache is None or not is_padding_mask or not cache.has_previous_state:
+        return mask
+    if mask.shape[-1] <= shape[-1]:
+        return mask
+    if mask.shape[-1] < (longest := cache.get_seq_length()):
+        raise ValueError(
+            f"attention_mask has {mask.shape[-1]} columns for {shape[-1]} new tokens behind a "
+            f"cache of {longest}: give those of the new tokens, or of all"
+        )
+    return mask[..., -shape[-1] :]
 
 
-def _open() -> tuple[Scope, ...]:
-    return tuple(scope for scope in _scopes.get() if scope.open)
+def _whole_rows(layout: SequenceLayout) -> SequenceLayout:
+    """All tokens of each row as one document: a 4-D mask decides which of them see each other.
+
+    Raises:
+        ValueError: a layout with padding, which would not be stored.
+    """
+    B, S = layout.shape if len(layout.shape) == 2 else (1, *layout.shape)
+    if layout.token_index is not None:
+        raise ValueError(
+            f"a layout of {layout.num_tokens} real tokens on a grid of {B * S} contradicts a 4-D "
+            "mask with a cache, which stores all of them: give a padding mask"
+        )
+    return SequenceLayout.plain(B, S, layout.device)
+
+
+def _refuse_cache(past_key_values: Any) -> None:
+    """Raises TypeError: a cache of another kind would hold states of other shapes."""
+    raise TypeError(
+        f"past_key_values is a {full_name(past_key_values)}: give a "
+        "nemotron_v3.NemotronHybridCache made from the model's config"
+    )
+
+
+def full_name(value: Any) -> str:
+    """The class of a value with its module, for another package's class of the same name."""
+    kind = type(value)
+    own = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{own}{kind.__qualname__}"

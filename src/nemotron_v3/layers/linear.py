@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig
-from nemotron_v3.layers.calls import must_call
 from nemotron_v3.layers.extra_state import keep_state_dict_names
+from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.ops import _products
 
 
@@ -52,7 +52,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Raises:
         TypeError: `x` has another dtype than the weights, and no autocast brings them together.
     """
-    if torch.compiler.is_compiling() or must_call(layer, nn.Linear):
+    if type(layer) is not nn.Linear or torch.compiler.is_compiling() or is_observed(layer):
         return layer(x)
     if x.dtype != layer.weight.dtype:
         _check_dtype(layer, x)

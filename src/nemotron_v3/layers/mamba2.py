@@ -10,19 +10,19 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from nemotron_v3 import ops
-from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.checks import check_states
 from nemotron_v3.cache.states import MambaState
-from nemotron_v3.cache.step import Step
+from nemotron_v3.cache.tokens import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import as_cache, enter
-from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
+from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
-from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -115,15 +115,28 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             ValueError: shapes, masks or layouts that do not fit.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        cache = as_cache(past_key_values)
-        layout = enter(
-            hidden_states, self.hidden_size, attention_mask, kwargs, cache, layer_idx=self.layer_idx
+        context = kwargs.get("context")
+        if context is not None:
+            return self._mix(hidden_states, context)
+        context = ForwardContext.enter(
+            grid_of(hidden_states, self.hidden_size),
+            hidden_states.device,
+            attention_mask,
+            past_key_values,
+            kwargs,
+            layer_idx=self.layer_idx,
         )
+        with context.writing():
+            return self._mix(hidden_states, context)
+
+    def _mix(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        layout = context.on(hidden_states.device)
         zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
-        if cache is not None:
-            return self._follow(zxbcdt, layout, cache)
-        y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
-        return layout.unpack(project(self.out_proj, y))
+        if context.step is None:
+            y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
+        else:
+            y = self._scan_cached(zxbcdt, *context.step.begin(self.layer_idx))
+        return context.leave(project(self.out_proj, y))
 
     def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Any, ...]:
         """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
@@ -156,21 +169,10 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             self.norm, NemotronV3MambaRMSNormGated
         )
 
-    def _follow(self, zxbcdt: Tensor, layout: SequenceLayout, cache: NemotronHybridCache) -> Tensor:
-        """From the states of a cache, which holds the next ones afterwards."""
+    def _scan_cached(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
+        """Continue from the cached states and move them on: y `[T, H*P]`."""
         sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
-        check_states(cache.states.get(self.layer_idx), self.layer_idx, *sizes)
-        state, since = cache.states[self.layer_idx], cache.begun
-        before = (state.conv, state.ssm)
-        try:
-            state, step = cache.begin(self.layer_idx, layout)
-            return layout.unpack(project(self.out_proj, self._core(zxbcdt, state, step)))
-        except BaseException:
-            cache.abandon(self.layer_idx, before, since)
-            raise
-
-    def _core(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
-        """The core on tokens that follow a state, which moves on: y `[T, H*P]`."""
+        check_states(state, self.layer_idx, *sizes)
         if step.is_decode and not self._differentiable(zxbcdt, state) and not self._calls_modules:
             if step.window:
                 state.remember(step.layout.seq_idx.long(), step.positions)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
-from nemotron_v3.layers.border import check_floats, check_size
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
 from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.inputs import check_floats, check_size
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.ops import relu2
 
@@ -69,8 +70,8 @@ class NemotronV3MLP(RefusesContextParallel):
             rescale_prenorm_residual=config.rescale_prenorm_residual,
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`.
+    def forward(self, hidden_states: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """`[..., D]` -> `[..., D]`; each token is by itself, so that a context says nothing.
 
         Raises:
             ValueError: another hidden size.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig
-from nemotron_v3.layers.border import check_floats, check_size
+from nemotron_v3.layers.inputs import check_floats, check_size
 from nemotron_v3.layers.transformer_engine import TERMSNorm
 
 

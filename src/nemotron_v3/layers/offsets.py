@@ -17,7 +17,7 @@ _OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_kv")
 _LONGEST = ("max_seqlen", "max_seqlen_q", "max_seqlen_kv")
 
 
-def of_this_call(
+def offsets_of_this_call(
     layout_kwargs: dict[str, Any],
     shape: tuple[int, ...],
     mask: Tensor | None,

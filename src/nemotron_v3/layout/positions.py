@@ -57,7 +57,7 @@ def count_on(
     at = [i + 1 for i in breaks.nonzero().flatten().tolist() if i + 1 not in borders]
     if restarts_alone and at:
         started = positions[torch.tensor(at, device="cpu")]
-        if not bool(sum(started == first for first in FIRST).all()):
+        if not bool(torch.isin(started, torch.tensor(FIRST, device="cpu")).all()):
             return tuple(lengths)
     cut, start = [], 0
     remaining = iter(at)

@@ -8,7 +8,7 @@ works on the packed form, so padding costs nothing and cannot leak, and a padded
 plain batch are one case.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
@@ -88,12 +88,18 @@ class SequenceLayout:
         return cls._build((batch, seq_len), (seq_len,) * batch, None, device)
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device | str | None = None) -> Self:
+    def of_rows(cls, shape: tuple[int, ...], device: torch.device | str | None = None) -> Self:
+        """One document a row of a grid `(B, S)`, or one of all tokens of a grid `(T,)`."""
+        rows = shape if len(shape) == 2 else (1, *shape)
+        return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
         """Documents of these lengths one after the other, without a batch dimension or padding."""
-        lengths = tuple(int(length) for length in lengths)
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"document lengths must not be negative, got {list(lengths)}")
-        return cls._build((sum(lengths),), lengths, None, device)
+        counts = tuple(int(length) for length in lengths)
+        if any(count < 0 for count in counts):
+            raise ValueError(f"document lengths must not be negative, got {list(counts)}")
+        return cls._build((sum(counts),), counts, None, device)
 
     @classmethod
     @ordinary
@@ -313,8 +319,7 @@ class SequenceLayout:
     ) -> Self:
         """One document a row, of all its tokens or of those that a mask marks."""
         if attention_mask is None:
-            rows = shape if len(shape) == 2 else (1, *shape)
-            return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+            return cls.of_rows(shape, device)
         mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
         return mask._with_shape(shape)
 

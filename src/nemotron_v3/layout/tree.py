@@ -36,8 +36,11 @@ def _unflatten(children: Any, context: tuple[Any, ...]) -> SequenceLayout:
     shape, lengths = context
     if isinstance(context, _Context) and context.origin is not None:
         layout = context.origin()
-        same = layout is not None and layout.cu_seqlens is cu_seqlens
-        if same and layout.token_index is token_index:
+        if (
+            layout is not None
+            and layout.cu_seqlens is cu_seqlens
+            and layout.token_index is token_index
+        ):
             return layout
     # What stands in the place of a tensor without being one (a spec, None) is not looked at.
     _refuse_cut(cu_seqlens, len(lengths) + 1, shape, lengths)

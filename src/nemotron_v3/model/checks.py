@@ -5,7 +5,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layers.context import ForwardContext
+
 ID_DTYPES = (torch.int64, torch.int32)  # that an embedding looks up
+
+
+def enter(
+    config: NemotronV3Config,
+    embeddings: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    layout_kwargs: dict[str, Any],
+) -> ForwardContext:
+    """The context of a model's pass; everything that can be refused of it is refused here.
+
+    Args:
+        embeddings: the model's matrix, in whose dtype a cache has to be.
+        input_ids, inputs_embeds: exactly one of them.
+        attention_mask, past_key_values, layout_kwargs: see `ForwardContext.enter`.
+
+    Raises:
+        ValueError, TypeError: what `token_grid`, `ForwardContext.enter` and
+            `NemotronHybridCache.check` raise.
+    """
+    shape, device = token_grid(input_ids, inputs_embeds, config.hidden_size)
+    context = ForwardContext.enter(
+        shape, device, attention_mask, past_key_values, layout_kwargs, who="the model"
+    )
+    if device.type == "meta" != embeddings.device.type:
+        raise ValueError(
+            f"the tokens are on the meta device, the model on {embeddings.device}: move one of them"
+        )
+    if context.cache is not None:
+        context.cache.check(config, embeddings.dtype, context.layout)
+    return context
 
 
 def token_grid(

@@ -2,9 +2,9 @@
 
 import torch
 
+from nemotron_v3.layers.fp32_params import at_least_fp32
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.moe import NemotronV3Router
-from nemotron_v3.layers.precision import at_least_fp32
 
 FP32_NAMES = (*NemotronV3Mamba2Mixer.fp32_tensors, *NemotronV3Router.fp32_tensors)
 """Last parts of the names of tensors that are fp32 or wider whatever the model's dtype is."""

@@ -16,16 +16,15 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.config.trainers import AskedByTrainers
 from nemotron_v3.layers.block import NemotronV3Block
-from nemotron_v3.layers.border import as_cache, check_names, of_new_tokens
-from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.context import ForwardContext
+from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
+from nemotron_v3.layers.moe.router import checkpoint_contexts, observed
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
-from nemotron_v3.layers.offsets import of_this_call
-from nemotron_v3.layers.router import checkpoint_contexts, observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
-from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, enter, look_up, token_grid
 from nemotron_v3.model.loss import (
     check_items,
     per_item,
@@ -96,78 +95,53 @@ class NemotronV3Model(nn.Module):
                 not fit, a cache of another config, batch or dtype.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        cache = as_cache(past_key_values)
-        shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
-        check_names(layout_kwargs, "the model")
-        attention_mask = of_new_tokens(attention_mask, shape, cache)
-        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, cache)
-        layout = SequenceLayout.resolve(
-            shape, device, attention_mask, layout=layout, **layout_kwargs
+        context = layout_kwargs.get("context")
+        if context is not None:
+            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
+        context = enter(
+            self.config,
+            self.embeddings.weight,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
         )
-        if device.type == "meta" != self.embeddings.weight.device.type:
-            raise ValueError(
-                f"the tokens are on the meta device, the model on {self.embeddings.weight.device}: "
-                "move one of them"
-            )
-        if cache is not None:
-            cache.check(self.config, self.embeddings.weight.dtype, layout)
+        with context.writing():
+            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        context: ForwardContext,
+        output_hidden_states: bool,
+    ) -> ModelOutput:
         if inputs_embeds is None:
             hidden = look_up(self.embeddings, input_ids)
         else:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
-        restore = _identity
-        if layout.token_index is not None:
-            hidden, restore, layout = layout.pack(hidden), layout.unpack, layout.packed
-        kept = [hidden] if output_hidden_states else None
-        begun = 0 if cache is None else cache.begun
-        try:
-            hidden = restore(self._run_all(hidden, layout, cache, kept))
-            if cache is not None:
-                cache.finish(layout)
-            if kept is None:
-                return ModelOutput(hidden, past_key_values=cache)
-            return ModelOutput(hidden, (*map(restore, kept[:-1]), hidden), cache)
-        except BaseException:
-            if cache is not None:
-                cache.interrupted(begun)
-            raise
-
-    def _run_all(
-        self,
-        hidden: Tensor,
-        layout: SequenceLayout,
-        cache: NemotronHybridCache | None,
-        kept: list[Tensor] | None,
-    ) -> Tensor:
-        """The loop over blocks and the norm; the stream after each block is added to `kept`."""
+        whole, restore = context.layout, None
+        if whole.token_index is not None:
+            hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
+        streams = [hidden]
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            hidden = self._run(block, hidden, layout, cache)
-            if kept is not None:
-                kept.append(hidden)
-        return self.norm_f(hidden)
-
-    def _run(
-        self,
-        block: NemotronV3Block,
-        hidden: Tensor,
-        layout: SequenceLayout,
-        cache: NemotronHybridCache | None,
-    ) -> Tensor:
-        recomputed = self.gradient_checkpointing and block.layer_idx % self.checkpoint_every == 0
-        if recomputed and torch.is_grad_enabled():
-            if cache is not None:
-                raise ValueError(
-                    "a cache is updated in place and cannot be recomputed: disable gradient "
-                    "checkpointing, or leave the cache out"
-                )
-            # A compiler takes a checkpoint without contexts better: only where something watches.
-            told = block.block_type == "moe" and (
-                not torch.compiler.is_compiling() or observed(block)
-            )
-            contexts = {"context_fn": checkpoint_contexts} if told else {}
-            run = partial(block, layout=layout)
-            return checkpoint(run, hidden, use_reentrant=False, **contexts)
-        return block(hidden, past_key_values=cache, layout=layout)
+            if recomputes and block.layer_idx % self.checkpoint_every == 0:
+                hidden = _recomputed(block, hidden, context)
+            else:
+                hidden = block(hidden, context=context)
+            if output_hidden_states:
+                streams.append(hidden)
+        hidden = self.norm_f(hidden)
+        if restore is not None:
+            hidden = restore(hidden)
+        if context.cache is not None:
+            context.cache.finish(whole)
+        if not output_hidden_states:
+            return ModelOutput(hidden, past_key_values=context.cache)
+        streams = streams[:-1] if restore is None else map(restore, streams[:-1])
+        return ModelOutput(hidden, (*streams, hidden), context.cache)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw all weights anew (the table of `nemotron_v3.layers.init.init_`)."""
@@ -289,43 +263,36 @@ class NemotronV3ForCausalLM(nn.Module):
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         if labels is not None:
             check_labels(labels, shape, device)
-        check_names(layout_kwargs, "the model")
-        check_kept(logits_to_keep)
-        check_items(num_items_in_batch)
-        made_here = layout is None
-        attention_mask = of_new_tokens(attention_mask, shape, as_cache(past_key_values))
-        layout_kwargs = of_this_call(layout_kwargs, shape, attention_mask, past_key_values)
-        layout = SequenceLayout.resolve(
-            shape,
-            device,
-            attention_mask,
-            layout=layout,
-            position_ids=position_ids,
-            **layout_kwargs,
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
+            check_kept(logits_to_keep)
+        if num_items_in_batch is not None:
+            check_items(num_items_in_batch)
+        for name, said in (("layout", layout), ("position_ids", position_ids)):
+            if said is not None:
+                layout_kwargs[name] = said
+        weight = self.model.embeddings.weight
+        context = enter(
+            self.config, weight, input_ids, inputs_embeds, attention_mask, past_key_values,
+            layout_kwargs,
         )
-        if labels is not None and _may_read(labels, made_here):
-            refuse_stray_label(labels, layout)
+        if labels is not None and _may_read(labels, layout is None):
+            refuse_stray_label(labels, context.layout)
         if use_cache and past_key_values is None:
-            past_key_values = NemotronHybridCache(
-                self.config, layout.num_documents, self.model.embeddings.weight.dtype, device
+            context.cache = NemotronHybridCache(
+                self.config, context.layout.num_documents, weight.dtype, device
             )
-        cache = past_key_values
-        begun = 0 if cache is None else cache.begun
-        try:
+        with context.writing():
             out = self.model(
                 input_ids,
-                layout=layout,
-                past_key_values=cache,
                 inputs_embeds=inputs_embeds,
                 output_hidden_states=output_hidden_states,
+                context=context,
             )
-            hidden = out.last_hidden_state
-            loss, logits = self._head(hidden, labels, layout, logits_to_keep, num_items_in_batch)
+            # The head too: want of memory for the logits of a long prompt withholds the cache.
+            loss, logits = self._head(
+                out.last_hidden_state, labels, context.layout, logits_to_keep, num_items_in_batch
+            )
             return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
-        except BaseException:  # such as want of memory for the logits of a long prompt
-            if cache is not None:
-                cache.interrupted(begun)
-            raise
 
     def _head(
         self,
@@ -445,6 +412,19 @@ class NemotronV3ForCausalLM(nn.Module):
             init_("lm_head.weight", self.lm_head.weight, std=self.config.initializer_range)
 
 
+def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext) -> Tensor:
+    """What a block makes of the stream, of which the backward pass computes the rest again."""
+    if context.cache is not None:
+        raise ValueError(
+            "a cache is updated in place and cannot be recomputed: disable gradient "
+            "checkpointing, or leave the cache out"
+        )
+    # A compiler takes a checkpoint without contexts better: only where something watches.
+    told = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
+    contexts = {"context_fn": checkpoint_contexts} if told else {}
+    return checkpoint(partial(block, context=context), hidden, use_reentrant=False, **contexts)
+
+
 def plain_weight(head: nn.Module) -> Tensor | None:
     """The matrix `[V, D]` of a head that is nothing else, so that a loss may multiply by it itself.
 
@@ -466,10 +446,6 @@ def _may_read(labels: Tensor, made_here: bool) -> bool:
     if torch.compiler.is_compiling() or type(labels) is not Tensor:
         return False
     return labels.is_cpu or (made_here and not capturing(labels.device))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _keep(x: Tensor, positions: int | Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from nemotron_v3.layers.attention import NemotronV3Attention
-from nemotron_v3.layers.even import EvenRouter
 from nemotron_v3.layers.mamba2 import NemotronV3Mamba2Mixer
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3Router
+from nemotron_v3.layers.moe.even_router import EvenRouter
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
 from nemotron_v3.ops._dispatch import choose

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nemotron_v3.layers.precision import KeepsFp32
+from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
 
 
@@ -63,7 +63,8 @@ def shard_model(
             if own:
                 others = set(owner.parameters()) - own
                 fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
-    return fully_shard(model, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, **options)
+    return model
 
 
 def _kept(module: KeepsFp32) -> set[nn.Parameter]:

@@ -53,8 +53,8 @@ def ssd(
         wider (dt, decays and states are), or None. Both are differentiable in every tensor given.
 
     Raises:
-        ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size below
-        1.
+        ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size
+            below 1.
     """
     _check(x, dt, A, B, C, layout, chunk_size, initial_states)
     run = pick(

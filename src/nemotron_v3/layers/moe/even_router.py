@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.config import MoEConfig
-from nemotron_v3.layers.precision import at_least_fp32
-from nemotron_v3.layers.router import NemotronV3Router
+from nemotron_v3.layers.fp32_params import at_least_fp32
+from nemotron_v3.layers.moe.router import NemotronV3Router
 
 _log = logging.getLogger("nemotron_v3")
 

@@ -4,7 +4,7 @@ A policy that is trained on what another engine, or the same one earlier, has ge
 experts where two scores lie within a rounding. Replaying the recorded choice makes the routing the
 same, bit for bit; scores, weights and their gradients are those of the pass that replays.
 
-Both belong to who asks for them (`context.py`): another thread or async task that uses the model
+Both belong to who asks for them (`scopes.py`): another thread or async task that uses the model
 meanwhile is neither recorded nor forced.
 
 Letters: T packed tokens, E experts, K experts a token.
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.context import Scope, Scoped, of_caller, scoped
-from nemotron_v3.layers.router import NemotronV3Router, Routing, Watcher, routers
+from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers
+from nemotron_v3.layers.moe.scopes import Scope, Scoped, of_caller, scoped
 from nemotron_v3.layout.modes import kept
 
 

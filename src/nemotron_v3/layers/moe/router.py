@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
-from nemotron_v3.layers.context import Scoped, of_caller
-from nemotron_v3.layers.precision import KeepsFp32, at_least_fp32
+from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
+from nemotron_v3.layers.moe.scopes import Scoped, of_caller
 from nemotron_v3.layout import SequenceLayout
 
 

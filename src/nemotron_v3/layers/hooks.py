@@ -16,22 +16,23 @@ def must_call(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     Those are exact classes: a subclass, an adapter, a wrapper, a quantised or parametrized module
     or a class that a sharder has made is another one.
     """
-    return type(module) not in kinds or is_watched(module)
+    return type(module) not in kinds or is_observed(module)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether something else is to happen at its call: hooks, its own or those of all modules, or
-    another `forward` on it."""
+def is_observed(module: nn.Module, *, by_its_forward: bool = True) -> bool:
+    """Whether something else is to happen at a call of `module` than its class says.
+
+    That is a hook, its own or one of all modules (as profilers and tools for activations set them),
+    or another `forward` on the module itself.
+
+    Args:
+        by_its_forward: False leaves that `forward` out, for a caller who knows what it does.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or has_global_hooks()
+        or (by_its_forward and "forward" in vars(module))
+        or _has_any_global_hook()
     )
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks on all modules are set, as profilers and tools for activations set them."""
-    return _has_any_global_hook()

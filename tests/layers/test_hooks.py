@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from nemotron_v3 import NemotronHybridCache, ops
 from nemotron_v3.layers import NemotronV3Mamba2Mixer
-from nemotron_v3.layers.calls import must_call
+from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
 from nemotron_v3.ops.mamba2 import cases as mamba2_cases
 from nemotron_v3.ops.mamba2.reference import mamba2 as mamba2_reference

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.config import BackendConfig, MoEConfig
-from nemotron_v3.layers.border import enter, is_4d
+from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
-from nemotron_v3.layers.dispatcher import ExpertDispatcher, LocalDispatcher
-from nemotron_v3.layers.even import EvenRouter
-from nemotron_v3.layers.experts import NemotronV3Experts
 from nemotron_v3.layers.init import init_module, on_meta
+from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layers.mlp import NemotronV3MLP
-from nemotron_v3.layers.router import NemotronV3Router
+from nemotron_v3.layers.moe.dispatcher import ExpertDispatcher, LocalDispatcher
+from nemotron_v3.layers.moe.even_router import EvenRouter
+from nemotron_v3.layers.moe.experts import NemotronV3Experts
+from nemotron_v3.layers.moe.router import NemotronV3Router
 
 
 class NemotronV3MoE(RefusesContextParallel):
@@ -103,10 +104,16 @@ class NemotronV3MoE(RefusesContextParallel):
             ValueError: shapes, masks or layouts that do not fit.
             TypeError: an unknown keyword argument.
         """
-        attention_mask = None if is_4d(attention_mask) else attention_mask
-        layout = enter(
-            hidden_states, self.hidden_size, attention_mask, layout_kwargs, by_token=True
-        )
+        context = layout_kwargs.get("context")
+        if context is None:
+            context = ForwardContext.enter(
+                grid_of(hidden_states, self.hidden_size),
+                hidden_states.device,
+                attention_mask,
+                layout_kwargs=layout_kwargs,
+                by_token=True,
+            )
+        layout = context.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         weights, indices = self.gate(x, layout)  # [T, K]
         latent = x if self.fc1_latent_proj is None else project(self.fc1_latent_proj, x)  # [T, X]

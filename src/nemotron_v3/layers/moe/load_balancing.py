@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.router import Routing, Watcher, routers, watched
+from nemotron_v3.layers.moe.router import Routing, Watcher, routers, watched
 from nemotron_v3.layout import SequenceLayout
 
 
