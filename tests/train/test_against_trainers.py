@@ -164,7 +164,10 @@ def test_the_first_step_on_chats_is_that_of_trl(base, tmp_path):
     ]
     documents = [each["input_ids"] for each in encoded]
     labels = [
-        [t if m and n else -100 for n, (t, m) in enumerate(zip(ids, e["assistant_masks"], strict=True))]
+        [
+            t if m and n else -100
+            for n, (t, m) in enumerate(zip(ids, e["assistant_masks"], strict=True))
+        ]
         for ids, e in zip(documents, encoded, strict=True)
     ]
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

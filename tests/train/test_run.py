@@ -16,6 +16,7 @@ from nemotron_v3.train import run
 from nemotron_v3.train.build import build_model
 from nemotron_v3.train.checkpoints import FOLDER, saved_steps
 from nemotron_v3.train.config_file import read_config
+from nemotron_v3.train.display import Display
 from nemotron_v3.train.interrupts import Stopped
 from nemotron_v3.train.loop import NotFinite
 from nemotron_v3.train.options import (
@@ -30,7 +31,7 @@ from nemotron_v3.train.options import (
 from nemotron_v3.train.run import train
 from tests.train.fakes import MadeUp, made_up_options
 
-SILENT = {"make_data": MadeUp, "console": Console(file=open(os.devnull, "w"))}  # noqa: SIM115
+SILENT = {"make_data": MadeUp, "display": Display(Console(file=open(os.devnull, "w")))}  # noqa: SIM115
 
 
 def lines(out: Path) -> list[dict]:

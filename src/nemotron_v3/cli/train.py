@@ -11,7 +11,6 @@ import tyro
 
 from nemotron_v3.cli.threads import settle_threads
 from nemotron_v3.data.options import DataOptions, Source
-from nemotron_v3.train.config_file import read_config
 from nemotron_v3.train.options import TrainOptions
 
 CONFIG = "train.toml"
@@ -47,6 +46,8 @@ class Train:
         Raises:
             ValueError: it cannot be read.
         """
+        from nemotron_v3.train.config_file import read_config
+
         recipe, files = _named(args)
         over: dict[str, Any] = {}
         if files:

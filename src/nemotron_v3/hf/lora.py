@@ -21,7 +21,7 @@ from nemotron_v3.checkpoint import CheckpointError
 from nemotron_v3.checkpoint.reader import Shard
 from nemotron_v3.checkpoint.writer import Piece, same_bits, write_safetensors
 from nemotron_v3.config.atomic import atomic_file
-from nemotron_v3.layers.experts import NemotronV3Experts
+from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
 NAME = "default"  # of the adapter, as PEFT calls the first one

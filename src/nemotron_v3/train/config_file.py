@@ -1,6 +1,7 @@
 """A run's configuration as a TOML file: read with every mistake named, written whole."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from nemotron_v3.config.files import read_text
-from nemotron_v3.config.spelling import closest
 
 MAX_BYTES = 2**20
 NONE = "none"
@@ -81,7 +81,7 @@ def _dataclass(where: str, table: Any, kind: type, problems: list[str]) -> Any:
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
         if key not in fields:
-            near = closest(key, fields)
+            near = difflib.get_close_matches(key, fields)
             meant = f"did you mean {' or '.join(near)}? " if near else ""
             problems.append(f"{name} is no option: {meant}there are {', '.join(fields)}")
         else:

@@ -14,18 +14,27 @@ SMOOTHING = 0.9
 
 
 class Display:
-    """Speaks for the first process; the others are silent."""
+    """Speaks for the first process; the others are silent.
 
-    def __init__(self, console: Console | None, speaks: bool = True):
+    Args:
+        console: to speak on; None is stderr.
+        facts: tell also what is trained and where it is saved, not the loss alone.
+    """
+
+    def __init__(self, console: Console | None = None, *, facts: bool = True):
         self.console = console or Console(stderr=True, highlight=False)
-        self.speaks = speaks
+        self.facts, self.speaks = facts, True
         self._loss: float | None = None
         self._speed: float | None = None
         self._bar: tuple[Progress, int] | None = None
         self._told = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line."""
+        """A fact, on a line."""
+        if self.facts:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self.speaks:
             self.console.print(text, markup=False)
 
@@ -60,7 +69,7 @@ class Display:
             progress.update(task, completed=min(done, 1.0), told=told)
         elif step.step == 1 or time.monotonic() - self._told > 10:
             self._told = time.monotonic()
-            self.say(told)
+            self._print(told)
 
 
 def _smooth(before: float | None, value: float) -> float:

@@ -12,6 +12,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
+from nemotron_v3.train.tokenizer import save_tokenizer
 
 
 def export(
@@ -37,7 +38,7 @@ def export(
             adapters.save(whole, options.lora, options.out, base)
         else:
             if options.model.path is None:
-                tokenizer.save(options.out)
+                save_tokenizer(tokenizer, options)
             save_pretrained(whole, options.out)
             audit(whole, options.out)
     world.wait()

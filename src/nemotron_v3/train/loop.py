@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from nemotron_v3.data.pieces import PackedRow
-from nemotron_v3.layers.balance import ExpertLoad, balance_
+from nemotron_v3.layers.moe.load_balancing import ExpertLoad, balance_
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
@@ -62,10 +62,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step measured; `loss` in nats a target, `seconds` its own."""
+    """What a step measured.
+
+    `loss` is in nats a target; `tokens`, `targets` and `seconds` are the step's own, `total_tokens`
+    those of the training so far; `length` is a document's that attention costs as much for.
+    """
 
     step: int
     tokens: int
+    total_tokens: int
     targets: int
     length: float
     seconds: float
@@ -155,7 +160,9 @@ class Trainer:
         progress.seconds += seconds
         self.scheduler.step()
         length = sum(mean_square_length(b.layout) for b in batches) / len(batches)
-        return Step(number, tokens, targets, length, seconds, loss, rate, norm, details)
+        return Step(
+            number, tokens, progress.tokens, targets, length, seconds, loss, rate, norm, details
+        )
 
     def _accumulate(self, batches: list[Batch], items: float) -> Tensor:
         """Add up the gradients of the batches; their loss is the sum over targets by `items`."""

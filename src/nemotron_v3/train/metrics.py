@@ -60,7 +60,7 @@ class Recorder:
             return
         line = {
             "step": step.step,
-            "tokens": step.tokens,
+            "tokens": step.total_tokens,
             "targets": step.targets,
             "seconds": step.seconds,
             "loss": step.loss,

@@ -146,7 +146,7 @@ def _steps(options: TrainOptions) -> int | None:
         return length_of(options, None).steps
     from nemotron_v3.data.packed import PackedData
 
-    tokenizer = read_tokenizer(options.model)
+    tokenizer = read_tokenizer(options)
     with PackedData(with_template(options).data, tokenizer) as data:
         return length_of(options, data).steps
 

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.packed import PackedData
 from nemotron_v3.data.pieces import PackedRow
-from nemotron_v3.layers.balance import ExpertLoad
+from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.cost import parameters
 from nemotron_v3.train.build import Adapters, build_model
 from nemotron_v3.train.checkpoints import Checkpoints
@@ -63,9 +62,11 @@ def train(
     *,
     resume: bool = False,
     adapters: Adapters | None = None,
+    tokenizer: Any = None,
     make_data: MakeData = PackedData,
-    console: Console | None = None,
+    display: Display | None = None,
     after_step: Callable[[Step], None] | None = None,
+    export_if_stopped: bool = False,
 ) -> Progress:
     """Train what `options` ask for, and leave a checkpoint in `options.out`.
 
@@ -76,9 +77,11 @@ def train(
         options: the whole configuration.
         resume: go on with the run in `options.out`.
         adapters: who puts LoRA on a model: `nemotron_v3.hf.lora`.
+        tokenizer: in place of the one that the options name.
         make_data: rows of (options, tokenizer, rank, processes).
-        console: to speak on; None is stderr.
+        display: who tells the user; None speaks on stderr.
         after_step: told of every step, on every process.
+        export_if_stopped: leave a checkpoint also where a signal came.
 
     Raises:
         ValueError: options that cannot be, before anything is written; a step without targets.
@@ -89,18 +92,25 @@ def train(
     options.check()
     rank, size = rank_and_size()
     check_folder(options.out, resume)
-    tokenizer = read_tokenizer(options.model)
+    tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
     # Before the processes meet: the first one tokenises, which may take longer than they wait.
     data = make_data(options.data, tokenizer, rank, size)
     held_out = _validation(options, tokenizer, make_data, rank, size)
     length = length_of(options, data)
     with processes(options.model.device) as world, noted_signals() as signal:
-        run = _Run(options, world, data, held_out, length, Display(console, world.first), adapters)
+        display = Display() if display is None else display
+        display.speaks = world.first
+        run = _Run(options, world, data, held_out, length, display, adapters)
         run.prepare(resume, signal)
         progress = run.go(after_step)
-        export(run.trainer.model, options, world, adapters, tokenizer)
-        run.display.say(f"saved: {options.out}")
+        stopped = run.trainer.signalled
+        if export_if_stopped or not stopped:
+            export(run.trainer.model, options, world, adapters, tokenizer)
+        if stopped:
+            where = f"saved after step {progress.step:,} in {options.out}: --resume goes on"
+            raise Stopped(stopped, where)
+        display.say(f"saved: {options.out}")
         return progress
 
 
@@ -257,9 +267,6 @@ class _Run:
             self.checkpoints.save(progress)
             self.checkpoints.finish()
         self.world.wait()
-        if trainer.signalled:
-            where = f"saved after step {progress.step:,} in {self.options.out}: --resume goes on"
-            raise Stopped(trainer.signalled, where)
         return progress
 
     def _steps(self) -> Iterator[Step]:

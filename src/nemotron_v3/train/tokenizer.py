@@ -2,19 +2,42 @@
 
 from dataclasses import replace
 
+import torch
+
 from nemotron_v3.chat import ChatTemplate
+from nemotron_v3.checkpoint.side_files import MAX_BYTES, names_in
+from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.config.files import read_bytes
 from nemotron_v3.data.pretrained import PretrainedTokenizer
-from nemotron_v3.train.options import ModelOptions, TrainOptions
+from nemotron_v3.data.tokenizer import Tokenizer
+from nemotron_v3.data.train_tokenizer import train_tokenizer
+from nemotron_v3.train.build import read_model_config
+from nemotron_v3.train.options import TrainOptions
 
 
-def read_tokenizer(model: ModelOptions) -> PretrainedTokenizer:
-    """Raises ValueError where there is none."""
-    folder = model.tokenizer or model.path
-    if folder is None:
-        raise ValueError(
-            "a fresh model has no tokeniser: give model.tokenizer, a folder with a tokenizer.json"
-        )
-    return PretrainedTokenizer.load(folder)
+def read_tokenizer(options: TrainOptions) -> PretrainedTokenizer | Tokenizer:
+    """The checkpoint's, that of a folder, or one that is trained on the data of a fresh model,
+    with as many tokens as its config has; the same files give the same one.
+
+    Raises:
+        ValueError: there is none in the folder, or nothing to train one on.
+    """
+    folder = options.model.tokenizer or options.model.path
+    if folder is not None:
+        return PretrainedTokenizer.load(folder)
+    config = read_model_config(options.model, torch.device("cpu"))
+    return train_tokenizer(options.data.sources, config.vocab_size)
+
+
+def save_tokenizer(tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions) -> None:
+    """Write what belongs to a fresh model's tokeniser into the run's folder."""
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(options.out)
+        return
+    for name in names_in(options.model.tokenizer):
+        (options.out / name).parent.mkdir(exist_ok=True)
+        with atomic_file(options.out / name) as path:
+            path.write_bytes(read_bytes(options.model.tokenizer / name, MAX_BYTES))
 
 
 def with_template(options: TrainOptions) -> TrainOptions:
