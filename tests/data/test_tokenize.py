@@ -125,6 +125,12 @@ def test_parquet_gives_its_rows(tmp_path):
     ]
     assert data.report().sources[0].empty == 1
     assert documents(data) == [ids(text) for text in texts[:1200]]
+    # Pages that were lost: the file is named, whatever pyarrow says.
+    raw = (tmp_path / "a.parquet").read_bytes()
+    end = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    (tmp_path / "b.parquet").write_bytes(raw[:4] + bytes(end - 4) + raw[end:])
+    with pytest.raises((OSError, ValueError), match=r"b\.parquet"):
+        packed(tmp_path, Source(str(tmp_path / "b.parquet"), field="body"))
     told = refused(tmp_path / "x", tmp_path / "a.parquet")
     assert "has no column 'text': give the field of one of other, body" in told
 
@@ -147,6 +153,7 @@ def test_a_saved_data_set_gives_the_rows_of_its_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = {"train": [f"row {n}" for n in range(600)], "test": ["x"]}
     parts = {k: datasets.Dataset.from_dict({"text": v}) for k, v in texts.items()}
+    parts["train"] = parts["train"].add_column("other", list(range(600)))
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     for split, expected in texts.items():
         data = packed(tmp_path, Source(str(tmp_path / "set"), split=split))
@@ -227,6 +234,15 @@ def test_a_damaged_store_is_made_anew(tmp_path, file):
     (damaged,) = (tmp_path / "cache").glob(f"*/{file}")
     damaged.write_bytes(damaged.read_bytes()[:-8])
     assert documents(packed(tmp_path, path)) == [ids(row["text"]) for row in BROKEN]
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", BROKEN)
+    packed(tmp_path, path).close()
+    (store,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    store.rename(store.with_name(f".{store.name}.01234567.tmp"))
+    assert len(documents(packed(tmp_path, path))) == len(BROKEN)
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {store.name, f"{store.name}.lock"}
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -98,8 +98,7 @@ class Encoder:
             try:
                 value = _document(record.value, field)
                 if isinstance(value, list):
-                    self._check_template()
-                    read.append(self._render(value, record.value))
+                    read.append(self._render(self._checked_template(), value, record.value))
                 else:
                     read.append(_Text(value))
             except _BadRecord as error:
@@ -113,7 +112,7 @@ class Encoder:
                 done.ids.append(ids)
         return done
 
-    def _check_template(self) -> None:
+    def _checked_template(self) -> ChatTemplate:
         if self.template is None:
             raise ValueError("it holds chats (messages), and there is no chat_template: give one")
         if self.train_on == "assistant" and not self.template.marks_assistant:
@@ -122,14 +121,17 @@ class Encoder:
                 "{% generation %} and {% endgeneration %} around them in the template, or train "
                 "on all words (train_on all)"
             )
+        return self.template
 
-    def _render(self, messages: list[Any], record: dict[str, Any]) -> "_Text":
+    def _render(
+        self, template: ChatTemplate, messages: list[Any], record: dict[str, Any]
+    ) -> "_Text":
         variables = record.get("chat_template_kwargs") or {}
         if not isinstance(variables, dict):
             raise _BadRecord("chat_template_kwargs is no object")
         tools = record.get("tools") or None
         try:
-            text, spans = self.template.render_spans(messages, tools=tools, **variables)
+            text, spans = template.render_spans(messages, tools=tools, **variables)
             check_text(text, "the chat")
         except (TypeError, ValueError) as error:
             raise _BadRecord(str(error)) from None

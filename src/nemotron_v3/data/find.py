@@ -132,7 +132,9 @@ def open_data_set(path: str, split: str) -> Any:
         raise ValueError(f"the datasets library cannot load {path}: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{path} has no split {split!r}: there are {', '.join(loaded)}")
+            raise ValueError(
+                f"{path} has no split {split!r}: there are {', '.join(map(str, loaded))}"
+            )
         loaded = loaded[split]
     return loaded
 

@@ -12,11 +12,13 @@ from nemotron_v3.chat import ChatTemplate
 from nemotron_v3.chat.template import read_special_tokens
 from nemotron_v3.config.files import read_text
 from nemotron_v3.data.encode import Encoder
+from nemotron_v3.data.find import Found
 from nemotron_v3.data.fingerprint import differences, fingerprint
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.pieces import PackedRow, Pieces
 from nemotron_v3.data.plan import Position, RowPlan
 from nemotron_v3.data.report import DataReport, SourceReport
+from nemotron_v3.data.store import TokenStore
 from nemotron_v3.data.tokenize import Progress, cache_folder, open_store
 
 STATE_VERSION = 1
@@ -56,7 +58,7 @@ class PackedData:
     Raises:
         ValueError: sources that cannot be read or hold no document, more than 100 bad lines in one,
             chats without a template, or with one that marks no assistant's words; a rank that is
-            none. Nothing is written then.
+            none. Nothing of such a source is kept.
         OSError: the disk refuses, a full one included.
     """
 
@@ -76,12 +78,12 @@ class PackedData:
         self._rank, self._world_size = rank, world_size
         encoder = _encoder(options, tokenizer)
         cache = cache_folder() if cache is None else Path(cache)
-        opened = [
-            open_store(source, encoder, options.workers, cache, progress)
-            for source in options.sources
-        ]
-        self._stores = [store for store, _ in opened]
-        self._found = [found for _, found in opened]
+        self._stores: list[TokenStore] = []
+        self._found: list[Found] = []
+        for source in options.sources:
+            store, found = open_store(source, encoder, options.workers, cache, progress)
+            self._stores.append(store)
+            self._found.append(found)
         padding = encoder.behind[-1] if encoder.behind else 0
         self._pieces = Pieces(self._stores, options.tokens_per_row, padding)
         self.largest_token = max(store.about.largest for store in self._stores)
@@ -117,8 +119,9 @@ class PackedData:
 
         It packs all epochs to know, at about a million documents in three seconds.
         """
-        if self._total_steps is None and self.options.epochs is not None:
-            self._total_steps = ceil(self._new_plan().total_rows() / self.options.rows)
+        if self._total_steps is None:
+            rows = self._new_plan().total_rows()
+            self._total_steps = None if rows is None else ceil(rows / self.options.rows)
         return self._total_steps
 
     def fingerprint(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def read_records(unit: Unit, field: str) -> Iterator[Record]:
         return _lines(unit)
     if unit.file.format == "parquet":
         return _parquet_rows(unit, field)
-    return _data_set_rows(unit)
+    return _data_set_rows(unit, field)
 
 
 def _open(file: File) -> BinaryIO:
@@ -191,8 +191,7 @@ def _parquet_rows(unit: Unit, field: str) -> Iterator[Record]:
     import pyarrow.parquet
 
     with _open(unit.file) as opened, pyarrow.parquet.ParquetFile(opened) as parquet:
-        names = parquet.schema_arrow.names
-        columns = [n for n in (column_of(names, field), *CHAT_EXTRAS) if n in names]
+        columns = _columns(parquet.schema_arrow.names, field)
         number = 0
         for batch in parquet.iter_batches(UNIT_ROWS, [unit.group], columns, use_threads=False):
             for value in batch.to_pylist():
@@ -200,15 +199,22 @@ def _parquet_rows(unit: Unit, field: str) -> Iterator[Record]:
                 yield Record(number, value)
 
 
-def _data_set_rows(unit: Unit) -> Iterator[Record]:
-    rows = _opened_data_set(unit.file.path, unit.file.name)
-    for number, place in enumerate(range(unit.start, unit.end), 1):
-        yield Record(number, rows[place])
+def _data_set_rows(unit: Unit, field: str) -> Iterator[Record]:
+    rows = _opened_data_set(unit.file.path, unit.file.name, field)[unit.start : unit.end]
+    for number, values in enumerate(zip(*rows.values(), strict=True), 1):
+        yield Record(number, dict(zip(rows, values, strict=True)))
 
 
 @functools.lru_cache(maxsize=4)
-def _opened_data_set(path: str, split: str) -> Any:
-    return open_data_set(path, split)
+def _opened_data_set(path: str, split: str, field: str) -> Any:
+    rows = open_data_set(path, split)
+    # Others may be costly to decode, as images are.
+    return rows.select_columns(_columns(rows.column_names, field))
+
+
+def _columns(names: list[str], field: str) -> list[str]:
+    """The columns that make a document."""
+    return [name for name in (column_of(names, field), *CHAT_EXTRAS) if name in names]
 
 
 def _check_columns(file: File, names: list[str], field: str) -> None:

@@ -34,6 +34,10 @@ class TokenizeUnit:
             return self._text(unit) if unit.file.format == "text" else self._records(unit)
         except ValueError as error:
             raise ValueError(f"{unit.file.path}: {error}") from None
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(f"{unit.file.path} cannot be read: {error}") from None
 
     def _records(self, unit: Unit) -> Tokenized:
         done = self.encoder.documents(read_records(unit, self.field), self.field)

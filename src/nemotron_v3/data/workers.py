@@ -6,7 +6,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -16,7 +16,9 @@ AHEAD = 4  # items a process that are done or begun before their turn
 _task: Callable[[Any], Any] | None = None  # of this process, if it is a worker
 
 
-def run_in_order(task: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+def run_in_order(
+    task: Callable[[Any], Any], items: Iterable[Any], workers: int
+) -> Generator[Any, None, None]:
     """`task(item)` for each item in order, by so many processes; 0 does it in this one.
 
     A process is started anew, so that neither threads nor a GPU of this one are copied, and ends
@@ -64,9 +66,12 @@ def _start(task: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker has a parent"
+    parent.join()
     os._exit(1)
 
 
 def _run(item: Any) -> Any:
+    assert _task is not None, "_start comes first"
     return _task(item)
