@@ -51,6 +51,7 @@ class NemotronV3Model(nn.Module):
         self.config = NemotronV3Config.from_any(config)
         self.backend = BackendConfig.from_any(backend)
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1
         config, backend = self.config, self.backend
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
         self.layers = nn.ModuleList(
@@ -122,8 +123,9 @@ class NemotronV3Model(nn.Module):
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
         streams = [hidden]
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recomputes and block.layer_idx % self.checkpoint_every == 0:
                 hidden = _recomputed(block, hidden, context)
             else:
                 hidden = block(hidden, context=context)
@@ -369,9 +371,16 @@ class NemotronV3ForCausalLM(nn.Module):
         """
         return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only the stream between blocks for the backward pass, and recompute each block."""
-        self.model.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """Keep only the stream in front of every nth block for the backward pass, and recompute
+        the block; of the blocks between keep what their backward pass needs.
+
+        Raises:
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every is {every}: give 1 for all blocks, 2 for each second one, ...")
+        self.model.gradient_checkpointing, self.model.checkpoint_every = True, every
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what each block's backward pass needs."""
