@@ -38,7 +38,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, fp32: set[str])
 def step(heads: int) -> dict[str, int]:
     cut = mamba2.blocks(heads, 64, 128)
     sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True}
-    constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128}
+    constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128, "BLOCK_W": 4}
     return compiled(mamba2.step_kernel, constants, cut.warps, FP32)
 
 

@@ -50,4 +50,3 @@ def results(op: str, inputs: Inputs, impl: str, **changes: Any) -> dict[str, Ten
 
 def _form(op: str, impl: str) -> Callable[..., Tensor]:
     return lambda **arguments: getattr(ops, op)(**arguments, impl=impl)
-

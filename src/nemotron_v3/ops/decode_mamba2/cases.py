@@ -35,11 +35,11 @@ class Case:
 
 CASES = (
     Case("one-slot", (5,), 8, 64, 1, 16),
-    Case("first-tokens", (0, 1, 2, 3, 4), 6, 16, 2, 16),
-    Case("idle-slots", (-3, 7, 0, -1, 1000), 8, 16, 8, 128),
+    Case("first-tokens", (0, 1, 2, 3, 4), 4, 16, 2, 16),
+    Case("idle-slots", (-3, 7, 0, -1, 1000), 6, 16, 3, 128),
     Case("odd", (9, -2, 1), 6, 24, 3, 20, width=3, conv_bias=False),
     Case("eight-taps", (2, 30), 4, 8, 1, 16, width=8, dt_limit=(0.01, 0.05)),
-    Case("long-decay", (4, 17), 32, 8, 1, 16, decay="long"),
+    Case("long-decay", (4, 17), 12, 8, 1, 16, decay="long"),
     Case("none-active", (-1, -4), 2, 16, 1, 16),
 )
 BENCHMARKS = tuple(

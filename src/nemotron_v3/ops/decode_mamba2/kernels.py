@@ -18,44 +18,59 @@ from nemotron_v3.ops.ssd.kernels.steps import softplus
 
 
 @triton.jit
-def _silu(b_u):
-    """`u / (1 + exp(-u))` without losing digits of the exponential where |u| is large."""
-    b_v = tl.minimum(tl.abs(b_u), 100.0)
-    b_n = tl.floor(b_v * -1.4426950408889634 + 0.5)
-    b_r = (b_v * -1.4423828125 - b_n) - b_v * 0.000312228388963  # log2(e) in two parts
-    b_e = tl.exp2(b_r) * tl.exp2(b_n)  # exp(-|u|)
-    b_s = tl.div_rn(tl.where(b_u < 0, b_e, 1.0), 1.0 + b_e)
-    return b_u * b_s
+def _silu(b_u, EXACT: tl.constexpr):
+    """`u / (1 + exp(-u))`; EXACT loses no digits of the exponential where |u| is large."""
+    if EXACT:
+        b_v = tl.minimum(tl.abs(b_u), 100.0)
+        b_n = tl.floor(b_v * -1.4426950408889634 + 0.5)
+        b_r = (b_v * -1.4423828125 - b_n) - b_v * 0.000312228388963  # log2(e) in two parts
+        b_e = tl.exp2(b_r) * tl.exp2(b_n)  # exp(-|u|)
+        return b_u * tl.div_rn(tl.where(b_u < 0, b_e, 1.0), 1.0 + b_e)
+    else:
+        return b_u / (1.0 + tl.exp(-b_u))
 
 
 @triton.jit
 def _convolve(
-    b_new,
+    p_new,
     p_ring,
     conv_weight,
     conv_bias,
     place,
-    o_c,
-    m_c,
+    first,
+    n,
     C: tl.constexpr,
     W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BIASED: tl.constexpr,
-    KIND: tl.constexpr,
+    AS_COLUMN: tl.constexpr,
 ):
-    """Channels `o_c` of a row, convolved, rounded to KIND as where they pass through memory.
+    """Channels `first` to `first + n` of a row after SiLU, rounded as where they pass memory.
 
-    `b_new` are their newest inputs as the ring keeps them, not yet in it.
+    A vector of channels times taps, in the weight's order: one of channels alone has fewer elements
+    than the program has threads, and each thread would compute all that it later multiplies by.
     """
-    p_w = conv_weight + o_c * W
-    b_u = b_new.to(tl.float32) * tl.load(p_w + W - 1, mask=m_c, other=0.0).to(tl.float32)
-    for k in tl.static_range(1, W):
-        # The input k tokens ago; the place of the W-th, the newest one's, is not read.
-        b_old = tl.load(p_ring + (place + W - k) % W * C + o_c, mask=m_c, other=0.0)
-        b_w = tl.load(p_w + W - 1 - k, mask=m_c, other=0.0)
-        b_u += b_old.to(tl.float32) * b_w.to(tl.float32)
+    o_e = tl.arange(0, BLOCK * BLOCK_W)
+    o_c, o_w = o_e // BLOCK_W, o_e % BLOCK_W
+    m_c = o_c < n
+    # [BLOCK * BLOCK_W]
+    b_w = tl.load(conv_weight + (first + o_c) * W + o_w, mask=m_c & (o_w < W), other=0.0)
+    # The newest input is not in the ring yet, and rounded as the ring keeps it.
+    p_older = p_ring + (place + 1 + o_w) % W * C + first + o_c
+    b_older = tl.load(p_older, mask=m_c & (o_w < W - 1), other=0.0)
+    b_newest = tl.load(p_new + first + o_c, mask=m_c & (o_w == W - 1), other=0.0)
+    b_u = b_older + b_newest.to(p_ring.dtype.element_ty)
+    b_u = b_u.to(tl.float32) * b_w.to(tl.float32)
     if BIASED:
-        b_u += tl.load(conv_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-    return _silu(b_u).to(KIND).to(tl.float32)
+        b_bias = tl.load(conv_bias + first + o_c, mask=m_c & (o_w == 0), other=0.0)
+        b_u += b_bias.to(tl.float32)
+    b_u = tl.reshape(b_u, [BLOCK, BLOCK_W])
+    # Summed along the other dimension than the one it is broadcast along: Triton would lay out the
+    # whole state as the sum is.
+    b_u = tl.sum(tl.trans(b_u), 0) if AS_COLUMN else tl.sum(b_u, 1)
+    b_u = _silu(b_u, p_new.dtype.element_ty == tl.float32)
+    return b_u.to(p_new.dtype.element_ty).to(tl.float32)
 
 
 @kernel
@@ -81,6 +96,7 @@ def step_kernel(
     W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BIASED: tl.constexpr,
 ):
     """A program has BLOCK_P rows of one head's state in one slot.
@@ -110,35 +126,33 @@ def step_kernel(
         p_row = projected + i_r * stride
         p_ring = conv + i_r * (W * C)
         o_x, o_B, o_C = i_h * P + o_p, I + i_g * N + o_n, I + (G + i_g) * N + o_n
-        # [BLOCK_P], [BLOCK_N], [BLOCK_N]
-        KEPT: tl.constexpr = conv.dtype.element_ty
-        KIND: tl.constexpr = projected.dtype.element_ty
-        b_x_new = tl.load(p_row + I + o_x, mask=m_p, other=0.0).to(KEPT)
-        b_B_new = tl.load(p_row + I + o_B, mask=m_n, other=0.0).to(KEPT)
-        b_C_new = tl.load(p_row + I + o_C, mask=m_n, other=0.0).to(KEPT)
         b_z = tl.load(p_row + o_x, mask=m_p, other=0.0).to(tl.float32)
         b_u = tl.load(p_row + I + C + i_h).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
         b_A = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
         b_skip = tl.load(D + i_h).to(tl.float32)
-        b_x = _convolve(
-            b_x_new, p_ring, conv_weight, conv_bias, place, o_x, m_p, C, W, BIASED, KIND
-        )
-        b_B = _convolve(
-            b_B_new, p_ring, conv_weight, conv_bias, place, o_B, m_n, C, W, BIASED, KIND
-        )
-        b_C = _convolve(
-            b_C_new, p_ring, conv_weight, conv_bias, place, o_C, m_n, C, W, BIASED, KIND
-        )
+        # [BLOCK_P], [BLOCK_N], [BLOCK_N]
+        of_row = p_row + I, p_ring, conv_weight, conv_bias, place
+        first_x, first_B = i_h * P + i_p * BLOCK_P, I + i_g * N
+        b_x = _convolve(*of_row, first_x, P - i_p * BLOCK_P, C, W, BLOCK_P, BLOCK_W, BIASED, True)
+        b_B = _convolve(*of_row, first_B, N, C, W, BLOCK_N, BLOCK_W, BIASED, False)
+        b_C = _convolve(*of_row, first_B + G * N, N, C, W, BLOCK_N, BLOCK_W, BIASED, False)
         b_dt = tl.where(b_u == b_u, tl.minimum(tl.maximum(softplus(b_u), low), high), b_u)
         b_S = tl.exp(b_dt * b_A) * b_S + (b_dt * b_x)[:, None] * b_B[None, :]
         tl.store(p_S, b_S.to(ssm.dtype.element_ty), mask=m_S)
         b_y = tl.sum(b_S * b_C[None, :], 1) + b_skip * b_x
-        tl.store(p_out, b_y * _silu(b_z), mask=m_p)
+        tl.store(p_out, b_y * _silu(b_z, projected.dtype.element_ty == tl.float32), mask=m_p)
         p_place = p_ring + place * C
-        tl.store(p_place + o_x, b_x_new, mask=m_p)
+        _keep(p_place, p_row + I, o_x, m_p)
         if (i_p == 0) & (i_h % (H // G) == 0):
-            tl.store(p_place + o_B, b_B_new, mask=m_n)
-            tl.store(p_place + o_C, b_C_new, mask=m_n)
+            _keep(p_place, p_row + I, o_B, m_n)
+            _keep(p_place, p_row + I, o_C, m_n)
+
+
+@triton.jit
+def _keep(p_place, p_new, o_c, m_c):
+    """The newest inputs of channels `o_c`, at their place in the ring."""
+    b_new = tl.load(p_new + o_c, mask=m_c, other=0.0)
+    tl.store(p_place + o_c, b_new.to(p_place.dtype.element_ty), mask=m_c)
 
 
 class Blocks(NamedTuple):
@@ -161,7 +175,7 @@ def blocks(heads: int, P: int, N: int) -> Blocks:
     p = min(power_of_two(P), max(1, most // block_n))
     if interpreted():
         return Blocks(power_of_two(P), 1)
-    return Blocks(p, max(1, min(8, p * block_n // 1024)))
+    return Blocks(p, max(1, min(8, p * block_n // 512)))
 
 
 _launch = Launcher(step_kernel)
@@ -207,7 +221,10 @@ def decode_mamba2(
         projected,
         (conv, ssm, positions, active, conv_weight.contiguous(), bias, *of_heads, out),
         tuple(map(float, dt_limit)),
-        (projected.stride(0), H, P, n_groups, N, W, cut.p, power_of_two(N), bias is not None),
+        (
+            *(projected.stride(0), H, P, n_groups, N, W),
+            *(cut.p, power_of_two(N), power_of_two(W), bias is not None),
+        ),
         cut,
     )
     return out

@@ -60,7 +60,7 @@ def _put(conv: Tensor, xBC: Tensor, positions: Tensor, on: Tensor) -> None:
 def _convolve(
     conv: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype
 ) -> Tensor:
-    """`[R, C]` after SiLU in `kind`: each place of the ring `[R, W, C]` meets the tap of its age."""
+    """`[R, C]` after SiLU in `kind`: each place of the ring meets the tap of its age."""
     W, dtype = conv.shape[1], wide(kind)
     places = torch.arange(W, device=conv.device)
     age = (positions[:, None] - places) % W  # [R, W], in tokens
