@@ -1,0 +1,51 @@
+"""Compiles the kernels of decoding for GPUs that are not here: `compiled.py`.
+
+Shapes: Nemotron-3 Nano in bf16, states in fp32. Every architecture that the package is used on must
+compile; what is held is Hopper's.
+"""
+
+import json
+from importlib import import_module
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from tests.kernels.compiled import needs
+
+mamba2 = import_module("nemotron_v3.ops.decode_mamba2.kernels")
+
+FP32 = {"ssm", "dt_bias", "A_log", "D", "out"}
+OTHERS = {"positions": "*i64", "active": "*i1", "low": "fp32", "high": "fp32"}
+OLDER = (80, 89)
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, fp32: set[str]) -> dict[str, int]:
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kind = OTHERS.get(name, "*fp32" if name in fp32 else "*bf16")
+        signature[name] = "constexpr" if name in constants else kind
+        if signature[name].startswith("*"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    for architecture in OLDER:
+        target = GPUTarget("cuda", architecture, 32)
+        compile(source, target=target, options={"num_warps": warps})
+    return needs(source, warps) | {"warps": warps}
+
+
+def step(heads: int) -> dict[str, int]:
+    cut = mamba2.blocks(heads, 64, 128)
+    sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True}
+    constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128, "BLOCK_W": 4}
+    return compiled(mamba2.step_kernel, constants, cut.warps, FP32)
+
+
+def main() -> None:
+    found = {"mamba2, one slot": step(64), "mamba2, many slots": step(64 * 64)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
