@@ -8,16 +8,20 @@ import json
 from importlib import import_module
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from tests.kernels.compiled import needs
 
+attention = import_module("nemotron_v3.ops.decode_attention.kernels")
 mamba2 = import_module("nemotron_v3.ops.decode_mamba2.kernels")
 
-FP32 = {"ssm", "dt_bias", "A_log", "D", "out"}
-OTHERS = {"positions": "*i64", "active": "*i1", "low": "fp32", "high": "fp32"}
+OTHERS = {"positions": "*i64", "active": "*i1"}
+OTHERS |= dict.fromkeys(("R", "parts", "places"), "i32")
+OTHERS |= dict.fromkeys(("low", "high", "scale"), "fp32")
 OLDER = (80, 89)
+HEADS = {"H": 32, "J": 2, "P": 128, "BLOCK_P": 128}
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, fp32: set[str]) -> dict[str, int]:
@@ -39,11 +43,31 @@ def step(heads: int) -> dict[str, int]:
     cut = mamba2.blocks(heads, 64, 128)
     sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True}
     constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128, "BLOCK_W": 4}
-    return compiled(mamba2.step_kernel, constants, cut.warps, FP32)
+    fp32 = {"ssm", "dt_bias", "A_log", "D", "out"}
+    return compiled(mamba2.step_kernel, constants, cut.warps, fp32)
+
+
+def parts() -> dict[str, int]:
+    cut = attention.tile(torch.bfloat16, 128)
+    constants = HEADS | {"stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
+    constants |= {"PRECISION": "tf32", "WHOLE": False}
+    return compiled(attention.parts_kernel, constants, cut.warps, {"partial", "log_sums"})
+
+
+def combine() -> dict[str, int]:
+    constants = HEADS | {"BLOCK": attention.COMBINED, "SPLIT": 1024}
+    constants |= {"STAGES": attention.COMBINE_STAGES}
+    fp32 = {"partial", "log_sums"}
+    return compiled(attention.combine_kernel, constants, attention.COMBINE_WARPS, fp32)
 
 
 def main() -> None:
-    found = {"mamba2, one slot": step(64), "mamba2, many slots": step(64 * 64)}
+    found = {
+        "attention, parts": parts(),
+        "attention, combined": combine(),
+        "mamba2, one slot": step(64),
+        "mamba2, many slots": step(64 * 64),
+    }
     print(json.dumps(found))
 
 

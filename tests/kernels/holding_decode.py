@@ -15,7 +15,7 @@ from nemotron_v3 import ops
 from nemotron_v3.ops._cases import Inputs
 from tests.accuracy import PlainPyTorch, Report, check
 
-BUFFERS = {"decode_mamba2": ("conv", "ssm")}
+BUFFERS = {"decode_attention": ("keys", "values"), "decode_mamba2": ("conv", "ssm")}
 
 
 def on_copies(op: str, run: Callable[..., Any], **arguments: Any) -> dict[str, Tensor]:

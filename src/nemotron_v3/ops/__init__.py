@@ -9,6 +9,7 @@ from nemotron_v3.ops.attention.op import attention
 from nemotron_v3.ops.cached_attention.op import cached_attention
 from nemotron_v3.ops.causal_conv1d.op import causal_conv1d
 from nemotron_v3.ops.cross_entropy.op import cross_entropy, shift_labels
+from nemotron_v3.ops.decode_attention.op import decode_attention
 from nemotron_v3.ops.decode_mamba2.op import decode_mamba2
 from nemotron_v3.ops.experts.op import experts
 from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
@@ -36,6 +37,7 @@ __all__ = [
     "cached_attention",
     "causal_conv1d",
     "cross_entropy",
+    "decode_attention",
     "decode_mamba2",
     "experts",
     "gated_rms_norm",

@@ -1,0 +1,147 @@
+"""The public attention of one token of each slot of a fixed batch to a cache of fixed size."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
+from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.attention.op import refuse_widths
+from nemotron_v3.ops.decode_attention import portable, reference
+from nemotron_v3.ops.decode_attention.split import workspace_size
+
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+MOST_QUERIES = 64  # of a key/value head, which are the rows of one product
+
+
+@torch.no_grad()
+@without_autocast
+def decode_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    active: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float | None = None,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Put one key and value a slot into its buffers, and attend to all that the slot then holds.
+
+    `cached_attention` for one token a row in the form that a CUDA graph holds: every slot of the
+    batch is there at every step, and which of them move on, and from where, is told by tensors.
+
+    Letters: R slots, H query heads, J key/value heads, P head width, L places.
+
+    Args:
+        qkv: `[R, (H + 2 * J) * P]`: the query's heads, the key's, the value's.
+        keys, values: `[R, J, L, P]`, contiguous, updated in place where a slot is active: token p
+            of a slot stands at place p, and what stands behind its tokens is finite.
+        positions: int64 `[R]`, the tokens that each slot held before this one.
+        active: bool or integers `[R]`; a slot moves on where it is not 0.
+        num_heads, num_kv_heads: H, J; query head h reads key/value head `h // (H / J)`.
+        scale: of the scores, by default `P ** -0.5`.
+        workspace: fp32, at least `workspace_size(R, H, P, L)` elements, contiguous, whose contents
+            do not matter; a new tensor by default.
+        out: where to write the result; a new tensor by default.
+        impl: see `nemotron_v3.ops`.
+
+    Returns:
+        `[R, H * P]` in `qkv`'s dtype; 0 for a slot that is not active, and NaN for one that is and
+        has no place left: nothing is written for it.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, buffers that are not contiguous.
+    """
+    _check(qkv, keys, values, positions, active, num_heads, num_kv_heads)
+    R, _, L, P = keys.shape
+    needed = workspace_size(R, num_heads, P, L)
+    if workspace is not None and (
+        workspace.dtype != torch.float32
+        or workspace.numel() < needed
+        or not workspace.is_contiguous()
+    ):
+        raise ValueError(
+            f"workspace {tuple(workspace.shape)} in {workspace.dtype}: {needed} contiguous "
+            "elements in torch.float32 are needed"
+        )
+    shape = (R, num_heads * P)
+    if out is None:
+        out = qkv.new_empty(shape)
+    elif tuple(out.shape) != shape or out.dtype != qkv.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out {tuple(out.shape)} in {out.dtype} does not fit: contiguous {shape} in {qkv.dtype}"
+        )
+    run = pick(
+        "decode_attention",
+        impl,
+        reference=reference.decode_attention,
+        portable=portable.decode_attention,
+        triton=Kernels(_kernels, qkv.device, _refusal(qkv, keys, values, num_heads, scale)),
+    )
+    return run(
+        qkv,
+        keys,
+        values,
+        positions,
+        active,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        scale=scale,
+        workspace=workspace,
+        out=out,
+    )
+
+
+def _check(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    active: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[1] != num_kv_heads:
+        raise ValueError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be (slots, "
+            f"{num_kv_heads} heads, places, head width)"
+        )
+    R, J, L, P = keys.shape
+    expected = (R, (num_heads + 2 * J) * P)
+    if num_heads % J or tuple(qkv.shape) != expected or not L:
+        raise ValueError(
+            f"qkv {tuple(qkv.shape)} of {num_heads} query heads does not fit keys "
+            f"{tuple(keys.shape)}: {expected}, heads a multiple of {J}, and a place are needed"
+        )
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values are updated in place and must be contiguous")
+    if positions.shape != (R,) or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions {tuple(positions.shape)} in {positions.dtype}: int64 ({R},) is needed"
+        )
+    if active.shape != (R,) or active.dtype not in INTEGERS:
+        raise ValueError(
+            f"active {tuple(active.shape)} in {active.dtype}: bool or integers ({R},) are needed"
+        )
+
+
+def _refusal(
+    qkv: Tensor, keys: Tensor, values: Tensor, num_heads: int, scale: float | None
+) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    share = num_heads // keys.shape[1]
+    if share > MOST_QUERIES:
+        return f"{share} query heads of a key/value head do not fit into one program"
+    return refuse_widths(keys.shape[3], scale) or refuse_dtypes(qkv, keys, values)
+
+
+def _kernels() -> Callable:
+    from nemotron_v3.ops.decode_attention.kernels import decode_attention
+
+    return decode_attention
