@@ -44,7 +44,7 @@ from nemotron_v3.model.vocabulary import vocabulary_of
 _log = logging.getLogger("nemotron_v3")
 
 _OPEN = (
-    "a generation over the cache is still open, and the cache behind what it has yielded: exhaust "
+    "a stream over the cache is still open, and the cache behind what it has yielded: exhaust "
     "or close() the iterator first"
 )
 _STOPPED = (

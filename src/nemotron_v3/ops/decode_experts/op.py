@@ -16,13 +16,16 @@ from nemotron_v3.ops.decode_experts.weights import Router
 
 
 @torch.no_grad()
-def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> None:
+def route(
+    stream: Tensor, router: Router, active: Tensor, buffers: Buffers, *, impl: str = "auto"
+) -> None:
     """Norm, logits and choice of experts of `stream` `[R, D]`, into the buffers.
 
     Args:
         active: integers `[R]`; a row with 0 there chooses no expert.
+        impl: `"triton"` or `"portable"`; `"auto"` takes kernels on a GPU.
     """
-    _form(stream, router.gate).route(stream, router, active, buffers)
+    _form(impl, stream, router.gate).route(stream, router, active, buffers)
 
 
 @torch.no_grad()
@@ -35,6 +38,7 @@ def experts(
     *,
     residual: Tensor | None = None,
     out: Tensor,
+    impl: str = "auto",
 ) -> Tensor:
     """The sum of the routed experts in the order of a row's choices, of the shared one and of the
     residual stream, whichever are given.
@@ -46,14 +50,12 @@ def experts(
         residual: laid out as `out`; it may be `out` itself.
         out: `[R, X]`, contiguous; inactive rows stay as they are, or hold anything if R is 1.
     """
-    kind = (routed or shared)[0]
-    return _form(x, kind).experts(
-        x, routed, shared, active, buffers, residual=residual, out=out
-    )
+    form = _form(impl, x, (routed or shared)[0])
+    return form.experts(x, routed, shared, active, buffers, residual=residual, out=out)
 
 
-def _form(x: Tensor, weight: Tensor) -> Any:
-    if _triton.can_launch(x.device) and weight.dtype in _triton.DTYPES:
+def _form(impl: str, x: Tensor, weight: Tensor) -> Any:
+    if _triton.takes_kernels(impl, x.device) and weight.dtype in _triton.DTYPES:
         from nemotron_v3.ops.decode_experts import kernels
 
         return kernels

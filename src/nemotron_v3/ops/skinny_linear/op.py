@@ -16,6 +16,7 @@ def skinny_linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     out: Tensor,
+    impl: str = "auto",
 ) -> Tensor:
     """`out = W (norm x) + b + residual` for the few rows of a decode step (README.md).
 
@@ -29,13 +30,14 @@ def skinny_linear(
         norm: of x.
         residual: `[R, sum of m]`, laid out as `out`; it may be `out` itself.
         out: `[R, sum of m]`, in any floating dtype.
+        impl: `"triton"` or `"portable"`; `"auto"` takes kernels on a GPU.
 
     Returns:
         `out`.
     """
     biases = (None,) * len(weights) if biases is None else biases
     form = portable.skinny_linear
-    if _triton.can_launch(x.device) and weights[0].dtype in _triton.DTYPES:
+    if _triton.takes_kernels(impl, x.device) and weights[0].dtype in _triton.DTYPES:
         from nemotron_v3.ops.skinny_linear import kernels
 
         form = kernels.skinny_linear
