@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._early import early, start_early
 from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops._triton import interpreted, on_device_of_first, power_of_two, unit_stride
 from nemotron_v3.ops.attention.kernels.tiles import load_rows, store_rows
 from nemotron_v3.ops.decode_attention.split import split_of
@@ -45,6 +45,7 @@ def parts_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program has one part of the keys of a key/value head in one slot, for all its queries.
 
@@ -54,6 +55,7 @@ def parts_kernel(
     The newest key and value come from `qkv`: the part that they fall into stores them, and reads
     from the buffers what stands before them.
     """
+    start_early(PDL)
     SHARE: tl.constexpr = H // J
     # Parts behind all slots' tokens come last and are over at once.
     i_rj = tl.program_id(0) % (R * J)
@@ -133,8 +135,10 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program has one head of one slot: the mean of its parts, each weighed by its sum."""
+    start_early(PDL)
     SHARE: tl.constexpr = H // J
     i_r, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     o_p, o_s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK)
@@ -189,9 +193,6 @@ def tile(dtype: torch.dtype, P: int) -> Tile:
 
 COMBINED, COMBINE_STAGES, COMBINE_WARPS = 16, 3, 4  # parts of a tile
 
-_parts = Launcher(parts_kernel)
-_combine = Launcher(combine_kernel)
-
 
 @on_device_of_first
 def _run(
@@ -215,23 +216,21 @@ def _run(
     precision = "tf32" if narrow else "ieee"
     partial, log_sums = workspace.split([R * heads * parts * P, R * heads * parts])
     m = max(16, power_of_two(heads // J))
-    _parts(
-        R * J * parts,
-        (qkv, keys, values, positions, active, partial, log_sums, out),
-        (R, parts, L, scale),
-        (
-            *(qkv.stride(0), heads, J, P, block_p, m, cut.n, split, cut.stages),
-            *(precision, parts == 1),
-        ),
-        cut.warps,
+    parts_kernel[R * J * parts,](
+        *(qkv, keys, values, positions, active, partial, log_sums, out),
+        *(R, parts, L, scale),
+        *(qkv.stride(0), heads, J, P, block_p, m, cut.n, split, cut.stages),
+        *(precision, parts == 1),
+        num_warps=cut.warps,
+        **early(qkv.device),
     )
     if parts > 1:
-        _combine(
-            R * heads,
-            (partial, log_sums, positions, active, out),
-            (parts, L),
-            (heads, J, P, power_of_two(P), COMBINED, split, COMBINE_STAGES),
-            COMBINE_WARPS,
+        combine_kernel[R * heads,](
+            *(partial, log_sums, positions, active, out),
+            *(parts, L),
+            *(heads, J, P, power_of_two(P), COMBINED, split, COMBINE_STAGES),
+            num_warps=COMBINE_WARPS,
+            **early(qkv.device),
         )
 
 

@@ -49,12 +49,9 @@ class Buffers(NamedTuple):
             experts=torch.empty(R, K, **ints),
             slots=torch.empty(3, min(E, R * K), **ints),
             choices=torch.empty(R * K, **ints),
-            counters=torch.zeros(1 + -(-R // TILE), **ints),
+            counters=torch.zeros(R + 1, **ints),
             h=like.new_empty(R * K, F),
             shared_h=like.new_empty(R, shared),
             y=torch.empty(R * K, X, **wide),
             shared_y=torch.empty(R, D, **wide),
         )
-
-
-TILE = 16  # rows that one program of the router takes

@@ -8,20 +8,19 @@ from torch import Tensor
 
 from nemotron_v3.ops._triton import power_of_two
 from nemotron_v3.ops.decode_experts import one_row
-from nemotron_v3.ops.decode_experts.buffers import TILE, Buffers
+from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.products import combine_kernel, down_kernel, up_kernel
 from nemotron_v3.ops.decode_experts.routing import route_kernel
 from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops._early import early
 
 SHARED_ROWS = 64  # of the shared expert, for which its weights are read once
 
 
 def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> None:
     R, D = stream.shape
-    E, one = len(router.gate), R == 1 and D <= 8192
-    block_e = 4 if one else 16
-    block_r = 1 if one else TILE
-    route_kernel[triton.cdiv(E, block_e), triton.cdiv(R, block_r)](
+    E, block_e = len(router.gate), 4 if D <= 4096 else 2
+    route_kernel[triton.cdiv(E, block_e), R](
         stream,
         router.gain,
         router.gate,
@@ -46,15 +45,15 @@ def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> N
         NORMALISE=router.norm_topk_prob,
         BY_BIASED=router.weights_use_bias,
         SLOTS=buffers.slots.shape[1],
-        TILES=triton.cdiv(R, block_r),
-        BLOCK_D=power_of_two(D) if one else 256,
+        SORT=R > 1,
         BLOCK_E=block_e,
-        BLOCK_R=block_r,
+        BLOCK_R=min(power_of_two(R), 16),
+        ALL_D=power_of_two(D),
         ALL_E=power_of_two(E),
         ALL_K=power_of_two(router.top_k),
         ALL_G=max(power_of_two(router.n_group), 2),
-        STAGES=3,
         num_warps=4,
+        **early(stream.device),
     )
 
 
@@ -86,6 +85,7 @@ def experts(
         "SHARED_R": min(max(power_of_two(R), 16), SHARED_ROWS),
         "STAGES": stages,
         "num_warps": warps,
+        **early(x.device),
     }
     shared_blocks = triton.cdiv(wide, block_m)
     up_kernel[shared_blocks + slots * triton.cdiv(F, block_m),](
@@ -141,6 +141,7 @@ def experts(
         RESIDUAL=residual is not None,
         BLOCK=block,
         num_warps=4,
+        **early(x.device),
     )
     return out
 
@@ -179,6 +180,7 @@ def _of_one_row(
         BLOCK_N=block_n,
         STAGES=stages,
         num_warps=warps,
+        **early(x.device),
     )
     block_m, block_n, warps, stages = ONE_ROW_DOWN
     one_row.down_kernel[triton.cdiv(out.shape[1], block_m),](
@@ -200,12 +202,13 @@ def _of_one_row(
         BLOCK_N=block_n,
         STAGES=stages,
         num_warps=warps,
+        **early(x.device),
     )
     return out
 
 
 # BLOCK_M, BLOCK_N, warps and stages for one row.
-ONE_ROW_UP = (8, 512, 4, 3)
+ONE_ROW_UP = (4, 1024, 4, 4)
 ONE_ROW_DOWN = (8, 512, 4, 4)
 
 

@@ -6,6 +6,7 @@ Letters: K choices, E experts, F expert width, X width the experts see, D hidden
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._early import start_early
 from nemotron_v3.ops.skinny_linear.tiles import weight_times_vector
 
 
@@ -27,8 +28,10 @@ def up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`h = weight relu(up x)^2` of every choice, and `relu(up x)^2` of the shared expert."""
+    start_early(PDL)
     block = tl.program_id(0)
     if block < shared_blocks:
         o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -71,8 +74,10 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A block of the result: the choices one after the other, the shared expert, the stream."""
+    start_early(PDL)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < X

@@ -6,6 +6,7 @@ Letters: R rows, K choices a row, E experts, F expert width, X width the experts
 import triton
 import triton.language as tl
 
+from nemotron_v3.ops._early import start_early
 from nemotron_v3.ops.skinny_linear.tiles import weight_times_rows
 
 
@@ -35,11 +36,13 @@ def up_kernel(
     EVEN_X: tl.constexpr,
     EVEN_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`h = weight relu(up x)^2` of every choice, and `relu(up x)^2` of the shared expert.
 
     An expert's weights are read once for BLOCK_R of its rows.
     """
+    start_early(PDL)
     block = tl.program_id(0)
     if block < shared_blocks:
         o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,8 +107,10 @@ def down_kernel(
     EVEN_F: tl.constexpr,
     EVEN_S: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`down h` of every choice, and of the shared expert."""
+    start_early(PDL)
     block = tl.program_id(0)
     if block < shared_blocks:
         o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,8 +159,10 @@ def combine_kernel(
     SHARED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`out = sum over the choices, in their order, + shared + residual`; inactive rows stay."""
+    start_early(PDL)
     r = tl.program_id(0)
     o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < X

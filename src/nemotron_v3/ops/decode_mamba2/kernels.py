@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemotron_v3.ops._early import early, start_early
 from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops._triton import interpreted, on_device_of_first, power_of_two, unit_stride
 from nemotron_v3.ops.ssd.kernels.steps import softplus
 
@@ -98,12 +98,14 @@ def step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BIASED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program has BLOCK_P rows of one head's state in one slot.
 
     Each convolves the B and C of its group again; the first of a group keeps their newest inputs.
     Of a ring nobody reads the place that is written, so the order of programs does not matter.
     """
+    start_early(PDL)
     I: tl.constexpr = H * P  # noqa: E741
     C: tl.constexpr = I + 2 * G * N
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -178,13 +180,14 @@ def blocks(heads: int, P: int, N: int) -> Blocks:
     return Blocks(p, max(1, min(8, p * block_n // 512)))
 
 
-_launch = Launcher(step_kernel)
-
-
 @on_device_of_first
 def _step(projected: Tensor, tensors: tuple, numbers: tuple, constants: tuple, cut: Blocks) -> None:
     R, H, P, _ = tensors[1].shape
-    _launch(R * H * -(-P // cut.p), (projected, *tensors), numbers, constants, cut.warps)
+    step_kernel[R * H * -(-P // cut.p),](
+        *(projected, *tensors, *numbers, *constants),
+        num_warps=cut.warps,
+        **early(projected.device),
+    )
 
 
 def decode_mamba2(

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nemotron_v3.ops._triton import power_of_two
+from nemotron_v3.ops._early import early, start_early
 from nemotron_v3.ops.skinny_linear.norm import Norm
 from nemotron_v3.ops.skinny_linear.tiles import (
     multiply,
@@ -49,9 +50,11 @@ def linear_kernel(
     BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One block of outputs of up to three weights side by side, for BLOCK_R rows; a BLOCK_R of 1
     takes no tensor core."""
+    start_early(PDL)
     block = tl.program_id(0)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
@@ -74,7 +77,7 @@ def linear_kernel(
         )[:, None]
     elif NORM:
         b_y = _normalised(
-            p_w, p_x, gain, m_m, m_r, n, eps, GROUP, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES
+            p_w, p_x, gain, m_m, m_r, n, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES
         )
     else:
         b_y = weight_times_rows(p_w, p_x, m_m, m_r, n, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
@@ -97,48 +100,49 @@ def _normalised(
     m_r,
     n,
     eps,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`weight (gain x / rms(x))^T`: what divides a group's inputs is known behind its last one.
-
-    GROUP is 0 for a norm over all inputs; else a group is its multiple of BLOCK_N.
-    """
+    """`weight (gain x / rms(x))^T`: what divides a row is known behind its last input."""
     o_n = tl.arange(0, BLOCK_N)
     b_sum = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    if GROUP == 0:
-        b_square = tl.zeros([BLOCK_R], tl.float32)
-        for k in tl.range(0, n, BLOCK_N, num_stages=STAGES):
-            m_n = k + o_n < n
-            m_w, m_x = m_m[:, None], m_r[None, :]
-            if not EVEN:
-                m_w, m_x = m_w & m_n[None, :], m_x & m_n[:, None]
-            b_w = tl.load(p_w[:, None] + (k + o_n)[None, :], mask=m_w, other=0.0)
-            b_x = tl.load(p_x[None, :] + (k + o_n)[:, None], mask=m_x, other=0.0).to(tl.float32)
-            b_gain = tl.load(gain + k + o_n, mask=m_n, other=0.0).to(tl.float32)
-            b_square += tl.sum(b_x * b_x, 0)
-            b_sum += multiply(b_w, b_x * b_gain[:, None])
-        return b_sum / tl.sqrt_rn(b_square / n + eps)[None, :]
-    b_part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     b_square = tl.zeros([BLOCK_R], tl.float32)
     for k in tl.range(0, n, BLOCK_N, num_stages=STAGES):
-        b_w = tl.load(p_w[:, None] + (k + o_n)[None, :], mask=m_m[:, None], other=0.0)
-        b_x = tl.load(p_x[None, :] + (k + o_n)[:, None], mask=m_r[None, :], other=0.0)
-        b_x = b_x.to(tl.float32)
-        b_gain = tl.load(gain + k + o_n).to(tl.float32)
+        m_n = k + o_n < n
+        m_w, m_x = m_m[:, None], m_r[None, :]
+        if not EVEN:
+            m_w, m_x = m_w & m_n[None, :], m_x & m_n[:, None]
+        b_w = tl.load(p_w[:, None] + (k + o_n)[None, :], mask=m_w, other=0.0)
+        b_x = tl.load(p_x[None, :] + (k + o_n)[:, None], mask=m_x, other=0.0).to(tl.float32)
+        b_gain = tl.load(gain + k + o_n, mask=m_n, other=0.0).to(tl.float32)
         b_square += tl.sum(b_x * b_x, 0)
-        b_part += multiply(b_w, b_x * b_gain[:, None])
-        # At the end of a group, and without a branch, which would end the pipeline of loads.
-        ends = (k + BLOCK_N) % GROUP == 0
-        b_scale = tl.where(ends, 1.0 / tl.sqrt_rn(b_square / GROUP + eps), 0.0)
-        b_sum += b_part * b_scale[None, :]
-        keep = tl.where(ends, 0.0, 1.0)
-        b_part, b_square = b_part * keep, b_square * keep
-    return b_sum
+        b_sum += multiply(b_w, b_x * b_gain[:, None])
+    return b_sum / tl.sqrt_rn(b_square / n + eps)[None, :]
+
+
+@triton.jit
+def group_norm_kernel(
+    x,
+    gain,
+    out,
+    eps,
+    stride_x,
+    stride_out,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One group of a row; for many rows this costs less than to do it in every product."""
+    start_early(PDL)
+    r, o_n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    m_n, o_x = o_n < SIZE, tl.program_id(1) * SIZE + o_n
+    b_x = tl.load(x + r * stride_x + o_x, mask=m_n, other=0.0).to(tl.float32)
+    b_gain = tl.load(gain + o_x, mask=m_n, other=0.0).to(tl.float32)
+    b_y = b_x / tl.sqrt_rn(tl.sum(b_x * b_x) / SIZE + eps) * b_gain
+    tl.store(out + r * stride_out + o_x, b_y.to(out.dtype.element_ty), mask=m_n)
 
 
 def skinny_linear(
@@ -161,8 +165,7 @@ def skinny_linear(
     if group and block_r == 1 and power_of_two(group) == group <= 1024:
         block_n = group
     elif group:
-        block_r = max(block_r, 16)
-        block_n = min(block_n, group & -group)
+        x, norm, group = _by_group(x, norm, weights[0].dtype), None, 0
     blocks = [triton.cdiv(size, block_m) for size in sizes]
     linear_kernel[sum(blocks), triton.cdiv(R, block_r)](
         x,
@@ -192,23 +195,41 @@ def skinny_linear(
         EVEN=n % block_n == 0,
         STAGES=stages,
         num_warps=warps,
+        **early(x.device),
+    )
+    return out
+
+
+def _by_group(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    R, n = x.shape
+    out = torch.empty(R, n, dtype=dtype, device=x.device)
+    group_norm_kernel[R, n // norm.group](
+        x,
+        norm.weight,
+        out,
+        norm.eps,
+        x.stride(0),
+        n,
+        SIZE=norm.group,
+        BLOCK=power_of_two(norm.group),
+        num_warps=4,
+        **early(x.device),
     )
     return out
 
 
 def blocks_of(R: int, n: int, m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_R, warps and stages.
+    """BLOCK_M, BLOCK_N, BLOCK_R, warps and stages; measured on an H200 (docs/log.md).
 
     What counts is how many bytes of the weight are on their way at a time: 32 KB a multiprocessor
-    of a Hopper GPU at least, from programs enough to occupy all of them alike.
+    at least. Norms and rows are read once a program, so large weights have large blocks.
     """
-    block_r = min(max(power_of_two(R), 16), 128)
-    if R == 1:
-        return (16 if m >= 8192 else 4), 512, 1, 4, 3
     if dtype == torch.float32:
-        return 32, 32, min(block_r, 32), 4, 2
-    if R > 32:
-        return 64, 64, block_r, 8 if block_r == 128 else 4, 3
-    if R > 16:
-        return 64, 128, block_r, 4, 3
-    return (64 if m >= 8192 else 16), 128, 16, 4, 4
+        return (8, 256, 1, 4, 3) if R == 1 else (32, 32, min(max(power_of_two(R), 16), 32), 4, 2)
+    if R == 1:
+        return (16, 256, 1, 4, 4) if m >= 4096 else (8, 512, 1, 4, 4)
+    if R <= 16:
+        return (128, 128, 16, 8, 5) if m >= 8192 else (64, 256, 16, 4, 4)
+    if R <= 32:
+        return (128, 128, 32, 8, 4) if m >= 8192 else (64, 128, 32, 4, 5)
+    return (64, 64, 64, 4, 4) if R <= 64 else (64, 64, 128, 8, 3)
