@@ -1,8 +1,9 @@
 """A kernel that is launched before the one in front of it has ended.
 
-On a Hopper GPU a grid may start as soon as all programs of the one before run (programmatic
-dependent launch), so that launches hide behind work. Every kernel of a step that is launched so
-begins with `start_early`, behind which all results of those before it are there.
+On a Hopper GPU a grid may be set up while the last programs of the one before it run (programmatic
+dependent launch). Every kernel of a step that is launched so begins with `start_early`, behind
+which all results of those before it are there. None of them lets its successor in before its own
+end: that was slower, for the successor's programs take the places that its own would have.
 """
 
 import functools
@@ -10,13 +11,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
 def start_early(PDL: tl.constexpr):
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
 
 

@@ -19,7 +19,7 @@ SHARED_ROWS = 64  # of the shared expert, for which its weights are read once
 
 def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> None:
     R, D = stream.shape
-    E, block_e = len(router.gate), 4 if D <= 4096 else 2
+    E, block_e = len(router.gate), 2
     route_kernel[triton.cdiv(E, block_e), R](
         stream,
         router.gain,
@@ -52,7 +52,7 @@ def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> N
         ALL_E=power_of_two(E),
         ALL_K=power_of_two(router.top_k),
         ALL_G=max(power_of_two(router.n_group), 2),
-        num_warps=4,
+        num_warps=8,
         **early(stream.device),
     )
 
