@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
 
 
-CUT = ("temperature", "top_k", "top_p", "min_p", "penalty")
+CUT = ("temperature", "top_p", "min_p", "penalty")
 # An interpreted program of a search takes a fifth of a second.
 SMALL = (
     cases.Case("greedy-penalty", 3, 300, ("penalty",), strided=True),

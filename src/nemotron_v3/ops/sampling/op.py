@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import Kernels, pick, wide, without_autocast
+from nemotron_v3.ops._slots import check_slots, check_workspace
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.sampling import portable, reference
 from nemotron_v3.ops.sampling.reference import NO_TOKEN
 from nemotron_v3.ops.sampling.sizes import workspace_size
 
 __all__ = ["NO_TOKEN", "sample", "workspace_size"]
-
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 
 
 @torch.no_grad()
@@ -77,24 +76,12 @@ def sample(
     for name, tensor in {"drawn": drawn, "top_k": top_k, "out": out}.items():
         if tensor is not None and (tensor.shape != (R,) or tensor.dtype != torch.int64):
             raise ValueError(f"{name} {tuple(tensor.shape)} in {tensor.dtype}: int64 ({R},) needed")
-    if active.shape != (R,) or active.dtype not in INTEGERS:
-        raise ValueError(
-            f"active {tuple(active.shape)} in {active.dtype}: bool or integers ({R},) are needed"
-        )
+    check_slots(R, None, active)
     if seen is not None and (seen.shape != (R, V) or seen.dtype != torch.bool):
         raise ValueError(f"seen {tuple(seen.shape)} in {seen.dtype}: bool ({R}, {V}) is needed")
     if (seen is None) != (penalty is None):
         raise ValueError("penalty and seen belong together: give both or none")
-    needed = workspace_size(R, V)
-    if workspace is not None and (
-        workspace.dtype != torch.float64
-        or workspace.numel() < needed
-        or not workspace.is_contiguous()
-    ):
-        raise ValueError(
-            f"workspace {tuple(workspace.shape)} in {workspace.dtype}: {needed} contiguous "
-            "elements in torch.float64 are needed"
-        )
+    check_workspace(workspace, workspace_size(R, V), torch.float64)
     run = pick(
         "sampling",
         impl,
