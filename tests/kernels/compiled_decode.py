@@ -16,20 +16,33 @@ from tests.kernels.compiled import needs
 
 attention = import_module("nemotron_v3.ops.decode_attention.kernels")
 mamba2 = import_module("nemotron_v3.ops.decode_mamba2.kernels")
+sampling = import_module("nemotron_v3.ops.sampling.kernels.launch")
 
 OTHERS = {"positions": "*i64", "active": "*i1"}
-OTHERS |= dict.fromkeys(("R", "parts", "places"), "i32")
+OTHERS |= dict.fromkeys(("R", "V", "n", "stride", "blocks", "parts", "places"), "i32")
+OTHERS |= dict.fromkeys(("drawn", "top_k"), "*i64") | {"seen": "*u8"}
+OTHERS |= dict.fromkeys(
+    ("uniform", "stats", "floors", "table", "tables", "records", "kept"), "*fp64"
+)
 OTHERS |= dict.fromkeys(("low", "high", "scale"), "fp32")
+ALIGNED = {("V", "i32"), ("stride", "i32")}
 OLDER = (80, 89)
 HEADS = {"H": 32, "J": 2, "P": 128, "BLOCK_P": 128}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], warps: int, fp32: set[str]) -> dict[str, int]:
+def compiled(
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    fp32: set[str],
+    others: dict[str, str] | None = None,
+) -> dict[str, int]:
+    kinds = dict.fromkeys(fp32, "*fp32") | OTHERS | (others or {})
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
-        kind = OTHERS.get(name, "*fp32" if name in fp32 else "*bf16")
+        kind = kinds.get(name, "*bf16")
         signature[name] = "constexpr" if name in constants else kind
-        if signature[name].startswith("*"):
+        if signature[name].startswith("*") or (name, signature[name]) in ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, attributes)
@@ -61,12 +74,27 @@ def combine() -> dict[str, int]:
     return compiled(attention.combine_kernel, constants, attention.COMBINE_WARPS, fp32)
 
 
+def sample(kernel: Any, **constants: Any) -> dict[str, int]:
+    """With everything asked for, over the 131 072 words of Nemotron-3."""
+    asked = ("PENALIZED", "FLOORED", "CUT", "SAMPLED", "BY_K", "BY_P", "LOGGED")
+    constants |= dict.fromkeys(asked, True)
+    constants |= {"SIZE": 8192, "ROWS": 8, "COLUMNS": 1024, "BLOCK_C": 16}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    fp32 = {"below", "temperature", "top_p", "min_p", "penalty", "logprobs", "logits"}
+    others = {"out": "*i64"}
+    return compiled(kernel, constants, sampling.WARPS, fp32, others)
+
+
 def main() -> None:
     found = {
         "attention, parts": parts(),
         "attention, combined": combine(),
         "mamba2, one slot": step(64),
         "mamba2, many slots": step(64 * 64),
+        "sampling, largest": sample(sampling.passes.stats_kernel),
+        "sampling, scaled": sample(sampling.passes.scale_kernel),
+        "sampling, searched": sample(sampling.passes.descend_kernel, QUERY=2, PREVIOUS=1, LEVEL=1),
+        "sampling, finished": sample(sampling.finish.finish_kernel),
     }
     print(json.dumps(found))
 

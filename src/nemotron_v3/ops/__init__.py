@@ -28,6 +28,7 @@ from nemotron_v3.ops.mamba2_step.op import mamba2_step
 from nemotron_v3.ops.relu2.op import relu2
 from nemotron_v3.ops.rms_norm.op import rms_norm
 from nemotron_v3.ops.router.op import router
+from nemotron_v3.ops.sampling.op import sample
 from nemotron_v3.ops.ssd.op import ssd
 from nemotron_v3.ops.ssm_step.op import ssm_step
 
@@ -50,6 +51,7 @@ __all__ = [
     "relu2",
     "rms_norm",
     "router",
+    "sample",
     "shift_labels",
     "ssd",
     "ssm_step",

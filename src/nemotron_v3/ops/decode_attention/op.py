@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
+from nemotron_v3.ops._slots import check_out, check_slots, check_workspace
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention.op import refuse_widths
 from nemotron_v3.ops.decode_attention import portable, reference
 from nemotron_v3.ops.decode_attention.split import workspace_size
 
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 MOST_QUERIES = 64  # of a key/value head, which are the rows of one product
 
 
@@ -60,23 +60,10 @@ def decode_attention(
     """
     _check(qkv, keys, values, positions, active, num_heads, num_kv_heads)
     R, _, L, P = keys.shape
-    needed = workspace_size(R, num_heads, P, L)
-    if workspace is not None and (
-        workspace.dtype != torch.float32
-        or workspace.numel() < needed
-        or not workspace.is_contiguous()
-    ):
-        raise ValueError(
-            f"workspace {tuple(workspace.shape)} in {workspace.dtype}: {needed} contiguous "
-            "elements in torch.float32 are needed"
-        )
+    check_workspace(workspace, workspace_size(R, num_heads, P, L), torch.float32)
     shape = (R, num_heads * P)
-    if out is None:
-        out = qkv.new_empty(shape)
-    elif tuple(out.shape) != shape or out.dtype != qkv.dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out {tuple(out.shape)} in {out.dtype} does not fit: contiguous {shape} in {qkv.dtype}"
-        )
+    out = qkv.new_empty(shape) if out is None else out
+    check_out(out, shape, qkv.dtype)
     run = pick(
         "decode_attention",
         impl,
@@ -121,14 +108,7 @@ def _check(
         )
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values are updated in place and must be contiguous")
-    if positions.shape != (R,) or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions {tuple(positions.shape)} in {positions.dtype}: int64 ({R},) is needed"
-        )
-    if active.shape != (R,) or active.dtype not in INTEGERS:
-        raise ValueError(
-            f"active {tuple(active.shape)} in {active.dtype}: bool or integers ({R},) are needed"
-        )
+    check_slots(R, positions, active)
 
 
 def _refusal(

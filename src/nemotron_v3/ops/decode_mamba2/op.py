@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops._dispatch import Kernels, pick, wide, without_autocast
+from nemotron_v3.ops._slots import check_out, check_slots
 from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.decode_mamba2 import portable, reference
-
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 
 
 @torch.no_grad()
@@ -64,12 +63,8 @@ def decode_mamba2(
     _check_weights(conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D)
     R, H, P, _ = ssm.shape
     kind = wide(projected.dtype)
-    if out is None:
-        out = projected.new_empty(R, H * P, dtype=kind)
-    elif tuple(out.shape) != (R, H * P) or out.dtype != kind or not out.is_contiguous():
-        raise ValueError(
-            f"out {tuple(out.shape)} in {out.dtype} does not fit: contiguous {(R, H * P)} in {kind}"
-        )
+    out = projected.new_empty(R, H * P, dtype=kind) if out is None else out
+    check_out(out, (R, H * P), kind)
     run = pick(
         "decode_mamba2",
         impl,
@@ -123,14 +118,7 @@ def _check(
         )
     if not (conv.is_contiguous() and ssm.is_contiguous()):
         raise ValueError("conv and ssm are updated in place and must be contiguous")
-    if positions.shape != (R,) or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions {tuple(positions.shape)} in {positions.dtype}: int64 ({R},) is needed"
-        )
-    if active.shape != (R,) or active.dtype not in INTEGERS:
-        raise ValueError(
-            f"active {tuple(active.shape)} in {active.dtype}: bool or integers ({R},) are needed"
-        )
+    check_slots(R, positions, active)
 
 
 def _check_weights(
