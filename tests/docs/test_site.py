@@ -1,5 +1,5 @@
-"""The documentation site: it builds strictly, leads nowhere wrong, loads nothing from elsewhere, fits
-a phone, and its search finds a class."""
+"""The documentation site: it builds strictly, leads nowhere wrong, loads nothing from elsewhere,
+fits a phone, and its search finds a class."""
 
 import functools
 import http.server

@@ -1,6 +1,6 @@
 """The hybrid cache: states of every layer that has one, and a position on each row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -302,6 +302,26 @@ class NemotronHybridCache(OutsideView, Rows):
     def detach(self) -> None:
         """Cut the states from the graph that made them: truncated backpropagation through time."""
         self.states.update(self._map(Tensor.detach))
+
+    @torch.no_grad()
+    def take_over(
+        self, lengths: Sequence[int], write: Callable[[int, LayerState], None]
+    ) -> None:
+        """Hold other tokens than before: `write` puts a layer's state, by its number, in place.
+
+        For whoever moved the rows on elsewhere. Stopped half-way, the cache is withheld.
+
+        Args:
+            lengths: tokens that each row holds now.
+        """
+        states = self._without_graph()
+        with self._writing(states):
+            for layer, state in states.items():
+                write(layer, state)
+            self._step = None
+            self._updated.clear()
+            self._set_lengths(lengths)
+            self._floors = [max(0, n - self.rollback_window) for n in lengths]
 
     # --- rows -----------------------------------------------------------------------------------
 
