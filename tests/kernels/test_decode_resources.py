@@ -12,15 +12,16 @@ from tests.kernels.test_resources import REGISTERS_OF_MULTIPROCESSOR, SHARED_OF_
 
 pytest.importorskip("triton")
 
-# programs on a multiprocessor at least, bytes spilled at most; loads are of 16 bytes.
+# programs on a multiprocessor at least, bytes spilled at most; loads are of 16 bytes. Triton 3.6
+# takes up to a third more registers than 3.9.
 HELD = {
     "attention, parts": (3, 0),
     "attention, combined": (8, 0),
     "mamba2, one slot": (8, 0),
-    "mamba2, many slots": (3, 0),
+    "mamba2, many slots": (2, 0),
     "sampling, largest": (1, 0),
-    "sampling, scaled": (2, 0),
-    "sampling, searched": (2, 8),
+    "sampling, scaled": (1, 0),
+    "sampling, searched": (1, 8),
     "sampling, finished": (1, 0),
 }
 

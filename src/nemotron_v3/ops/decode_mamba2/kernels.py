@@ -31,7 +31,7 @@ def _silu(b_u, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _convolve(
+def _taps(
     p_new,
     p_ring,
     conv_weight,
@@ -44,17 +44,15 @@ def _convolve(
     BLOCK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BIASED: tl.constexpr,
-    AS_COLUMN: tl.constexpr,
 ):
-    """Channels `first` to `first + n` of a row after SiLU, rounded as where they pass memory.
+    """What the convolution sums for channels `first` to `first + n` of a row.
 
-    A vector of channels times taps, in the weight's order: one of channels alone has fewer elements
-    than the program has threads, and each thread would compute all that it later multiplies by.
+    `[BLOCK * BLOCK_W]`, in the weight's order. A vector of channels alone has fewer elements than
+    the program has threads, and Triton would let each thread compute all that it later needs.
     """
     o_e = tl.arange(0, BLOCK * BLOCK_W)
     o_c, o_w = o_e // BLOCK_W, o_e % BLOCK_W
     m_c = o_c < n
-    # [BLOCK * BLOCK_W]
     b_w = tl.load(conv_weight + (first + o_c) * W + o_w, mask=m_c & (o_w < W), other=0.0)
     # The newest input is not in the ring yet, and rounded as the ring keeps it.
     p_older = p_ring + (place + 1 + o_w) % W * C + first + o_c
@@ -65,12 +63,19 @@ def _convolve(
     if BIASED:
         b_bias = tl.load(conv_bias + first + o_c, mask=m_c & (o_w == 0), other=0.0)
         b_u += b_bias.to(tl.float32)
-    b_u = tl.reshape(b_u, [BLOCK, BLOCK_W])
+    return b_u
+
+
+@triton.jit
+def _convolved(
+    b_taps, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, AS_COLUMN: tl.constexpr, KIND: tl.constexpr
+):
+    """The sum of a channel's taps, after SiLU, rounded as where it passes through memory."""
+    b_taps = tl.reshape(b_taps, [BLOCK, BLOCK_W])
     # Summed along the other dimension than the one it is broadcast along: Triton would lay out the
     # whole state as the sum is.
-    b_u = tl.sum(tl.trans(b_u), 0) if AS_COLUMN else tl.sum(b_u, 1)
-    b_u = _silu(b_u, p_new.dtype.element_ty == tl.float32)
-    return b_u.to(p_new.dtype.element_ty).to(tl.float32)
+    b_u = tl.sum(tl.trans(b_taps), 0) if AS_COLUMN else tl.sum(b_taps, 1)
+    return _silu(b_u, KIND == tl.float32).to(KIND).to(tl.float32)  # noqa: SIM300
 
 
 @kernel
@@ -117,37 +122,45 @@ def step_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_p, m_n = o_p < P, o_n < N
     p_out = out + i_r * I + i_h * P + o_p
-    if tl.load(active + i_r) == 0:
-        tl.store(p_out, tl.zeros([BLOCK_P], tl.float32), mask=m_p)
-    else:
-        # [BLOCK_P, BLOCK_N], before all else: it is what takes time
+    on = tl.load(active + i_r) != 0
+    place = (tl.load(positions + i_r) % W).to(tl.int32)
+    if on:
+        # Every load comes before the first sum, at which the threads of a program wait for each
+        # other; and that of the state, which takes longest, before all. [BLOCK_P, BLOCK_N]
         m_S = m_p[:, None] & m_n[None, :]
         p_S = ssm + (i_r * I + i_h * P + o_p[:, None]) * N + o_n[None, :]
         b_S = tl.load(p_S, mask=m_S, other=0.0).to(tl.float32)
-        place = (tl.load(positions + i_r) % W).to(tl.int32)
         p_row = projected + i_r * stride
         p_ring = conv + i_r * (W * C)
         o_x, o_B, o_C = i_h * P + o_p, I + i_g * N + o_n, I + (G + i_g) * N + o_n
+        of_row = p_row + I, p_ring, conv_weight, conv_bias, place
+        first_x, first_B = i_h * P + i_p * BLOCK_P, I + i_g * N
+        b_x = _taps(*of_row, first_x, P - i_p * BLOCK_P, C, W, BLOCK_P, BLOCK_W, BIASED)
+        b_B = _taps(*of_row, first_B, N, C, W, BLOCK_N, BLOCK_W, BIASED)
+        b_C = _taps(*of_row, first_B + G * N, N, C, W, BLOCK_N, BLOCK_W, BIASED)
         b_z = tl.load(p_row + o_x, mask=m_p, other=0.0).to(tl.float32)
         b_u = tl.load(p_row + I + C + i_h).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
         b_A = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
         b_skip = tl.load(D + i_h).to(tl.float32)
+        tl.debug_barrier()  # which no load is moved behind, as ptxas would to save registers
+
         # [BLOCK_P], [BLOCK_N], [BLOCK_N]
-        of_row = p_row + I, p_ring, conv_weight, conv_bias, place
-        first_x, first_B = i_h * P + i_p * BLOCK_P, I + i_g * N
-        b_x = _convolve(*of_row, first_x, P - i_p * BLOCK_P, C, W, BLOCK_P, BLOCK_W, BIASED, True)
-        b_B = _convolve(*of_row, first_B, N, C, W, BLOCK_N, BLOCK_W, BIASED, False)
-        b_C = _convolve(*of_row, first_B + G * N, N, C, W, BLOCK_N, BLOCK_W, BIASED, False)
+        KIND: tl.constexpr = projected.dtype.element_ty
+        b_x = _convolved(b_x, BLOCK_P, BLOCK_W, True, KIND)
+        b_B = _convolved(b_B, BLOCK_N, BLOCK_W, False, KIND)
+        b_C = _convolved(b_C, BLOCK_N, BLOCK_W, False, KIND)
         b_dt = tl.where(b_u == b_u, tl.minimum(tl.maximum(softplus(b_u), low), high), b_u)
         b_S = tl.exp(b_dt * b_A) * b_S + (b_dt * b_x)[:, None] * b_B[None, :]
         tl.store(p_S, b_S.to(ssm.dtype.element_ty), mask=m_S)
         b_y = tl.sum(b_S * b_C[None, :], 1) + b_skip * b_x
-        tl.store(p_out, b_y * _silu(b_z, projected.dtype.element_ty == tl.float32), mask=m_p)
+        tl.store(p_out, b_y * _silu(b_z, KIND == tl.float32), mask=m_p)  # noqa: SIM300
         p_place = p_ring + place * C
         _keep(p_place, p_row + I, o_x, m_p)
         if (i_p == 0) & (i_h % (H // G) == 0):
             _keep(p_place, p_row + I, o_B, m_n)
             _keep(p_place, p_row + I, o_C, m_n)
+    else:
+        tl.store(p_out, tl.zeros([BLOCK_P], tl.float32), mask=m_p)
 
 
 @triton.jit
