@@ -14,6 +14,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.checks import check_keys, check_layer
 from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
 from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
@@ -126,13 +127,17 @@ class NemotronV3Attention(RefusesContextParallel):
             if context.cache is not None:
                 check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
                 return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
+            dropout_p = self.attention_dropout if self.training else 0.0
+            plain = self.core is ops.attention and self.impl != "flex"
+            if plain and not dropout_p and context.mask is None and graph_ops.can_take(layout):
+                return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
             return self.core(
                 q,
                 k,
                 v,
                 layout=layout,
                 mask=context.mask,
-                dropout_p=self.attention_dropout if self.training else 0.0,
+                dropout_p=dropout_p,
                 impl=self.impl,
             )
 

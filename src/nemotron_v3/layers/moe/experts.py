@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
+from nemotron_v3.layers import graph_ops
 
 STACKS = ("up_proj", "down_proj")
 
@@ -138,6 +139,10 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         low = self.low_rank
         if low is None or low.merged:
+            if not x.is_cuda and graph_ops.can_take(None) and not torch.is_autocast_enabled("cpu"):
+                return graph_ops.experts(
+                    x, indices, weights, self.up_proj, self.down_proj, self.impl
+                )
             return ops.experts(x, indices, weights, self.up_proj, self.down_proj, impl=self.impl)
         return ops.grouped_low_rank(
             x,
