@@ -64,8 +64,8 @@ def route_kernel(
         tl.store(counters + r, 0)
         tl.debug_barrier()
         _choose(
-            logits + r * E, bias, active, weights, experts, r, factor, E, K, GROUPS, KEPT, NORMALISE,
-            BY_BIASED, ALL_E, ALL_K, ALL_G,
+            logits + r * E, bias, active, weights, experts, r, factor, E, K, GROUPS, KEPT,
+            NORMALISE, BY_BIASED, ALL_E, ALL_K, ALL_G,
         )  # fmt: skip
         if SORT:  # the choices of one row need no order
             tl.debug_barrier()

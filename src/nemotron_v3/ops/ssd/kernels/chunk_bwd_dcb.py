@@ -123,7 +123,7 @@ def _dcb(
     b_C = load_group(C, STRIDES.C, o_t, m_i, SIZES)
     b_B = load_group(B, STRIDES.B, o_t, m_j, SIZES)
     # [TILE, TILE]
-    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=tl.constexpr(SIZES.PRECISION))
+    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=SIZES.PRECISION)
     if i_b < 2:
         b_own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_CB, 0.0), 1)
         tl.store(CB_diagonal + i_g * T + start + o_i + o_t, b_own, mask=m_i)
@@ -140,7 +140,7 @@ def _dcb(
         # [TILE]
         b_dA = load_dA(dA_cumsum + row * 2, o_i, o_j, length, SIZES.TILE)
         b_a, _, b_aj, b_dt = split_dA(b_dA)
-        b_M = tl.dot(b_dy, tl.trans(b_x), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_M = tl.dot(b_dy, tl.trans(b_x), input_precision=SIZES.PRECISION)
         b_M *= decay_down(b_a[:, None] - b_aj[None, :])
         b_G = (b_M * b_CB).to(ddA_rows.dtype.element_ty)
         tl.store(ddA_columns + row + o_j + o_t, tl.sum(b_G, 0), mask=m_j)

@@ -73,7 +73,7 @@ def _dC(
         b_S = load_state(prev_states + (i_c * H + h) * (SIZES.P * SIZES.N), SIZES, dtype)
         b_e = decay(tl.load(dA_cumsum + (h * T + start + tl.minimum(o + o_t, length - 1)) * 2))
         b_dye = b_dy.to(tl.float32) * b_e[:, None]
-        b_from = tl.dot(b_C, tl.trans(b_S), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_from = tl.dot(b_C, tl.trans(b_S), input_precision=SIZES.PRECISION)
         tl.store(ddA_from_states + h * T + t + o_t, tl.sum(b_from * b_dye, 1), mask=m_i)
         b_dC = add_product(b_dC, b_dye.to(dtype), b_S, tl.constexpr(SIZES.PRECISION))
 
@@ -216,11 +216,11 @@ def _dx(
     b_B = load_group(B, STRIDES.B, o_t, m_j, SIZES)
     b_C = load_group(C, STRIDES.C, o_t, m_j, SIZES)
     # [TILE, TILE]
-    b_BC = tl.dot(b_B, tl.trans(b_C), input_precision=tl.constexpr(SIZES.PRECISION))
+    b_BC = tl.dot(b_B, tl.trans(b_C), input_precision=SIZES.PRECISION)
     b_BC = tl.where(o_t[:, None] <= o_t[None, :], b_BC, 0.0)
     if FIRST:
         b_C = load_group(C + SIZES.TILE * STRIDES.C, STRIDES.C, o_t, m_i, SIZES)
-        b_BC_after = tl.dot(b_B, tl.trans(b_C), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_BC_after = tl.dot(b_B, tl.trans(b_C), input_precision=SIZES.PRECISION)
 
     # What the weights of pairs need is loaded a head ahead, as in chunk_scan_fwd.py.
     row = i_h * T + start
@@ -244,7 +244,7 @@ def _dx(
         # the state
         b_dS = load_state(dstates + (i_c * H + h) * (SIZES.P * SIZES.N), SIZES, dtype)
         b_x = load_head(x + h * SIZES.P, STRIDES.x, o_t, m_j, SIZES).to(tl.float32)
-        b_dx = tl.dot(b_B, tl.trans(b_dS), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_dx = tl.dot(b_B, tl.trans(b_dS), input_precision=SIZES.PRECISION)
         b_to = tl.sum(b_dx * b_x, 1) * decay(a_last - b_a)
         tl.store(ddA_to_states + row + o + o_t, b_to, mask=m_j)
 
@@ -253,12 +253,12 @@ def _dx(
             p_dy = dy + SIZES.TILE * STRIDES.dy + h * SIZES.P
             b_dy = load_head(p_dy, STRIDES.dy, o_t, m_i, SIZES)
             b_dx *= decay(a_last - a_m)
-            b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=tl.constexpr(SIZES.PRECISION))
+            b_dx = tl.dot(b_W_after, b_dy, acc=b_dx, input_precision=SIZES.PRECISION)
         b_dx *= decay(a_m - b_a)[:, None]
 
         # the tile itself
         b_dy = load_head(dy + h * SIZES.P, STRIDES.dy, o_t, m_j, SIZES)
-        b_dx = tl.dot(b_W, b_dy, acc=b_dx, input_precision=tl.constexpr(SIZES.PRECISION))
+        b_dx = tl.dot(b_W, b_dy, acc=b_dx, input_precision=SIZES.PRECISION)
         b_dx *= b_dt[:, None]
         b_dy = b_dy.to(tl.float32)
         tl.store(x_dot_dy + row + o + o_t, tl.sum(b_x * b_dy, 1), mask=m_j)

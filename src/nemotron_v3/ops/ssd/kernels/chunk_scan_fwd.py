@@ -104,11 +104,11 @@ def _outputs(
     b_C = load_group(C, STRIDES.C, o_t, m_i, SIZES)
     b_B = load_group(B + o * STRIDES.B, STRIDES.B, o_t, m_i, SIZES)
     # [TILE, TILE]
-    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=tl.constexpr(SIZES.PRECISION))
+    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=SIZES.PRECISION)
     b_CB = tl.where(o_t[:, None] >= o_t[None, :], b_CB, 0.0)
     if not FIRST:
         b_B = load_group(B, STRIDES.B, o_t, o_t < SIZES.TILE, SIZES)
-        b_CB_before = tl.dot(b_C, tl.trans(b_B), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_CB_before = tl.dot(b_C, tl.trans(b_B), input_precision=SIZES.PRECISION)
 
     # What the weights of pairs need is loaded a head ahead, into registers: they are computed
     # while the tiles of the head come.
@@ -143,14 +143,14 @@ def _outputs(
         p_S = tensors.prev_states + (i_c * H + h) * (SIZES.P * SIZES.N)
         b_S = load_state(p_S, SIZES, dtype)
         b_x = load_head(x + o * STRIDES.x + h * SIZES.P, STRIDES.x, o_t, m_i, SIZES)
-        b_y = tl.dot(b_C, tl.trans(b_S), input_precision=tl.constexpr(SIZES.PRECISION))
+        b_y = tl.dot(b_C, tl.trans(b_S), input_precision=SIZES.PRECISION)
         if FIRST:
             b_y *= decay(b_a)[:, None]
         else:
             b_c = decay(a_m - b_ab) * b_dtb
             b_W_before = (b_CB_before * b_c[None, :]).to(dtype)
             b_xb = load_head(x + h * SIZES.P, STRIDES.x, o_t, o_t < SIZES.TILE, SIZES)
-            b_y = tl.dot(b_W_before, b_xb, acc=b_y * decay(a_m), input_precision=tl.constexpr(SIZES.PRECISION))
+            b_y = tl.dot(b_W_before, b_xb, acc=b_y * decay(a_m), input_precision=SIZES.PRECISION)
             b_y *= decay(b_a - a_m)[:, None]
-        b_y = tl.dot(b_W, b_x, acc=b_y, input_precision=tl.constexpr(SIZES.PRECISION))
+        b_y = tl.dot(b_W, b_x, acc=b_y, input_precision=SIZES.PRECISION)
         store_head(y + h * SIZES.P, STRIDES.y, o_t, m_i, b_y, SIZES)

@@ -162,4 +162,4 @@ def _pass_chunk(
     b_w = decay(b_a) if REVERSE else decay(b_a) * b_dt.to(tl.float32)
     b_uw = (tl.trans(b_u).to(tl.float32) * b_w[None, :]).to(u.dtype.element_ty)
     b_S = b_S * decay(a_last)
-    return tl.dot(b_uw, b_v, acc=b_S, input_precision=tl.constexpr(SIZES.PRECISION))
+    return tl.dot(b_uw, b_v, acc=b_S, input_precision=SIZES.PRECISION)
