@@ -1,4 +1,5 @@
-"""`nemotron-v3 inspect`: what a model is made of and what it costs, from its config alone."""
+"""`nemotron-v3 inspect`: what a model is made of and what it costs, from its config, and what a
+checkpoint stores and takes, from its headers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def inspect(target: str, /, seq_len: int = 4096, dtype: str = "bfloat16") -> None:
-    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint.
+    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint; of a
+    checkpoint also the bits of each part, and what its weights take in memory.
 
     Args:
         target: name of a released model, directory with a config.json, or a JSON file.
@@ -22,6 +24,9 @@ def inspect(target: str, /, seq_len: int = 4096, dtype: str = "bfloat16") -> Non
     """
     import torch
     from rich.console import Console
+
+    from nemotron_v3.cli.inspect_weights import has_weights, weight_tables
+    from nemotron_v3.config import PRESETS
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: give one of {', '.join(_DTYPES)}")
@@ -33,6 +38,8 @@ def inspect(target: str, /, seq_len: int = 4096, dtype: str = "bfloat16") -> Non
     console.print(layers, markup=False)
     console.print(_layers_table(config, seq_len))
     console.print(_totals_table(config, seq_len, getattr(torch, dtype)))
+    if target not in PRESETS and has_weights(Path(target)):
+        console.print(*weight_tables(Path(target), getattr(torch, dtype)), sep="\n")
 
 
 def read_target(target: str) -> "NemotronV3Config":
@@ -61,16 +68,26 @@ def _layers_table(config: "NemotronV3Config", seq_len: int) -> "Table":
     table.add_column("block", no_wrap=True)
     for heading in ("count", "parameters each", "active each", "MFLOP a token each"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for block in _types(config):
-        weights = cost.block_weights(config, block)
+    for (block, one), layers in _kinds(config).items():
+        weights = cost.block_weights(one, block)
         table.add_row(
             block,
-            f"{config.layers_block_type.count(block)}",
+            f"{len(layers)}",
             f"{sum(weight.parameters for weight in weights):,}",
             f"{sum(weight.active for weight in weights):,}",
-            f"{cost.block_flops(config, block, seq_len) / 1e6:,.1f}",
+            f"{cost.block_flops(one, block, seq_len) / 1e6:,.1f}",
         )
     return table
+
+
+def _kinds(config: "NemotronV3Config") -> "dict[tuple[str, NemotronV3Config], list[int]]":
+    """The layers of each block type and, where blocks have sizes of their own, of each size."""
+    found: dict[tuple[str, NemotronV3Config], list[int]] = {}
+    for block in _types(config):
+        for layer, own in enumerate(config.layers_block_type):
+            if own == block:
+                found.setdefault((block, config.of_block(layer)), []).append(layer)
+    return found
 
 
 def _types(config: "NemotronV3Config") -> list[str]:
@@ -78,6 +95,12 @@ def _types(config: "NemotronV3Config") -> list[str]:
     from nemotron_v3.config import BLOCK_TYPES
 
     return [block for block in BLOCK_TYPES if block in config.layers_block_type]
+
+
+def _told(config: "NemotronV3Config", block: str, layers: list[int]) -> str:
+    """A block type, with its layers where others of the type have other sizes."""
+    alike = len(layers) == config.layers_block_type.count(block)
+    return block if alike else f"{block} {', '.join(map(str, layers))}"
 
 
 def _sizes(config: "NemotronV3Config", block: str) -> str:
@@ -126,7 +149,10 @@ def _size_rows(config: "NemotronV3Config") -> list[tuple[str, str]]:
     return [
         ("vocabulary", f"{config.vocab_size:,}"),
         ("hidden size", f"{config.hidden_size:,}"),
-        *((block, _sizes(config, block)) for block in _types(config)),
+        *(
+            (_told(config, block, layers), _sizes(one, block))
+            for (block, one), layers in _kinds(config).items()
+        ),
         ("multi-token prediction", mtp),
     ]
 
