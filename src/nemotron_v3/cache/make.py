@@ -26,7 +26,7 @@ def fresh_states(sizes: Sizes) -> dict[int, LayerState]:
     return {
         layer: make(sizes)
         for layer, block in enumerate(sizes.config.layers_block_type)
-        if (make := _MAKERS.get(block)) is not None
+        if (make := STATES[block]) is not None
     }
 
 
@@ -47,18 +47,20 @@ def _mamba_state(sizes: Sizes) -> MambaState:
     config, rows, window = sizes.config, sizes.rows, sizes.window
     conv = (config.conv_dim, config.conv_kernel)
     ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    kind = {"dtype": sizes.dtype, "device": sizes.device}
     exact = sizes.dtype == torch.float64  # a model in fp64 is there to be exact
-    ssm_kind = kind | {"dtype": sizes.dtype if exact else config.mamba_ssm_cache_dtype}
+    ssm_dtype = sizes.dtype if exact else config.mamba_ssm_cache_dtype
     return MambaState(
-        torch.zeros(rows, *conv, **kind),
-        torch.zeros(rows, *ssm, **ssm_kind),
-        torch.zeros(rows, window, *conv, **kind),
-        torch.zeros(rows, window, *ssm, **ssm_kind),
+        torch.zeros(rows, *conv, dtype=sizes.dtype, device=sizes.device),
+        torch.zeros(rows, *ssm, dtype=ssm_dtype, device=sizes.device),
+        torch.zeros(rows, window, *conv, dtype=sizes.dtype, device=sizes.device),
+        torch.zeros(rows, window, *ssm, dtype=ssm_dtype, device=sizes.device),
     )
 
 
-_MAKERS: dict[str, Callable[[Sizes], LayerState]] = {
-    "attention": _key_value_state,
+# By block type: the state of a layer, None where it has none.
+STATES: dict[str, Callable[[Sizes], LayerState] | None] = {
     "mamba": _mamba_state,
+    "attention": _key_value_state,
+    "mlp": None,
+    "moe": None,
 }

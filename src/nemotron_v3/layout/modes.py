@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,21 +55,25 @@ def on_device(values: Sequence[int] | Tensor, device: torch.device | str | None)
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def once(function: Callable[[Any], R]) -> R:
-    """A property computed once, typed as its value.
+class once(Generic[R]):
+    """A property computed once; then it is an attribute, which costs no call.
 
     `functools.cached_property` takes a lock that `torch.compile` cannot trace.
     """
-    name = f"_{function.__name__}"
 
-    def get(self: Any) -> Any:
+    def __init__(self, function: Callable[[Any], R]):
+        self.function, self.name = function, function.__name__
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> R:
+        if instance is None:
+            return cast(R, self)
         if torch.compiler.is_compiling():
-            return function(self)
-        if name in self.__dict__:
-            return self.__dict__[name]
-        value = outside_inference_mode(function)(self)
-        if not (isinstance(value, Tensor) and capturing(self.device)):
-            self.__dict__[name] = value
+            return self.function(instance)
+        if torch.is_inference_mode_enabled():
+            value = outside_inference_mode(self.function)(instance)
+        else:
+            value = self.function(instance)
+        if not (isinstance(value, Tensor) and capturing(value.device)):
+            instance.__dict__[self.name] = value
         return value
-
-    return cast(R, property(get, doc=function.__doc__))

@@ -63,6 +63,7 @@ class SequenceLayout:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     token_index: Tensor | None
+    device: torch.device
 
     def __init__(
         self,
@@ -76,6 +77,8 @@ class SequenceLayout:
         put(self, "lengths", lengths)
         put(self, "cu_seqlens", cu_seqlens)
         put(self, "token_index", token_index)
+        # A pytree's structure is a layout of no tensors, which are nowhere.
+        put(self, "device", getattr(cu_seqlens, "device", None))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a SequenceLayout does not change: build another for a new {name}")
@@ -90,8 +93,8 @@ class SequenceLayout:
     @classmethod
     def of_rows(cls, shape: tuple[int, ...], device: torch.device | str | None = None) -> Self:
         """One document a row of a grid `(B, S)`, or one of all tokens of a grid `(T,)`."""
-        rows = shape if len(shape) == 2 else (1, *shape)
-        return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+        rows, length = shape if len(shape) == 2 else (1, *shape)
+        return cls._build(tuple(shape), (length,) * rows, None, device)
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
@@ -352,10 +355,6 @@ class SequenceLayout:
     # --- what it says -------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self.cu_seqlens.device
-
-    @property
     def num_documents(self) -> int:
         return len(self.lengths)
 
@@ -446,7 +445,7 @@ class SequenceLayout:
                 f"the layout describes tokens of shape {self.shape}, got a tensor of shape "
                 f"{tuple(x.shape)}"
             )
-        flat = x.reshape(grid_size(self.shape), *x.shape[rank:])
+        flat = x.flatten(0, rank - 1)
         return flat if self.token_index is None else flat.index_select(0, self.token_index)
 
     def unpack(self, y: Tensor) -> Tensor:
@@ -476,7 +475,9 @@ class SequenceLayout:
             return build(self)
         if key in self._tables:
             return self._tables[key]
-        tables = outside_inference_mode(build)(self)  # the layout may serve training afterwards
+        if torch.is_inference_mode_enabled():  # the layout may serve training afterwards
+            build = outside_inference_mode(build)
+        tables = build(self)
         if not capturing(self.device):
             self._tables[key] = tables
         return tables
