@@ -33,10 +33,10 @@ demo: $(READY) ## train a small hybrid on Python's standard library, save, reloa
 	OMP_WAIT_POLICY=passive $(BIN)/nemotron-v3 demo $(ARGS)
 
 test: lint ## ruff, pyright and the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'heavy or integration' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'heavy or integration' $(ARGS)
 	$(MAKE) test-oldest-transformers
 
 test-oldest-transformers: $(OLDEST_READY) ## tests/hf with the oldest transformers it takes

@@ -131,7 +131,7 @@ def _conv(T: int) -> Iterator[Row]:
     from nemotron_v3.ops.causal_conv1d.kernels.launch import tables
 
     backward = torch.ops.nemotron_v3.causal_conv1d_backward
-    place = (*tables(layout), layout.cu_seqlens)
+    place = tables(layout)
     yield _row(
         "conv + SiLU, backward",
         T,
@@ -162,7 +162,7 @@ def _norm(T: int) -> Iterator[Row]:
     yield _row(
         "gated norm, backward",
         T,
-        gpu_time(lambda: backward(dout, y, z, weight, size, 1e-5)),
+        gpu_time(lambda: backward(dout, y, z, weight, size, 1e-5, y.dtype)),
         _floor(T, 5 * INNER),
     )
 

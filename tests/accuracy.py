@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Inputs
+from nemotron_v3.ops.common.cases import Inputs
 
 POOL = 64  # elements a tensor's error is measured over, at least
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Inputs
+from nemotron_v3.ops.common.cases import Inputs
 from nemotron_v3.ops.rms_norm.reference import rms_norm
 from nemotron_v3.ops.ssd.cases import Case, make_inputs
 from nemotron_v3.ops.ssd.reference import ssd

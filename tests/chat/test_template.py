@@ -248,3 +248,25 @@ def test_a_tokenizer_config_that_is_none(tmp_path, text):
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
         ChatTemplate.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "marks"),
+    [
+        ("{% generation %}x{% endgeneration %}", True),
+        ("{%-  generation-%}x{%- endgeneration %}", True),
+        ({"default": "x", "tool_use": "{%+ generation %}x{% endgeneration %}"}, True),
+        ("{% set generation = 1 %}{{ generation }} generation", False),
+        ("{% if add_generation_prompt %}x{% endif %}", False),
+    ],
+)
+def test_whether_a_template_marks_the_assistants_words(source, marks):
+    assert ChatTemplate(source).marks_assistant is marks
+
+
+def test_templates_that_render_alike_have_one_fingerprint():
+    first, again, other, token = (
+        ChatTemplate(source, tokens).fingerprint()
+        for source, tokens in (("x", {}), ({"default": "x"}, None), ("y", {}), ("x", {"a": "b"}))
+    )
+    assert first == again and len({first, other, token}) == 3

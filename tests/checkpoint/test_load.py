@@ -255,16 +255,16 @@ def test_a_model_is_loaded_straight_onto_a_gpu(tmp_path, tensors, dtype):
 
 def test_a_checkpoint_replaced_while_it_is_opened_is_read_again(tmp_path, tensors, monkeypatch):
     write_checkpoint(tmp_path, tensors, CONFIG)
-    read = reader.refuse_quantised_config
+    find = reader._find_narrow
     moments = []
 
-    def replace_once(directory, config):
+    def replace_once(directory, config, stored):
         moments.append(config)
         if len(moments) == 1:
             changed = CONFIG.replace(routed_scaling_factor=9.0)
             changed.to_json(directory)
-        read(directory, config)
+        return find(directory, config, stored)
 
-    monkeypatch.setattr(reader, "refuse_quantised_config", replace_once)
+    monkeypatch.setattr(reader, "_find_narrow", replace_once)
     assert open_checkpoint(tmp_path).config["routed_scaling_factor"] == 9.0
     assert len(moments) == 2

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from nemotron_v3 import NemotronV3Config
+from nemotron_v3.model.cost import parameters
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
-import json, sys, time
+import json, os, sys, time
 import torch
 import torch._refs  # what building on the meta device loads
 from nemotron_v3 import NemotronV3Config, NemotronV3ForCausalLM
@@ -51,6 +52,44 @@ def run(script: str, *arguments: str) -> list[float]:
         env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return json.loads(done.stdout or "[]")
+
+
+NARROW = """
+from safetensors.torch import save_file
+path, config, shard = sys.argv[1], NemotronV3Config.from_json(sys.argv[2]), int(sys.argv[3])
+with torch.device("meta"):
+    tensors = NemotronV3ForCausalLM(config).state_dict()
+os.makedirs(path)
+config.to_json(path)
+places, held, size = {}, {}, 0
+def flush():
+    global held, size
+    file = f"model-{len(set(places.values())) + 1:05}-of-99999.safetensors"
+    save_file(held, f"{path}/{file}")
+    places.update(dict.fromkeys(held, file))
+    held, size = {}, 0
+for name, tensor in tensors.items():
+    name = name.replace("model.", "backbone.", 1)
+    stacked = ".experts." in name
+    parts = range(tensor.shape[0]) if stacked else [None]
+    for e in parts:
+        shape = tensor.shape[1:] if stacked else tensor.shape
+        base = name.replace(".experts.", f".experts.{e}.") if stacked else name[: -len(".weight")]
+        if stacked or name == "lm_head.weight":
+            rows, columns = shape
+            held[f"{base}.weight"] = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+            ones = torch.ones(rows, columns // 16)
+            held[f"{base}.weight_scale"] = ones.to(torch.float8_e4m3fn)
+            held[f"{base}.weight_scale_2"] = torch.tensor(1e-3)
+        else:
+            held[name] = torch.randn(shape).to(torch.bfloat16)
+        size = sum(t.nbytes for t in held.values())
+        if size > shard:
+            flush()
+flush()
+with open(f"{path}/model.safetensors.index.json", "w") as index:
+    json.dump({"metadata": {}, "weight_map": places}, index)
+"""
 
 
 def nano(experts: int, **changes) -> NemotronV3Config:
@@ -97,6 +136,19 @@ def test_the_peak_is_the_model_and_its_largest_tensor(tmp_path):
     assert size > 120e6
     largest = 2 * config.vocab_size * config.hidden_size
     assert peaks["load and save"] < size + largest + 20e6
+
+
+@pytest.mark.heavy
+def test_the_peak_of_a_narrow_load_is_the_wide_model_and_a_shard(tmp_path):
+    shard = 20_000_000
+    config = nano(experts=16, hidden_size=512, vocab_size=32768, moe_intermediate_size=1024)
+    config.replace(dtype="bfloat16").to_json(tmp_path / "config.json")
+    run(NARROW, str(tmp_path / "made"), str(tmp_path / "config.json"), str(shard))
+    wide = 2 * parameters(config).total
+    assert size_of(tmp_path / "made") < 0.7 * wide
+    peak, seconds = run(LOAD + TOLD, str(tmp_path / "made"), "", "{}")
+    print(f"narrow load: {wide / 1e9:.3f} GB wide, peak {peak / 1e9:.3f} GB, {seconds:.2f} s")
+    assert peak < wide + shard + 20e6
 
 
 @pytest.mark.heavy

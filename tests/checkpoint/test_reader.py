@@ -173,53 +173,6 @@ def test_an_unreadable_file_is_a_checkpoint_error(tmp_path, tensors):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("config", "release"),
-    [
-        ({"hidden_size": 4096, "hybrid_override_pattern": "M" * 88}, "3-Super-120B-A12B-BF16"),
-        (
-            {"hidden_size": 2688, "layers_block_type": ["moe"] * 52,
-             "max_position_embeddings": 1048576},
-            "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16",
-        ),
-        ({"hidden_size": 3, "hybrid_override_pattern": 5}, "the BF16 release of the same model"),
-    ],
-)  # fmt: skip
-def test_a_quantised_config_is_refused_with_the_release_to_use(tmp_path, config, release):
-    quantised = config | {"quantization_config": {"quant_method": "modelopt"}}
-    (tmp_path / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(CheckpointError, match=f"quant_method modelopt.*{release}"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("quantised", [True, [1], {"quant_method": 3}])
-def test_a_strange_quantisation_entry_is_refused_too(tmp_path, quantised):
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantised}))
-    with pytest.raises(CheckpointError, match="quantised release"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["x.weight_scale", "x.input_scale", "x.weight_scale_2"])
-def test_scales_give_a_quantised_release_away(tmp_path, tensors, name):
-    write_checkpoint(tmp_path, tensors | {name: torch.ones(())})
-    with pytest.raises(CheckpointError, match=f"quantised tensors or scales, as {name}"):
-        open_checkpoint(tmp_path)
-
-
-def test_fp8_tensors_give_a_quantised_release_away(tmp_path, tensors):
-    name = "backbone.layers.0.mixer.in_proj.weight"
-    write_checkpoint(tmp_path, tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
-    with pytest.raises(CheckpointError, match=rf"{name} \(F8_E4M3\)"):
-        open_checkpoint(tmp_path)
-
-
-def test_a_hf_quant_config_gives_a_quantised_release_away(tmp_path, tensors):
-    write_checkpoint(tmp_path, tensors)
-    (tmp_path / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="hf_quant_config.json"):
-        open_checkpoint(tmp_path)
-
-
 def test_a_config_of_a_thousand_keys_is_refused(tmp_path, tensors):
     write_checkpoint(tmp_path, tensors, {f"k{i}": i for i in range(1001)})
     with pytest.raises(CheckpointError, match="1001 keys"):

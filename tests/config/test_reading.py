@@ -100,9 +100,9 @@ def test_unknown_keys_are_reported_in_one_warning_and_inert_ones_in_none():
     inert = {"expand": 2, "auto_map": {}, "time_step_rank": 5, "use_mamba_kernels": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        NemotronV3Config.from_dict(SMALL | inert | {"mtp_n_routed_experts": 3, "mystery": 1})
+        NemotronV3Config.from_dict(SMALL | inert | {"riddle": 3, "mystery": 1})
     assert [str(w.message) for w in caught] == [
-        "config keys kept as they are, but nothing reads them: mtp_n_routed_experts, mystery"
+        "config keys kept as they are, but nothing reads them: riddle, mystery"
     ]
 
 

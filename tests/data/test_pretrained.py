@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -40,3 +42,29 @@ def test_special_tokens_are_added_or_not_and_read_where_they_are_spelt(folder):
 def test_a_folder_without_one_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         PretrainedTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "number"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}}, 257),
+        ({"special_tokens_map.json": {"eos_token": {"content": "<end>"}}}, 257),
+        ({"tokenizer_config.json": {"eos_token": "<unknown>"}}, None),
+    ],
+)
+def test_a_documents_end_is_the_eos_token_of_the_checkpoint(folder, files, number):
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    tokenizer = PretrainedTokenizer.load(folder)
+    assert tokenizer.eos_token_id == number
+    assert tokenizer.frame() == ([256], [] if number is None else [number])
+
+
+def test_a_frame_that_ends_with_the_eos_token_has_it_once(folder):
+    backend = PretrainedTokenizer.load(folder).backend
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A <end>", special_tokens=[("<s>", 256), ("<end>", 257)]
+    )
+    assert PretrainedTokenizer(backend, eos_token_id=257).frame() == ([256], [257])
+    assert PretrainedTokenizer(backend, False, eos_token_id=257).frame() == ([], [257])

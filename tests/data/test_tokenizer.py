@@ -6,6 +6,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_v3.data.pretrained import PretrainedTokenizer
 from nemotron_v3.data.tokenizer import SEPARATOR, SEPARATOR_ID, Tokenizer
 
 TEXTS = [
@@ -55,11 +56,18 @@ def test_saved_tokenizer_reads_the_same_here_in_tokenizers_and_in_transformers(t
     ids = tokenizer.encode(TEXTS[1])
     assert Tokenizer.load(tmp_path).encode(TEXTS[1]) == ids
     bare = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert bare.encode(TEXTS[1]).ids == ids
+    assert bare.encode(TEXTS[1]).ids == [SEPARATOR_ID, *ids]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs(TEXTS[1])["input_ids"] == ids
+    assert theirs(TEXTS[1])["input_ids"] == [SEPARATOR_ID, *ids]
     assert theirs.decode(ids) == TEXTS[1]
     assert theirs.eos_token_id == SEPARATOR_ID
+
+
+def test_a_saved_one_is_read_as_a_checkpoints_with_the_same_documents(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    read = PretrainedTokenizer.load(tmp_path)
+    assert read.frame() == tokenizer.frame() == ([SEPARATOR_ID], [SEPARATOR_ID])
+    assert read.encode(TEXTS[1]) == [SEPARATOR_ID, *tokenizer.encode(TEXTS[1])]
 
 
 def test_training_is_the_same_in_every_process(tokenizer, tmp_path):
@@ -68,7 +76,7 @@ def test_training_is_the_same_in_every_process(tokenizer, tmp_path):
         "Tokenizer.train(eval(sys.argv[1]), 300).save(pathlib.Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", script, repr(TEXTS), str(tmp_path)], check=True)
-    assert Tokenizer.load(tmp_path)._backend.to_str() == tokenizer._backend.to_str()
+    assert Tokenizer.load(tmp_path).backend.to_str() == tokenizer.backend.to_str()
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_an_error():

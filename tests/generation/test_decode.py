@@ -5,8 +5,8 @@ import torch
 
 from nemotron_v3 import BackendConfig
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation import decode_parts, generate
-from nemotron_v3.generation.decode import DecodeStep
+from nemotron_v3.generation import generate
+from nemotron_v3.generation.cpu_decode import DecodeStep, parts
 from nemotron_v3.layers.moe.router import watched
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
@@ -115,13 +115,13 @@ def test_what_it_does_not_know_goes_through_forward(name):
 
 
 def test_a_pytorch_that_cannot_pack_weights(monkeypatch):
-    monkeypatch.setattr(decode_parts, "onednn_works", lambda: False)
+    monkeypatch.setattr(parts, "onednn_works", lambda: False)
     test_a_step_is_forward({}, (4, 17, 9))
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_weights_shared_among_threads(monkeypatch, changes):
-    monkeypatch.setattr(decode_parts, "THREAD", 64)
+    monkeypatch.setattr(parts, "THREAD", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

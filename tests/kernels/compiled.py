@@ -19,10 +19,17 @@ from triton.compiler import ASTSource
 from nemotron_v3.ops.attention.kernels import backward as attention_backward
 from nemotron_v3.ops.attention.kernels import forward as attention_forward
 from nemotron_v3.ops.attention.kernels.tables import Blocks as AttentionBlocks
-from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states
-from nemotron_v3.ops.ssd.kernels.tables import Blocks
+from nemotron_v3.ops.ssd.kernels import (
+    chunk_bwd_dcb,
+    chunk_scan_bwd,
+    chunk_scan_fwd,
+    dA_boundary,
+    state_passing,
+)
+from nemotron_v3.ops.ssd.kernels.tables import Blocks, Strides
 
 taps = import_module("nemotron_v3.ops.causal_conv1d.kernels.taps")
+conv = import_module("nemotron_v3.ops.causal_conv1d.kernels.launch")
 norm = import_module("nemotron_v3.ops.gated_rms_norm.kernels")
 
 INT64 = {
@@ -31,11 +38,11 @@ INT64 = {
 }
 INT32 = {"position", "seq_idx"}
 FP32 = {
-    *("D", "steps", "first", "last", "through", "partial", "dweight", "dskip"),
-    *("rows", "columns", "across", "from_state", "to_state", "skip", "own"),
-    *("log_sums", "deltas", "dk", "dv"),
+    *("D", "dA_cumsum", "ddA_through", "initial_states", "dfinal_states"),
+    *("ddA_rows", "ddA_columns", "ddA_across", "ddA_from_states", "ddA_to_states", "x_dot_dy"),
+    *("CB_diagonal", "partial", "dweight", "log_sums", "deltas", "dk", "dv"),
 }
-NUMBERS = {"T", "H", "tiles", "sweeps", "places", "places_out", "size"}
+NUMBERS = {"T", "H", "tiles", "passing_programs", "places", "places_out", "size"}
 
 
 def resources(kernel, constants: dict, warps: int) -> dict[str, int]:
@@ -84,22 +91,17 @@ def needs(source: ASTSource, warps: int) -> dict[str, int]:
 def main() -> None:
     b = Blocks.of(torch.bfloat16, 64, 128, 8)
     wide, inner, packed = 6144, 4096, 10304  # columns of x B C, of y, and of the projection
-    tile = {"P": 64, "N": 128, "HEADS_OF_GROUP": 8, "TILE": b.tile, "BLOCK_P": b.p, "BLOCK_N": b.n}
-    tile |= {"PRECISION": b.precision, "HEADS": b.heads, "Q": b.chunk}
-    tile |= dict.fromkeys(("stride_x", "stride_B", "stride_C"), wide)
-    tile |= {"stride_y": inner, "stride_dy": packed}
-    tile |= dict.fromkeys(("stride_dx", "stride_dB", "stride_dC"), wide)
-    tile |= {"SLICE": b.back_sweep.slice, "STAGES_sweep": b.back_sweep.stages}
-    sweep = tile | {"SLICE": b.sweep.slice, "STAGES": b.sweep.stages}
-    sweep |= dict.fromkeys(("first", "last"))
-    back = tile | {"STAGES": b.pairs.stages} | dict.fromkeys(("dfinal", "dinitial"))
-    conv = {"W": 4, "SILU": True, "BIASED": True, "CONTINUED": False, "CONTINUES": False}
-    conv |= {"stride_x": packed, "stride_dy": wide, "stride_dx": packed}
-    forward = conv | {"BLOCK_T": 32, "BLOCK_C": 128, "BLOCK_W": 4}
-    backward = conv | {"SEGMENT": 256, "UNROLL": 4, "BLOCK_C": 64}
-    group = {"GROUPS": 8, "SIZE": 512, "BLOCK_T": 2, "BLOCK_D": 512, "GATED": True}
-    group |= {"stride_y": inner, "stride_z": packed, "stride_dout": inner, "STAGES": 3}
-    group |= {"stride_dy": packed, "stride_dz": packed}
+    strides = Strides(wide, wide, wide, inner, packed, wide, wide, wide)
+    scan = {"STRIDES": strides, "SIZES": b.sizes, "STAGES": b.scan.stages}
+    passing = scan | {"PASSING": b.passing} | dict.fromkeys(("initial_states", "final_states"))
+    dcb = scan | {"PASSING": b.back_passing, "STAGES": b.dcb.stages}
+    dcb |= dict.fromkeys(("dfinal_states", "dinitial_states"))
+    absent = dict.fromkeys(("initial_states", "dfinal_states"))
+    strides = {"STRIDES": conv.Strides(packed, wide, packed)}
+    forward = absent | strides | {"SIZES": conv.ForwardSizes(4, 32, 128, 4, True)}
+    backward = absent | strides | {"SIZES": conv.BackwardSizes(4, 256, 4, 64, True)}
+    group = {"STRIDES": norm.Strides(inner, packed, inner, packed, packed)}
+    group |= {"SIZES": norm.Sizes(8, 512, 2, 512), "STAGES": 3}
     a = AttentionBlocks.of(torch.bfloat16, 128, 16)
     heads = {"H": 32, "J": 2, "P": 128, "BLOCK_P": a.p, "HEADS": a.heads, "CACHED": False}
     heads |= {"STRIDE_q": 4096, "HEAD_q": 128, "STRIDE_dout": 4096, "HEAD_dout": 128}
@@ -114,18 +116,18 @@ def main() -> None:
         "attention forward": attention(attention_forward.forward_kernel, a.forward),
         "attention dq": attention(attention_backward.dq_kernel, a.dq),
         "attention dkv": attention(attention_backward.dkv_kernel, a.dkv),
-        "conv forward": (taps.forward_kernel, forward, 4),
-        "conv backward": (taps.backward_kernel, backward, 1),
-        "norm forward": (norm.forward_kernel, group, 2),
-        "norm backward": (norm.backward_kernel, group, 2),
-        "sweep": (states.sweep_kernel, sweep, b.sweep.warps),
-        "scan": (scan.forward_kernel, tile | {"STAGES": b.scan.stages}, b.scan.warps),
-        "pairs": (pairs.pairs_kernel, back, b.pairs.warps),
-        "edges": (edges.edges_kernel, tile, 8),
-        "gradients": (
-            scan_backward.gradients_kernel,
-            tile | {"STAGES_dx": b.dx.stages, "STAGES_dB": b.dB.stages, "STAGES_dC": b.dC.stages},
-            b.dx.warps,
+        "conv forward": (taps.causal_conv1d_fwd_kernel, forward, 4),
+        "conv backward": (taps.causal_conv1d_bwd_kernel, backward, 1),
+        "norm forward": (norm.gated_rms_norm_fwd_kernel, group, 2),
+        "norm backward": (norm.gated_rms_norm_bwd_kernel, group, 2),
+        "state passing": (state_passing.state_passing_kernel, passing, b.passing.warps),
+        "chunk scan": (chunk_scan_fwd.chunk_scan_fwd_kernel, scan, b.scan.warps),
+        "dcb": (chunk_bwd_dcb.chunk_bwd_dcb_kernel, dcb, b.dcb.warps),
+        "dA boundary": (dA_boundary.dA_boundary_kernel, scan, 8),
+        "chunk scan backward": (
+            chunk_scan_bwd.chunk_scan_bwd_kernel,
+            scan | {"STAGES": b.gradients},
+            b.gradient_warps,
         ),
     }
     found = {}

@@ -11,7 +11,8 @@ from triton.knobs import runtime
 from triton.runtime import driver
 
 from nemotron_v3 import ops
-from nemotron_v3.ops import _launch
+from nemotron_v3.ops import compat
+from nemotron_v3.ops.common import launch
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(driver, "_active", Active(), raising=False)
     monkeypatch.setattr(type(driver), "active", Active(), raising=False)
-    monkeypatch.setattr(_launch, "interpreted", lambda: False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", False)
-    yield _launch.Launcher(Kernel()), compiled, calls
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(compat, "current_raw_stream", lambda device: "stream")
+    yield launch.Launcher(Kernel()), compiled, calls
     compiled.module = None
 
 
@@ -82,8 +83,8 @@ def test_a_kernel_is_found_by_the_type_of_what_comes_with_the_data(launched):
 
 
 def test_every_kernel_pins_the_sizes_of_the_data():
-    """Kernels are made by `ops._jit.kernel`, which knows the names of what differs from step to
-    step: no launched kernel is made by triton.jit itself."""
+    """Kernels are made by `ops.common.jit.kernel`, which knows the names of what differs from step
+    to step: no launched kernel is made by triton.jit itself."""
     made = {"kernel": 0}
     for path in Path(ops.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -23,11 +23,11 @@ HELD = {
     "conv backward": (1, 20, 0, False, False),
     "norm forward": (2, 16, 0, True, False),
     "norm backward": (2, 6, 0, True, False),
-    "sweep": (8, 1, 0, True, True),
-    "scan": (4, 2, 80, True, True),
-    "pairs": (4, 2, 0, True, True),
-    "edges": (8, 1, 0, True, True),
-    "gradients": (4, 2, 96, True, True),
+    "state passing": (8, 1, 0, True, True),
+    "chunk scan": (4, 2, 80, True, True),
+    "dcb": (4, 2, 0, True, True),
+    "dA boundary": (8, 1, 0, True, True),
+    "chunk scan backward": (4, 2, 96, True, True),
 }
 
 

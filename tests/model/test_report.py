@@ -6,7 +6,7 @@ from torch import nn
 
 from nemotron_v3 import BackendConfig, report
 from nemotron_v3.layers import NemotronV3Attention
-from nemotron_v3.ops import _dispatch
+from nemotron_v3.ops.registry import Op
 from tests.models import ALL_BLOCKS, tiny_config, tiny_model, tokens
 
 
@@ -21,16 +21,18 @@ def run(model: nn.Module) -> None:
 def seen_running(model: nn.Module, monkeypatch) -> set[tuple[str, str]]:
     """(op, form) of every choice that running makes."""
     seen = set()
-    choose = _dispatch.choose
+    pick = Op.pick
 
     def recorded(op, *args):
-        form, why = choose(op, *args)
-        seen.add((op, form))
-        return form, why
+        function = pick(op, *args)
+        forms = {op.reference: "reference", op.portable: "portable"}
+        forms |= {special: name for name, special in op.special.items()}
+        seen.add((op.name, forms[getattr(function, "function", function)]))
+        return function
 
-    monkeypatch.setattr(_dispatch, "choose", recorded)
-    run(model)
-    monkeypatch.setattr(_dispatch, "choose", choose)
+    with monkeypatch.context() as patch:
+        patch.setattr(Op, "pick", recorded)
+        run(model)
     return seen
 
 

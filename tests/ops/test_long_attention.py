@@ -5,8 +5,8 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _long_attention as long
 from nemotron_v3.ops.attention import cases, portable, reference
+from nemotron_v3.ops.common import long_attention as long
 from tests.accuracy import PlainPyTorch, check
 
 

@@ -7,8 +7,8 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Inputs
 from nemotron_v3.ops.cached_attention.masked import reference
+from nemotron_v3.ops.common.cases import Inputs
 from tests.accuracy import check
 
 # rows, tokens held, new tokens, query heads, key heads, head width

@@ -8,9 +8,9 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _blocks
 from nemotron_v3.ops.causal_conv1d import cases as conv_cases
 from nemotron_v3.ops.causal_conv1d import reference as conv
+from nemotron_v3.ops.common import blocks
 from nemotron_v3.ops.cross_entropy import cases as loss_cases
 from nemotron_v3.ops.cross_entropy import reference as loss
 from nemotron_v3.ops.gated_rms_norm import cases as gated_cases
@@ -41,7 +41,7 @@ WORK = [
     ("op", "reference", "cases", "name"), WORK, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_small_blocks_meet_the_rule(monkeypatch, op, reference, cases, name, elements):
-    monkeypatch.setattr(_blocks, "CPU_ELEMENTS", elements)
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", elements)
     case = next(case for case in cases.CASES if name in (None, case.name))
 
     def portable(**arguments):

@@ -8,14 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_v3 import ops
 from nemotron_v3.layers.linear import project
-from nemotron_v3.ops import _products
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common import onednn
+from nemotron_v3.ops.common.cases import Draw, Inputs
 from nemotron_v3.ops.experts import cases as experts_cases
 from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.experts import reference as experts_reference
 from tests.accuracy import check
 
-pytestmark = pytest.mark.skipif(not _products.onednn_works(), reason="PyTorch without oneDNN")
+pytestmark = pytest.mark.skipif(not onednn.onednn_works(), reason="PyTorch without oneDNN")
 
 
 def layer_of(weight, bias=None):
@@ -36,7 +36,7 @@ def test_a_product_and_its_gradients_meet_the_rule(shape, by):
         return Inputs({"x": draw.activation(*shape), "weight": weight})
 
     def ours(x, weight):
-        return _products._Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return onednn._Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
 
     def reference(x, weight, dtype=torch.float64):
         return functional.linear(x.to(dtype), weight.to(dtype))
@@ -47,9 +47,9 @@ def test_a_product_and_its_gradients_meet_the_rule(shape, by):
 def taken(monkeypatch):
     """How many layers the fast product has computed so far, as a list."""
     calls = []
-    plain = _products.product
-    monkeypatch.setattr(_products, "product", lambda *args: calls.append(1) or plain(*args))
-    monkeypatch.setattr(_products, "SMALLEST", 1)
+    plain = onednn.product
+    monkeypatch.setattr(onednn, "product", lambda *args: calls.append(1) or plain(*args))
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
     return calls
 
 

@@ -1,13 +1,12 @@
 """A form that is wrong on a device raises at its first use there; a right one is checked once."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemotron_v3.ops import _dispatch, _selfcheck
-from nemotron_v3.ops._selfcheck import CASES, SelfChecked
+from nemotron_v3.ops.common import selfcheck
+from nemotron_v3.ops.common.selfcheck import SelfChecked
+from nemotron_v3.ops.registry import OPS
 from nemotron_v3.ops.rms_norm import portable, reference
 from tests.models import tiny_model
 
@@ -15,19 +14,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
 
-def forms(op):
-    return [
-        getattr(import_module(f"nemotron_v3.ops.{op}.{f}"), op) for f in ("portable", "reference")
-    ]
+CHECKED = sorted(name for name, op in OPS.items() if op.check is not None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", CHECKED)
 def test_a_right_form_has_room_to_its_bound(op, dtype):
-    errors = _selfcheck.measure(op, "portable", *forms(op), CPU, dtype)
+    errors = selfcheck.measure(OPS[op], "portable", OPS[op].portable, CPU, dtype)
     decodes = op in ("mamba2_step", "cached_attention")
     assert any(name.startswith("gradient") for name in errors) != decodes
-    assert max(errors.values()) <= _selfcheck.explained_by_rounding(dtype, CPU) / 2
+    assert max(errors.values()) <= selfcheck.explained_by_rounding(dtype, CPU) / 2
 
 
 WRONG = {
@@ -44,7 +40,7 @@ def test_a_wrong_form_raises_at_every_call_instead_of_computing(wrong, dtype):
     def broken(*args, **kwargs):
         return WRONG[wrong](portable.rms_norm(*args, **kwargs))
 
-    checked = SelfChecked("rms_norm", "triton", broken, reference.rms_norm)
+    checked = SelfChecked(OPS["rms_norm"], "triton", broken)
     x, weight = torch.randn(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="rms_norm: the triton form computes wrong numbers"):
@@ -54,18 +50,18 @@ def test_a_wrong_form_raises_at_every_call_instead_of_computing(wrong, dtype):
 def counted(monkeypatch) -> list[torch.dtype]:
     """The dtypes of all checks from now on, of a form nobody has used yet."""
     seen = []
-    check = _selfcheck.check
+    check = selfcheck.check
 
     def count(*args):
-        seen.append(args[5])
+        seen.append(args[4])
         check(*args)
 
-    monkeypatch.setattr(_selfcheck, "check", count)
+    monkeypatch.setattr(selfcheck, "check", count)
     return seen
 
 
 def fresh() -> SelfChecked:
-    return SelfChecked("rms_norm", "portable", portable.rms_norm, reference.rms_norm)
+    return SelfChecked(OPS["rms_norm"], "portable", portable.rms_norm)
 
 
 def test_each_dtype_is_checked_once(monkeypatch):
@@ -77,10 +73,10 @@ def test_each_dtype_is_checked_once(monkeypatch):
 
 
 def test_the_same_form_is_one_object_so_that_it_is_checked_once_a_process():
-    pair = {"reference": reference.rms_norm, "portable": portable.rms_norm}
-    chosen = [_dispatch.pick("rms_norm", impl, **pair) for impl in ("auto", "portable", "auto")]
+    op, given = OPS["rms_norm"], (torch.ones(2, 8), torch.ones(8))
+    chosen = [op.pick(impl, given, 8) for impl in ("auto", "portable", "auto")]
     assert chosen[0] is chosen[1] is chosen[2]
-    assert _dispatch.pick("rms_norm", "reference", **pair) is reference.rms_norm  # the truth itself
+    assert op.pick("reference", given, 8) is reference.rms_norm  # the truth itself
 
 
 def test_where_nothing_can_be_measured_the_check_waits(monkeypatch):

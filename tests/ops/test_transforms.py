@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron_v3 import ops
-from nemotron_v3.ops import _dispatch
+from nemotron_v3.ops import registry
 from tests.models import tiny_model, tokens
 
 
@@ -20,7 +20,7 @@ def loss(model, parameters, ids):
 
 
 def test_grad_and_jvp_are_those_of_autograd(model, caplog):
-    _dispatch._say_reference_once.cache_clear()
+    registry._say_reference_once.cache_clear()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     ids = tokens(2, 9)
     with caplog.at_level(logging.WARNING, "nemotron_v3"):

@@ -13,12 +13,14 @@ import torch
 from rich.console import Console
 
 from nemotron_v3.checkpoint import from_pretrained
-from nemotron_v3.data import Corpus, Tokenizer, standard_library
+from nemotron_v3.data import Corpus as Library
+from nemotron_v3.data import Tokenizer, standard_library, training_packs
 from nemotron_v3.recipes import demo
-from nemotron_v3.recipes.console import Story, TrainingBar, clock
-from nemotron_v3.recipes.demo import run_demo, schedule
+from nemotron_v3.recipes.console import Story
+from nemotron_v3.recipes.demo import Corpus, as_row, run_demo, seconds_left
 from nemotron_v3.recipes.options import DemoOptions, ModelSizes
 from nemotron_v3.recipes.plot import _smooth
+from nemotron_v3.train.display import Display
 
 SMALL = ModelSizes(
     pattern="ME*-",
@@ -39,14 +41,14 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "loss.png", "metr
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
+def corpus() -> Library:
     """A few small files of the library."""
     whole = standard_library()
     small = [
         sorted(part, key=lambda d: (len(d.text), d.path))[10:13]
         for part in (whole.train, whole.held_out)
     ]
-    return Corpus(*map(tuple, small))
+    return Library(*map(tuple, small))
 
 
 @pytest.fixture
@@ -112,14 +114,14 @@ def test_the_same_steps_and_seed_give_the_same_bytes_and_another_seed_does_not(r
 def test_ctrl_c_keeps_the_finished_run_and_leaves_a_checkpoint_that_loads(run, monkeypatch):
     run()
     finished = (run.out / "model.safetensors").read_bytes()
-    show = TrainingBar.show
+    show = Display.step
 
-    def press_in_step_two(self, step, done):
-        show(self, step, done)
+    def press_in_step_two(self, step, *args):
+        show(self, step, *args)
         if step.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(TrainingBar, "show", press_in_step_two)
+    monkeypatch.setattr(Display, "step", press_in_step_two)
     with pytest.raises(KeyboardInterrupt, match="demo-interrupted"):
         run(steps=1000)
     assert (run.out / "model.safetensors").read_bytes() == finished
@@ -160,34 +162,42 @@ def test_the_default_model_is_the_hybrid_with_five_to_ten_million_parameters():
     assert 5e6 < parameters(config).total < 10e6
 
 
-def test_steps_are_counted_where_steps_are_asked_for(run):
-    done = schedule(DemoOptions(steps=8), None, None, 0.0)
-    assert [done(step, 1e9) for step in (0, 2, 8)] == [0, 0.25, 1]
-
-
 def test_the_clock_leaves_time_for_what_comes_after_training(monkeypatch):
     monkeypatch.setattr(demo, "measuring_seconds", lambda model, packs: 20.0)
     text = SimpleNamespace(held_out=[])
+    options = DemoOptions(minutes=3, model=SMALL)
     # Of 3 minutes 10 seconds are gone, and 20 and what always comes after are still needed.
-    done = schedule(DemoOptions(minutes=3), None, text, time.perf_counter() - 10)
-    left = 180 - 10 - 20 - demo.AFTERWARDS_SECONDS
-    assert done(5, left / 2) == pytest.approx(0.5, abs=1e-3)
-    assert done(5, left + 0.1) > 1
-    too_late = schedule(DemoOptions(minutes=0.1), None, text, time.perf_counter() - 10)
-    assert too_late(0, 0.0) == 0.0 and too_late(1, 2.0) > 1
+    left = seconds_left(options, text, time.perf_counter() - 10)
+    assert left == pytest.approx(180 - 10 - 20 - demo.AFTERWARDS_SECONDS, abs=1)
+    too_late = DemoOptions(minutes=0.1, model=SMALL)
+    assert seconds_left(too_late, text, time.perf_counter()) == 1.0
+    assert seconds_left(DemoOptions(steps=8), text, 0.0) is None
+
+
+def test_a_pack_is_a_row_whose_targets_are_the_packs():
+    documents = [[0, *range(5, 5 + n), 0] for n in (3, 9, 1, 20)]
+    for pack, _ in zip(training_packs(documents, 16, 8, seed=0), range(20), strict=False):
+        row = as_row(pack)
+        assert row.num_targets == pack.num_targets and row.cu_seqlens[-1] == 16
+        assert torch.equal(row.layout().cu_seqlens, pack.layout.cu_seqlens)
+
+
+def test_the_corpus_goes_on_where_it_was():
+    options = DemoOptions(tokens_per_step=16, document_tokens=8, model=SMALL)
+    documents = [[0, *range(5, 5 + n), 0] for n in (3, 9, 1, 20)]
+    corpus = Corpus(documents, options, 300)
+    rows = iter(corpus)
+    taken = [next(rows)[0].input_ids for _ in range(5)]
+    again = Corpus(documents, options, 300)
+    again.load_state_dict({"packs": 3})
+    assert torch.equal(next(iter(again))[0].input_ids, taken[3])
+    assert corpus.state_dict() == {"packs": 5}
 
 
 def test_a_run_by_the_clock_takes_no_step_after_its_time(run, monkeypatch):
     monkeypatch.setattr(demo, "AFTERWARDS_SECONDS", 0.0)
     steps = run(steps=None, minutes=0.05).steps
-    assert steps and all(step.seconds < 3 for step in steps[:-1])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0:00"), (59.6, "1:00"), (75.3, "1:15"), (-3, "0:00")]
-)
-def test_a_clock_is_minutes_and_seconds(seconds, told):
-    assert clock(seconds) == told
+    assert steps and sum(step.seconds for step in steps[:-1]) < 3
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():

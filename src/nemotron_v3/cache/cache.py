@@ -28,7 +28,7 @@ from nemotron_v3.cache.step import HALF_WAY, Transaction
 from nemotron_v3.cache.tokens import Step
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import capturing, ordinary
 
 _HALF_WRITTEN = (
     "an operation on the cache was stopped half-way, with some of its tensors written and others "
@@ -84,6 +84,7 @@ class NemotronHybridCache(OutsideView, Rows):
         self._updated: set[int] = set()
         self._behind: frozenset[int] = frozenset()  # layers that a step has passed by
         self.withheld: str | None = None
+        self._one_token: SequenceLayout | None = None
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.states: dict[int, LayerState] = fresh_states(
             Sizes(self.config, batch_size, self.dtype, device, max_length, rollback_window)
@@ -136,7 +137,7 @@ class NemotronHybridCache(OutsideView, Rows):
                 "model's dtype"
             )
         self._settle()
-        check_rows(layout, self.lengths, self.device, self.max_length)
+        check_rows(layout, self._lengths, self.positions.device, self.max_length)
 
     def step(self, layout: SequenceLayout) -> Transaction:
         """Entered around the layers of one forward pass: `with cache.step(layout) as step:`.
@@ -153,17 +154,17 @@ class NemotronHybridCache(OutsideView, Rows):
         """End the forward pass, of `layout` where no layer has a state: the positions move on."""
         if self._step is None and not self.states and layout is not None:
             self._step = Step(layout.packed, tuple(self._lengths), self.positions)
-        if self._step is None:
+        step = self._step
+        if step is None:
             return
-        lengths = list(self._step.ends)
-        floors = [
-            max(floor, end - self.rollback_window)
-            for floor, end in zip(self._floors, lengths, strict=True)
-        ]
-        moved = self._step.layout.uniform_length
-        moved = self._step.layout.cu_seqlens.diff() if moved is None else moved
+        lengths, floors = list(step.ends), list(step.ends)
+        if self.rollback_window:
+            reach = [end - self.rollback_window for end in lengths]
+            floors = list(map(max, self._floors, reach))
+        moved = step.layout.uniform_length
+        moved = step.layout.cu_seqlens.diff() if moved is None else moved
         behind = self._behind
-        if any(self._step.lengths):
+        if any(step.lengths):
             behind = behind | (self.states.keys() - self._updated)
         withheld, self.withheld = self.withheld, self.withheld or HALF_WAY
         self.positions.add_(moved)
@@ -171,6 +172,17 @@ class NemotronHybridCache(OutsideView, Rows):
         self._step = None
         self._updated.clear()
         self.withheld = withheld
+
+    def one_token_layout(self, shape: tuple[int, ...]) -> SequenceLayout:
+        """The layout of one token a row on a grid `(rows, 1)`, the same one step after step."""
+        layout, device = self._one_token, self.positions.device
+        if layout is not None and layout.shape == shape and layout.device == device:
+            return layout
+        layout = SequenceLayout.of_rows(shape, device)
+        fleeting = torch.compiler.is_compiling() or capturing(device)
+        if type(layout.cu_seqlens) is Tensor and not fleeting:
+            self._one_token = layout
+        return layout
 
     def withhold(self, reason: str) -> None:
         """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
@@ -189,8 +201,7 @@ class NemotronHybridCache(OutsideView, Rows):
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
         check_keys(self.states.get(layer_idx), layer_idx, k, v)
         with self.step(layout) as step:
-            state, tokens = step.begin(layer_idx)
-            return state.append(k, v, tokens)
+            return step.begin(layer_idx).append(k, v)
 
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None
@@ -339,7 +350,8 @@ class NemotronHybridCache(OutsideView, Rows):
                 f"{len(self.states)} layers updated): restore a snapshot if a pass failed, or call "
                 "finish() if layers were called one by one"
             )
-        self.finish()
+        if self._step is not None:
+            self.finish()
 
     @contextmanager
     def _writing(self, states: dict[int, LayerState]) -> Iterator[None]:

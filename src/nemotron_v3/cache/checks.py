@@ -70,7 +70,7 @@ def check_rows(
     layout: SequenceLayout, held: Sequence[int], device: torch.device, max_length: int | None
 ) -> None:
     """Raises ValueError unless the tokens of a layout can follow rows that hold so many."""
-    if layout.num_documents != len(held):
+    if len(layout.lengths) != len(held):
         raise ValueError(
             f"{layout.num_documents} documents do not fit a cache of {len(held)} rows: "
             "one document a row is needed"

@@ -5,10 +5,8 @@ A file may come from anywhere: all that it claims is checked before a cache is c
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from nemotron_v3.cache.checks import check_positions, check_room
 from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState
+from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.config.files import MAX_JSON_BYTES, open_regular, parse_object
 
 FORMAT = "nemotron_v3.cache.1"
@@ -33,9 +32,6 @@ def write_snapshot(
     Raises:
         ValueError: `path` is something else than a regular file, which would be replaced.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file: give another name to save the cache to")
     header = {
         **kind,
         "lengths": snapshot.lengths,
@@ -47,12 +43,8 @@ def write_snapshot(
         for layer, state in snapshot.states.items()
         for name, tensor in state.tensors().items()
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, {"format": FORMAT, "header": json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_snapshot(

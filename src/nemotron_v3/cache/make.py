@@ -26,7 +26,7 @@ def fresh_states(sizes: Sizes) -> dict[int, LayerState]:
     return {
         layer: make(sizes)
         for layer, block in enumerate(sizes.config.layers_block_type)
-        if (make := _MAKERS.get(block)) is not None
+        if (make := STATES[block]) is not None
     }
 
 
@@ -58,7 +58,10 @@ def _mamba_state(sizes: Sizes) -> MambaState:
     )
 
 
-_MAKERS: dict[str, Callable[[Sizes], LayerState]] = {
-    "attention": _key_value_state,
+# By block type: the state of a layer, None where it has none.
+STATES: dict[str, Callable[[Sizes], LayerState] | None] = {
     "mamba": _mamba_state,
+    "attention": _key_value_state,
+    "mlp": None,
+    "moe": None,
 }

@@ -4,15 +4,16 @@ Letters: rows of the batch, J key/value heads, P head width, C convolved channel
 mamba heads, N state; L tokens held, w tokens of the rollback window.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.cache.tokens import Step
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import kept, ordinary
 
 SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
@@ -23,10 +24,13 @@ class LayerState:
     """Tensors whose first dimension is the batch's rows.
 
     Attributes:
-        touched: whether something was written in this step that `undo` cannot take back.
+        step: the new tokens of the pass that moves it on.
+        overwritten: whether something was written in this step that `undo` cannot take back.
     """
 
-    touched = False  # no field: not among the tensors
+    # No fields: not among the tensors.
+    step: ClassVar[Step]
+    overwritten: ClassVar[bool] = False
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -136,19 +140,17 @@ class KeyValueState(LayerState):
         for tensor in self.tensors().values():
             tensor[rows] = tensor[rows].masked_fill(gone, 0)
 
-    def append(
-        self, k: Tensor, v: Tensor, step: Step, in_graph: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor, in_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
 
         L is the longest row's length; a shorter row has 0 behind its own.
 
         Args:
-            k, v: of the new tokens.
-            step: that they belong to.
+            k, v: of the new tokens of the step.
             in_graph: a graph of the caller's will hold what comes back, such as that of a query
                 which is trained where keys and values are not.
         """
+        step = self.step
         needed = max(step.ends)
         if needed > self.capacity:
             self.reserve(max(needed, 2 * self.capacity, SMALLEST_BUFFER))
@@ -198,6 +200,37 @@ class MambaState(LayerState):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.conv, self.ssm
 
+    @property
+    def is_one_token(self) -> bool:
+        return self.step.layout.uniform_length == 1
+
+    def in_place(self) -> tuple[Tensor, Tensor]:
+        """Both states, for an op that writes the next ones into them."""
+        if self.step.window:
+            self.remember(self.step.layout.seq_idx.long(), self.step.positions)
+        self.overwritten = True
+        return self.conv, self.ssm
+
+    def pieces(self) -> Iterator[tuple[Tensor | None, SequenceLayout]]:
+        """The new tokens to scan one after the other: their places (None: all), and how they lie.
+
+        With a rollback window the states before each of the last tokens are kept on the way.
+        """
+        if not self.step.window or not self.step.layout.num_tokens:
+            yield None, self.step.layout
+            return
+        for piece in self.step.pieces:
+            self.remember(piece.rows, piece.positions)
+            yield piece.tokens, piece.layout
+
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """What came out of the pieces, token by token as they were given."""
+        return torch.cat(list(parts)).index_select(0, self.step.piece_order)
+
+    def read(self, in_graph: bool) -> dict[str, Tensor]:
+        """Both states, as a scan takes them."""
+        return {"conv_states": self.conv, "ssm_states": self.ssm}
+
     def write(self, conv: Tensor, ssm: Tensor) -> None:
         """The states after a step: in place, or as new tensors where autograd must see them."""
         tracked = torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad)
@@ -205,7 +238,7 @@ class MambaState(LayerState):
             conv, ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
             self.conv, self.ssm = kept(conv), kept(ssm)
         else:
-            self.touched = True
+            self.overwritten = True
             self.conv.copy_(conv)
             self.ssm.copy_(ssm)
 
@@ -227,13 +260,13 @@ class MambaState(LayerState):
 
     def remember(self, rows: Tensor, positions: Tensor) -> None:
         """Keep the present states of `rows` as those after `positions` tokens."""
-        self.touched = True
+        self.overwritten = True
         place = positions % self.window
         self.past_conv[rows, place] = self.conv.detach()[rows]
         self.past_ssm[rows, place] = self.ssm.detach()[rows]
 
     def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
-        if self.touched:
+        if self.overwritten:
             return False
         self.conv, self.ssm = before
         return True

@@ -63,8 +63,8 @@ class Transaction:
     def __enter__(self) -> Self:
         return self
 
-    def begin(self, layer_idx: int | None) -> tuple[LayerState, Step]:
-        """The state of a layer, which it moves on from now, and the tokens that it gets.
+    def begin(self, layer_idx: int | None) -> LayerState:
+        """The state of a layer, which it moves on from now; its `step` are the tokens.
 
         Raises:
             ValueError: a layer without state, or tokens that do not fit.
@@ -90,14 +90,14 @@ class Transaction:
         if self._has_written:
             self._has_layers = True
         state = cache.states[layer_idx]
-        state.touched = False
+        state.step, state.overwritten = step, False
         self._step = step
         self._at_work = layer_idx, state.pair()
         self._has_written = True
         cache.withheld = HALF_WAY
         cache._step = step
         cache._updated.add(layer_idx)
-        return state, step
+        return state
 
     def layer_is_done(self) -> None:
         """The result of the layer that is at work is handed on: its tokens count."""
@@ -119,7 +119,7 @@ class Transaction:
     def _new_step(self) -> Step:
         cache = self._cache
         lengths = cache.lengths
-        check_rows(self._layout, lengths, cache.device, cache.max_length)
+        check_rows(self._layout, lengths, cache.positions.device, cache.max_length)
         positions = kept(cache.positions.clone())
         return Step(self._layout.packed, lengths, positions, cache.rollback_window)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 
 import torch
 from torch import Tensor
@@ -35,18 +36,13 @@ class Step:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Tokens each row holds afterwards."""
-        return tuple(a + n for a, n in zip(self.starts, self.lengths, strict=True))
+        return tuple(map(add, self.starts, self.layout.lengths))
 
     @cached_property
     def uniform(self) -> tuple[int, int] | None:
         """`(start, length)` where all rows share them, else None."""
         pairs = set(zip(self.starts, self.lengths, strict=True))
         return next(iter(pairs)) if len(pairs) == 1 else None
-
-    @cached_property
-    def is_decode(self) -> bool:
-        """Whether every row gets exactly one token."""
-        return self.layout.uniform_length == 1
 
     @cached_property
     @ordinary  # layers of one step may be called in several modes

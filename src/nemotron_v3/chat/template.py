@@ -1,5 +1,8 @@
 """Chat templates: from messages to one text, in the dialect that checkpoints carry."""
 
+import hashlib
+import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -19,6 +22,7 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 
 MAX_TEMPLATE_BYTES = 2**20
 MAX_JSON_BYTES = 2**24
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class ChatTemplate:
@@ -73,8 +77,17 @@ class ChatTemplate:
                 f"{folder} has no chat template ({TEMPLATE_FILE}, or chat_template in "
                 f"{TOKENIZER_CONFIG_FILE}): it is no chat model; give a prompt instead"
             )
-        tokens = special_tokens(_object(folder / SPECIAL_TOKENS_FILE)) | special_tokens(about)
-        return cls(sources, tokens, name)
+        return cls(sources, read_special_tokens(folder), name)
+
+    @property
+    def marks_assistant(self) -> bool:
+        """Whether it has a `generation` tag, around what the assistant wrote."""
+        return any(_GENERATION.search(source) for source in self._sources.values())
+
+    def fingerprint(self) -> str:
+        """The same for templates that render alike: a hash of their sources and special tokens."""
+        told = json.dumps([self._sources, self._special_tokens], sort_keys=True)
+        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
     def render(
         self,
@@ -193,6 +206,19 @@ class ChatTemplate:
         # A template that trims messages took the blank behind the mark, and would have taken those
         # before it.
         return before if behind.startswith(" ") else before.rstrip()
+
+
+def read_special_tokens(folder: str | PathLike[str]) -> dict[str, str]:
+    """The special tokens' texts by name, of a checkpoint's folder; what it does not say is absent.
+
+    Raises:
+        ValueError: a file of it cannot be read.
+    """
+    files = (SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE)
+    found: dict[str, str] = {}
+    for file in files:
+        found |= special_tokens(_object(Path(folder) / file))
+    return found
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Generation(Extension):
     undefined, and so nothing, unless a render defines them.
     """
 
-    tags = {"generation"}
+    tags: set[str] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.names import LoadReport
+from nemotron_v3.checkpoint.narrow import layouts as stored_narrow
+from nemotron_v3.checkpoint.narrow.hold import empty_like, fill_narrow, holds
+from nemotron_v3.checkpoint.narrow.read import row_blocks
 from nemotron_v3.checkpoint.plan import Fill, Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.writer import blocks, same_bits, same_values
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layers.narrow import NarrowWeight
 from nemotron_v3.model.dtypes import memory_dtype
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
@@ -36,24 +40,39 @@ class _Account:
 class Ledger:
     """The tensors of a model while a checkpoint fills them, counting what was written where."""
 
-    def __init__(self, shapes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        shapes: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        narrow: Mapping[str, stored_narrow.NarrowWeight] | None = None,
+    ):
         self._shapes = {name: tensor.shape for name, tensor in shapes.items()}
         self._dtype = dtype
         self._device = device
+        self._narrow = narrow or {}
         self._accounts: dict[str, _Account] = {}
 
-    def write(self, fill: Fill, source: Tensor) -> None:
-        """Copy `source` to where `fill` says, cast once, on the device."""
+    def write(self, fill: Fill, checkpoint: Checkpoint) -> None:
+        """Bring a weight to where `fill` says, rounded once, on the device."""
         name = fill.memory
         if name not in self._accounts:
-            dtype = memory_dtype(name, self._dtype)
-            empty = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
-            self._accounts[name] = _Account(empty)
+            self._accounts[name] = _Account(self._empty(name, checkpoint))
         account = self._accounts[name]
-        target = account.tensor if fill.expert is None else account.tensor[fill.expert]
-        # A cast happens on the device, where an audit does it too.
-        target.copy_(source if source.dtype == target.dtype else source.to(self._device))
         account.writes[fill.expert] += 1
+        if isinstance(account.tensor, NarrowWeight):
+            weight = checkpoint.narrow.weights[fill.disk]
+            fill_narrow(account.tensor, checkpoint.stored, weight, fill.expert)
+            return
+        target = account.tensor if fill.expert is None else account.tensor[fill.expert]
+        checkpoint.copy_to(fill.disk, target)
+
+    def _empty(self, name: str, checkpoint: Checkpoint) -> Tensor:
+        shape, dtype = self._shapes[name], memory_dtype(name, self._dtype)
+        if name in self._narrow:
+            like = self._narrow[name]
+            return empty_like(like, checkpoint.stored, shape, dtype, self._device)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def install(self, model: nn.Module) -> None:
         """Put the filled tensors in the place of the model's; parameters keep their attributes."""
@@ -62,10 +81,11 @@ class Ledger:
             module = model.get_submodule(owner)
             old = getattr(module, leaf)
             if isinstance(old, nn.Parameter):
-                account.tensor = nn.Parameter(account.tensor, requires_grad=old.requires_grad)
+                trained = old.requires_grad and not isinstance(account.tensor, NarrowWeight)
+                account.tensor = nn.Parameter(account.tensor, requires_grad=trained)
                 vars(account.tensor).update(vars(old))
             setattr(module, leaf, account.tensor)
-            account.version = account.tensor._version
+            account.version = _version(account.tensor)
 
     def prove(self, model: nn.Module) -> None:
         """Raise `CheckpointError`, listing them, where a tensor of the model, transient buffers
@@ -82,15 +102,22 @@ class Ledger:
                 problems.append(f"{name} was filled in part, or twice")
             if tensor is not account.tensor:
                 problems.append(f"{name} is not the tensor that was filled")
-            elif tensor._version != account.version:
+            elif _version(tensor) != account.version:
                 problems.append(f"{name} was written to after it was filled")
         problems += [f"{name} is not in the model" for name in self._accounts.keys() - held.keys()]
         if problems:
             raise CheckpointError("the load cannot be proven", problems)
 
 
+def _version(tensor: Tensor) -> int:
+    """torch's count of writes, of the tensors that a narrow weight is held in."""
+    if isinstance(tensor, NarrowWeight):
+        return sum(part._version for part in tensor.parts if part is not None)
+    return tensor._version
+
+
 @torch.no_grad()
-def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
+def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike[str]) -> LoadReport:
     """Read the checkpoint in `path` again and compare every parameter, buffer and carried tensor of
     `model` with it, bit for bit after the one cast from the file's dtype to the model's.
 
@@ -108,6 +135,7 @@ def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
     layers = {old: new for new, old in enumerate(chosen)}
     tensors = tensors_of(model)
     plan = plan_load(checkpoint, tensors, layers, depth, model.config.tie_word_embeddings)
+    checkpoint.check_scales(fill.disk for fill in plan.fills)
     problems = [
         f"{fill.memory} differs from {fill.disk}"
         for fill in plan.fills
@@ -128,6 +156,12 @@ def audit(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> LoadReport:
 
 def _equal(checkpoint: Checkpoint, fill: Fill, tensor: Tensor) -> bool:
     held = tensor if fill.expert is None else tensor[fill.expert]
+    narrow = checkpoint.narrow.weights.get(fill.disk)
+    if narrow is not None and isinstance(held, NarrowWeight):
+        return holds(held, checkpoint.stored, narrow)
+    if narrow is not None:
+        read = row_blocks(checkpoint.stored, narrow, held.dtype, held.device)
+        return all(same_values(values, held[rows]) for rows, values in read)
     equal = _cast_equals(checkpoint.tensor(fill.disk), held)
     checkpoint.drop(fill.disk)
     return equal
@@ -164,7 +198,7 @@ def _compare_carried(
 def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) -> LoadReport:
     """What a load by `plan` into `tensors` did."""
     casts = Counter(
-        f"{_short(checkpoint.dtype(fill.disk))} -> {_short(tensors[fill.memory].dtype)}"
+        f"{(read := checkpoint.told_dtype(fill.disk))} -> {_held(tensors[fill.memory], read)}"
         for fill in plan.fills
     )
     return LoadReport(
@@ -173,7 +207,13 @@ def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) ->
         casts=dict(casts),
         carried=tuple(plan.carried),
         left_out=len(plan.left_out),
+        ignored=checkpoint.narrow.ignored,
+        beside=checkpoint.stored.beside,
     )
+
+
+def _held(tensor: Tensor, read: str) -> str:
+    return read if isinstance(tensor, NarrowWeight) else _short(tensor.dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -19,11 +19,19 @@ from torch import Tensor
 
 from nemotron_v3.checkpoint.audit import read_config
 from nemotron_v3.checkpoint.convert_adapter import Adapter, read_adapter
-from nemotron_v3.checkpoint.convert_pieces import Part, StoredPiece, equal_values
+from nemotron_v3.checkpoint.convert_kept import as_stored, check_kept, stored_pieces
+from nemotron_v3.checkpoint.convert_pieces import (
+    LowRank,
+    NarrowPart,
+    Part,
+    StoredPiece,
+    equal_values,
+)
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.load import check_depth, choose_layers, origin_of, skeleton
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, CheckpointOrigin, is_stack
+from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.prove_merge import MergedTensor, merged_tensors
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
@@ -49,15 +57,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    dequantise: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> "Conversion":
@@ -76,6 +85,9 @@ def convert(
         layers: the first so many layers, or the indices of some in rising order, None for all.
         adapter: the directory of a LoRA adapter in PEFT's format, which is merged: computed in fp32
             or wider, rounded once.
+        dequantise: whether weights in 8 or 4 bits are written with their values, each rounded once
+            to `dtype` (None: the config's); without it they stay as they are, byte for byte, and
+            only `max_shard_size` may be asked for.
         overwrite: whether files in `target` may be replaced.
         progress: called while tensors are read and written.
 
@@ -96,6 +108,7 @@ def convert(
         prefix=prefix,
         layers=layers,
         adapter=adapter,
+        dequantise=dequantise,
         overwrite=overwrite,
     )
     plan.run(progress)
@@ -169,7 +182,8 @@ class Conversion:
                 write_safetensors(directory / file, told, self.files.metadata[file])
             if self.files.index_metadata is not None:
                 (directory / INDEX).write_text(index_text(self.files))
-            held = read_side_files(self.checkpoint.path, self.checkpoint.directory)
+            source = self.checkpoint
+            held = read_side_files(source.path, source.directory, HF_QUANT_CONFIG in self.copied)
             write_side_files(directory, {name: held[name] for name in self.copied})
             self.config.to_json(directory / CONFIG)
             return self._prove(directory, progress)
@@ -198,7 +212,7 @@ class Conversion:
         plan_load(written, tensors_of(model), identity, depth, config.tie_word_embeddings)
         done, total, problems = 0, self.bytes, []
         for piece in self.pieces:
-            if not piece.is_written_in(written):
+            if not piece.is_written_in(written.stored):
                 problems.append(f"{piece.name} is not on the disk as it was written")
             done += nbytes(piece)
             progress("proving", done, total)
@@ -224,37 +238,51 @@ class _Told:
 
 
 def plan_conversion(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
     prefix: str | None = None,
     layers: int | Sequence[int] | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    dequantise: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
     """What `convert` would do; nothing is written. Raises `CheckpointError` as it does."""
     dtype = weight_dtype(dtype, "saved")
     checkpoint = open_checkpoint(source)
     config = read_config(checkpoint)
+    kept = bool(checkpoint.narrow) and not dequantise
+    if kept:
+        asked = {"dtype": dtype, "experts": experts, "prefix": prefix, "layers": layers}
+        check_kept(checkpoint, asked | {"adapter": adapter})
+    else:
+        config = config.of_wide_weights()
     depth, tied = config.num_hidden_layers, config.tie_word_embeddings
     check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
     if chosen is not None:
-        config = config.replace(layers_block_type=[config.layers_block_type[i] for i in chosen])
+        config = config.of_layers(chosen)
     model = skeleton(checkpoint, config, BackendConfig())
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     tensors = tensors_of(model)
     plan = plan_load(checkpoint, tensors, layer_map, depth, tied)
     _check_tied_head(checkpoint, plan)
+    if checkpoint.narrow:
+        checkpoint.check_scales(checkpoint)
     change = read_adapter(adapter, tensors, layer_map, depth) if adapter is not None else None
     origin = origin_of(checkpoint, plan, model, chosen)
+    if kept:
+        origin = as_stored(checkpoint, origin)
     spelling = Spelling.choose(origin, experts, prefix)
-    pieces = _Pieces(checkpoint, plan, spelling, change, dtype).all(tensors)
+    if kept:
+        pieces = stored_pieces(checkpoint)
+    else:
+        pieces = _Pieces(checkpoint, plan, spelling, change, dtype).all(tensors)
     files = spelling.files(pieces, max_shard_size)
-    copied, left_behind = _side_files(checkpoint.path, Path(target))
+    copied, left_behind = _side_files(checkpoint.path, Path(target), kept)
     _check_target(Path(target), copied, overwrite)
     _check_room(Path(target), sum(map(nbytes, pieces)))
     return Conversion(
@@ -296,9 +324,8 @@ class _Pieces:
             dtype = self._dtype(LM_HEAD, shape, None)
             pieces.append(StoredPiece(LM_HEAD, shape, dtype, self._parts(EMBEDDINGS, shape, None)))
         for name in self.plan.carried:
-            parts = [Part(self.checkpoint, name)]
             shape, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
-            pieces.append(StoredPiece(name, shape, dtype, parts))
+            pieces.append(StoredPiece(name, shape, dtype, [self._read(name)]))
         return pieces
 
     def _piece(self, disk: str, name: str, shape: Sequence[int], expert: int | None) -> StoredPiece:
@@ -320,14 +347,21 @@ class _Pieces:
         if not is_stack(name) or expert is not None:
             return [self._part(name, expert)]
         if (name, None) in self._stored and name not in self._changed:
-            return [Part(self.checkpoint, self._stored[name, None])]
+            return [self._read(self._stored[name, None])]
         return [self._part(name, e) for e in range(shape[0])]
 
     def _part(self, name: str, expert: int | None) -> Part:
         update = self.adapter.updates.get((name, expert)) if self.adapter else None
         if (name, expert) in self._stored:
-            return Part(self.checkpoint, self._stored[name, expert], update=update)
-        return Part(self.checkpoint, self._stored[name, None], expert, update)
+            return self._read(self._stored[name, expert], update=update)
+        return self._read(self._stored[name, None], expert, update)
+
+    def _read(self, disk: str, expert: int | None = None, update: LowRank | None = None) -> Part:
+        """What is read of the weight that the checkpoint calls `disk`."""
+        stored, narrow = self.checkpoint.stored, self.checkpoint.narrow.weights.get(disk)
+        if narrow is None:
+            return Part(stored, disk, expert, update)
+        return NarrowPart(stored, disk, update=update, weight=narrow)
 
     @cached_property
     def _changed(self) -> frozenset[str]:
@@ -349,16 +383,19 @@ def _check_tied_head(checkpoint: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _side_files(source: Path, target: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _side_files(
+    source: Path, target: Path, narrow: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of what lies beside the weights of `source`: files that are copied, and what is not.
 
     Directories end in a slash.
     """
     if target.exists() and source.samefile(target):
-        return (), ()
+        stays = narrow and (source / HF_QUANT_CONFIG).exists()
+        return (HF_QUANT_CONFIG,) if stays else (), ()
     held = {path.name for path in source.iterdir() if path.is_file()}
     own = {name for name in held if name in (CONFIG, INDEX) or name.endswith(".safetensors")}
-    copied = names_in(source)
+    copied = names_in(source, narrow)
     hidden = {name for name in held if name.startswith(".")}
     folders = {f"{path.name}/" for path in source.iterdir() if path.is_dir()}
     folders = {n for n in folders if not n.startswith(".") and n != f"{MORE_TEMPLATES}/"}
@@ -395,13 +432,12 @@ def _may_overflow(piece: StoredPiece) -> bool:
         return False
     if piece.merged and piece.dtype == torch.float16:
         return True
-    held = {part.source.dtype(part.name) for part in piece.parts}
+    held = {part.dtype for part in piece.parts}
     return any(torch.finfo(dtype).max > torch.finfo(piece.dtype).max for dtype in held)
 
 
 def _dtypes_read(piece: StoredPiece) -> str:
-    held = {part.source.dtype(part.name) for part in piece.parts}
-    return ", ".join(sorted(map(_short, held)))
+    return ", ".join(sorted({part.told_dtype for part in piece.parts}))
 
 
 def _short(dtype: torch.dtype) -> str:

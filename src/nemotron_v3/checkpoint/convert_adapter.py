@@ -76,7 +76,7 @@ class Adapter:
 
 
 def read_adapter(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     destinations: Mapping[str, Tensor],
     layers: Mapping[int, int],
     depth: int,

@@ -4,13 +4,15 @@ Letters: O rows of a weight (its outputs), I columns (its inputs), r rank of an 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight
+from nemotron_v3.checkpoint.narrow.read import row_blocks
 from nemotron_v3.checkpoint.writer import blocks, same_bits
 
 BLOCK = 2**20  # elements handled at once: 4 MiB in fp32
@@ -61,6 +63,16 @@ class Part:
     update: LowRank | None = None
     replaces: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that `blocks` gives, before an update."""
+        return self.source.dtype(self.name)
+
+    @property
+    def told_dtype(self) -> str:
+        """What is read, in a word."""
+        return str(self.dtype).removeprefix("torch.")
+
     def blocks(self) -> Iterator[Tensor]:
         """Its elements in order, as flat tensors of at most `BLOCK` elements or one row. What is
         behind a block is let go when the next one is asked for."""
@@ -77,6 +89,27 @@ class Part:
         for start in range(0, tensor.shape[0], rows):
             yield self.update.rows(tensor[start : start + rows], start).reshape(-1)
             self.source.drop(self.name)
+
+
+@dataclass(frozen=True)
+class NarrowPart(Part):
+    """A weight that `source`, a checkpoint's stored tensors, holds in 8 or 4 bits: its values, in
+    fp32."""
+
+    weight: NarrowWeight = field(kw_only=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def told_dtype(self) -> str:
+        return self.weight.layout
+
+    def blocks(self) -> Iterator[Tensor]:
+        for rows, values in row_blocks(self.source, self.weight, self.dtype, most=BLOCK):
+            changed = self.update.rows(values, rows.start) if self.update else values
+            yield changed.reshape(-1)
 
 
 @dataclass(frozen=True)

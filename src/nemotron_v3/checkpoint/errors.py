@@ -14,7 +14,7 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, summary: str, problems: Iterable[str] = ()):
-        self.problems = tuple(problems)
+        self.problems: tuple[str, ...] = tuple(problems)
         lines = [_short(summary), *(f"  - {_short(text)}" for text in self.problems[:SHOWN])]
         if len(self.problems) > SHOWN:
             lines.append(f"  ... and {len(self.problems) - SHOWN} more, in this error's .problems")

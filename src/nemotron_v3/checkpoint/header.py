@@ -32,6 +32,7 @@ WEIGHT_DTYPES = {
     "F64": torch.float64,
 }
 TORCH_DTYPES = WEIGHT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -70,6 +71,10 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @overload

@@ -1,6 +1,7 @@
 """From a checkpoint on disk to a model in memory, tensor by tensor."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ from nemotron_v3.checkpoint.audit import Ledger, read_config, report, tied_head_
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import weight_dtype
 from nemotron_v3.checkpoint.names import CheckpointOrigin, majority_dtype, to_disk, to_memory
+from nemotron_v3.checkpoint.narrow.hold import held_narrow
 from nemotron_v3.checkpoint.plan import Plan, plan_load, tensors_of
 from nemotron_v3.checkpoint.reader import Checkpoint, open_with_side_files
+from nemotron_v3.checkpoint.save_kept import as_held
 from nemotron_v3.checkpoint.side_files import read_generation_config
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -20,16 +23,18 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.inference_mode(False)
 @torch.no_grad()
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: BackendConfig | None = None,
     layers: int | Sequence[int] | None = None,
+    narrow: bool = False,
 ) -> NemotronV3ForCausalLM:
     """The model in the checkpoint directory `path`, in eval mode.
 
     The model is built without storage; then each tensor is read from the memory-mapped file
-    straight into its place on `device`, cast once. Host memory beyond the model itself stays below
+    straight into its place on `device`, cast once; of weights in 8 or 4 bits the codes are, and
+    get their values there. Host memory beyond the model itself stays below
     one shard. Every parameter and buffer is proven to come from the file: what was proven is in
     `model.checkpoint_origin.report`. `mtp.*` tensors are not built in: `model.mtp` holds them, on
     the CPU, backed by the file. `model.generation_config` is what generation_config.json says, and
@@ -44,30 +49,47 @@ def from_pretrained(
         backend: a `BackendConfig`, a foreign one, or None for the default.
         layers: the first so many layers, or the indices of some in rising order, None for all; the
             model and its config then are those of the smaller model.
+        narrow: whether weights that the file holds in 8 or 4 bits stay so in memory: frozen
+            `nemotron_v3.layers.narrow.NarrowWeight`s, which have their values, in `dtype`, one
+            layer at a time as they are used. A stack whose experts are of several layouts is
+            loaded wide all the same; `checkpoint_origin.report.casts` tells.
 
     Raises:
-        CheckpointError (a ValueError): nothing there, or a truncated, foreign, pickled or quantised
-            file; names, shapes or dtypes that are not those of the config, all listed.
+        CheckpointError (a ValueError): nothing there, or a truncated, foreign or pickled file;
+            weights in 8 or 4 bits of an unknown layout, or with scales that cannot be; names,
+            shapes or dtypes that are not those of the config, all listed.
         ValueError: a dtype or layers that cannot be.
     """
     dtype = weight_dtype(dtype, "loaded")
-    checkpoint, side_files = open_with_side_files(path)
+    checkpoint, side_files = open_with_side_files(path, narrow)
     generation_config = read_generation_config(side_files, checkpoint.path)
     config = read_config(checkpoint)
+    config = config if narrow else config.of_wide_weights()
     depth = config.num_hidden_layers
     check_depth(checkpoint, depth)
     chosen = choose_layers(layers, depth)
     dtype = _choose_dtype(dtype, config, checkpoint)
     device = torch.device(device) if device is not None else torch.get_default_device()
     if chosen is not None:
-        config = config.replace(layers_block_type=[config.layers_block_type[i] for i in chosen])
+        config = config.of_layers(chosen)
     model = skeleton(checkpoint, config, BackendConfig.from_any(backend))
     layer_map = {old: new for new, old in enumerate(chosen if chosen is not None else range(depth))}
     destinations = tensors_of(model)
     plan = plan_load(checkpoint, destinations, layer_map, depth, config.tie_word_embeddings)
-    ledger = Ledger(destinations, dtype, device)
+    checkpoint.check_scales(checkpoint)
+    if config.num_nextn_predict_layers and not plan.carried:
+        warnings.warn(
+            f"{path}: config.json promises multi-token prediction, and no tensor is called mtp.*: "
+            "the model is loaded without it",
+            stacklevel=2,
+        )
+    stay = {}
+    if narrow:
+        shapes = {name: tensor.shape for name, tensor in destinations.items()}
+        stay = held_narrow(plan.fills, checkpoint.narrow.weights, shapes)
+    ledger = Ledger(destinations, dtype, device, stay)
     for fill in plan.fills:
-        ledger.write(fill, checkpoint.tensor(fill.disk))
+        ledger.write(fill, checkpoint)
         checkpoint.drop(fill.disk)
     ledger.install(model)
     ledger.prove(model)
@@ -78,6 +100,8 @@ def from_pretrained(
         )
     model.mtp = {name: checkpoint.tensor(name) for name in plan.carried} or None
     origin = origin_of(checkpoint, plan, model, chosen)
+    if stay:
+        origin = as_held(checkpoint, origin)
     model.checkpoint_origin = replace(origin, side_files=side_files)
     model.generation_config = generation_config
     return model.eval()
@@ -148,7 +172,9 @@ def origin_of(
     written |= {name: name for name in plan.carried}
     if plan.tied_head:
         written[plan.tied_head] = plan.tied_head
-    shards = checkpoint.shards if chosen is None else {}
+    # What is loaded from several tensors is saved as one.
+    as_read = chosen is None and not checkpoint.narrow.weights and not checkpoint.stored.outer
+    shards = checkpoint.shards if as_read else {}
     return CheckpointOrigin(
         path=checkpoint.path,
         prefix=plan.prefix,

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from nemotron_v3.checkpoint.narrow.layouts import Narrow
 
 PREFIXES = ("backbone.", "model.")
 EXPERTS = ("per_expert", "fused")
@@ -145,8 +148,10 @@ class LoadReport:
     """What a load, or an audit of one, proved.
 
     `tensors` on disk that fill the model, `elements` in them; `casts` counts tensors on disk by
-    "dtype on disk -> dtype in memory", equal dtypes included; `carried` names the `mtp.*` tensors,
-    `left_out` counts those of layers that were not asked for.
+    "dtype on disk -> dtype in memory", equal dtypes included ("nvfp4" and "fp8" name the layouts of
+    weights of several tensors, each counted once); `carried` names the `mtp.*` tensors, `left_out`
+    counts those of layers that were not asked for, `ignored` names scales of activations and of a
+    cache in 8 bits, which change nothing here, `beside` the tensors of other modes than text.
     """
 
     tensors: int
@@ -154,6 +159,8 @@ class LoadReport:
     casts: Mapping[str, int]
     carried: tuple[str, ...] = ()
     left_out: int = 0
+    ignored: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,9 @@ class CheckpointOrigin:
     whose head is its embedding matrix has both on disk. `layers` are the layers that were loaded,
     as the files count them, None for all; with some left out, names are those of the smaller model
     and `shards` is empty. `side_files` are the contents of the files that are saved with the model.
+    Where weights stay in 8 or 4 bits, `narrow` says which tensors each is made of, the names are
+    those of the stored tensors, and `companions` has those that no tensor of the model holds, or
+    holds in another shape, backed by the file.
     """
 
     path: Path
@@ -180,3 +190,5 @@ class CheckpointOrigin:
     layers: tuple[int, ...] | None
     report: LoadReport
     side_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    narrow: Narrow | None = field(default=None, repr=False)
+    companions: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

@@ -1,14 +1,12 @@
-"""What is refused by name, with what to use instead: quantised releases and pickles."""
+"""What is refused by name, with what to use instead: damaged narrow weights and pickles."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.header import Entry
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SCALES = ("_scale", "_scale_2", "_scale_inv", ".scale", ".qweight", ".qzeros", "_zero_point")
 
 # (hidden size, layers, longest context) -> the release in BF16; None: any length.
 _BF16_RELEASES = {
@@ -22,36 +20,14 @@ _BF16_RELEASES = {
 }
 
 
-def refuse_quantised_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where the files beside the weights say that they are quantised."""
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        told = f" (quant_method {method})" if isinstance(method, str) else ""
-        _refuse(directory, config, f"its config.json has a quantization_config{told}")
-    if (directory / "hf_quant_config.json").exists():
-        _refuse(directory, config, "it has a hf_quant_config.json")
-
-
-def refuse_quantised_tensors(
-    directory: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Entry]]
-) -> None:
-    """Raise `CheckpointError` where tensors are in 4 to 8 bits or come with scales."""
-    found = [
-        f"{name} ({entry.dtype})"
-        for name, entry in tensors
-        if entry.dtype.startswith(("F4", "F6_", "F8_")) or name.endswith(_SCALES)
-    ]
-    if found:
-        _refuse(
-            directory, config, f"it holds {len(found)} quantised tensors or scales, as {found[0]}"
-        )
-
-
-def _refuse(directory: Path, config: Mapping[str, Any], why: str) -> None:
+def refuse_narrow(
+    directory: Path, config: Mapping[str, Any], why: str, problems: Iterable[str] = ()
+) -> NoReturn:
+    """Raise `CheckpointError` for weights in 8 or 4 bits that cannot be read, and say what can."""
     raise CheckpointError(
-        f"{directory} is a quantised release: {why}. Only BF16, FP16 and FP32 weights are read "
-        f"here: use {_bf16_release(config)} instead"
+        f"{directory} has quantised weights that cannot be read: {why}. Fetch the files again, or "
+        f"use {_bf16_release(config)} instead",
+        problems,
     )
 
 

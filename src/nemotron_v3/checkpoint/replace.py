@@ -30,6 +30,8 @@ except ImportError:  # Windows: two processes saving to one directory are not to
 
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
+from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
+from nemotron_v3.config.atomic import sync
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -91,8 +93,8 @@ def replacing(directory: Path) -> Iterator[Path]:
             saving.mkdir()
             yield saving
             for file in saving.rglob("*"):
-                _sync(file)
-            _sync(saving)
+                sync(file)
+            sync(saving)
             saving.rename(whole)
         except BaseException:
             shutil.rmtree(saving, ignore_errors=True)
@@ -100,14 +102,14 @@ def replacing(directory: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     directory.rmdir()
             raise
-        _sync(directory)
+        sync(directory)
         _install(directory, whole)
 
 
 def _install(directory: Path, whole: Path) -> None:
     """Put the files of `whole` in place; can be begun again after a kill at any moment."""
     (directory / CONFIG).unlink(missing_ok=True)
-    _sync(directory)
+    sync(directory)
     for name in _weights(directory):
         (directory / name).unlink(missing_ok=True)
     for file in whole.iterdir():
@@ -115,9 +117,9 @@ def _install(directory: Path, whole: Path) -> None:
             _install_folder(file, directory / file.name)
         elif file.name != CONFIG:
             _link(file, directory / file.name)
-    _sync(directory)
+    sync(directory)
     _link(whole / CONFIG, directory / CONFIG)
-    _sync(directory)
+    sync(directory)
     shutil.rmtree(whole)
 
 
@@ -126,18 +128,19 @@ def _install_folder(whole: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for file in whole.iterdir():
         _link(file, folder / file.name)
-    _sync(folder)
+    sync(folder)
 
 
 def _weights(directory: Path) -> list[str]:
-    """The weights of the checkpoint in `directory`; the index that names them comes last."""
+    """The weights of the checkpoint in `directory` and what tells their formats; the index that
+    names them comes last."""
     names = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
     if (directory / INDEX).exists():
         with contextlib.suppress(CheckpointError):
             listed = read_json(directory / INDEX).get("weight_map")
             if isinstance(listed, dict):
                 names.update(file for file in listed.values() if is_plain_name(file))
-    return [*sorted(names), SINGLE, INDEX]
+    return [*sorted(names), SINGLE, HF_QUANT_CONFIG, INDEX]
 
 
 def _check_names(directory: Path) -> None:
@@ -171,19 +174,8 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         copy = target.with_name(f"{_SAVING}{target.name}")
         shutil.copyfile(source, copy)
-        _sync(copy)
+        sync(copy)
         copy.replace(target)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's bytes, or the directory's names, are on the disk."""
-    # Some file systems, and Windows, have no such thing for a directory.
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from nemotron_v3.checkpoint.header import (
 from nemotron_v3.checkpoint.names import EMBEDDINGS, LM_HEAD, is_carried
 from nemotron_v3.checkpoint.plan import tensors_of
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, replacing
+from nemotron_v3.checkpoint.save_kept import check_held, held_pieces, ignored_pieces
 from nemotron_v3.checkpoint.side_files import side_files_to_write, write_side_files
 from nemotron_v3.checkpoint.spelling import (
     Spelling,
@@ -24,6 +25,7 @@ from nemotron_v3.checkpoint.spelling import (
     index_text,
 )
 from nemotron_v3.checkpoint.writer import Piece, survives, write_safetensors
+from nemotron_v3.layers.narrow import NarrowWeight
 from nemotron_v3.model.dtypes import memory_dtype
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
@@ -31,7 +33,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 @torch.no_grad()
 def save_pretrained(
     model: NemotronV3ForCausalLM,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
     experts: str | None = None,
@@ -77,10 +79,13 @@ def save_pretrained(
     dtype = weight_dtype(dtype, "saved")
     tensors = tensors_of(model)
     _check_complete(model, tensors)
+    asked = {"dtype": dtype, "experts": experts, "prefix": prefix}
+    check_held(tensors, model.checkpoint_origin, asked)
     pieces = [p for name, t in tensors.items() for p in _pieces(spelling, name, t, dtype)]
     if model.config.tie_word_embeddings and spelling.writes_tied_head():
         pieces.append(_piece(spelling, LM_HEAD, LM_HEAD, tensors[EMBEDDINGS], dtype))
     pieces += [Piece(name, tensor, tensor.dtype) for name, tensor in (model.mtp or {}).items()]
+    pieces += ignored_pieces(model.checkpoint_origin)
     files = spelling.files(pieces, max_shard_size)
     origin = model.checkpoint_origin
     came_with = {} if origin is None else origin.side_files
@@ -99,6 +104,8 @@ def _pieces(
     spelling: Spelling, name: str, tensor: Tensor, dtype: torch.dtype | None
 ) -> list[Piece]:
     """What is written for the tensor `name` of the model."""
+    if isinstance(tensor, NarrowWeight):
+        return list(held_pieces(spelling, name, tensor))
     names = spelling.names(name, tensor.shape)
     return [
         _piece(spelling, disk, name, tensor if expert is None else tensor[expert], dtype, expert)
@@ -134,7 +141,7 @@ def _check_complete(model: NemotronV3ForCausalLM, tensors: Mapping[str, Tensor])
             problems.append(f"{name} is {told}")
         elif tensor.is_meta:
             problems.append(f"{name} is on the meta device and has no values")
-        elif type(tensor) not in (Tensor, nn.Parameter):
+        elif type(tensor) not in (Tensor, nn.Parameter, NarrowWeight):
             problems.append(f"{name} is a {type(tensor).__name__}: gather it into a plain tensor")
         elif tensor.dtype not in WEIGHT_DTYPES.values():
             problems.append(f"{name} is {tensor.dtype}: cast it to one of {WEIGHT_DTYPE_NAMES}")

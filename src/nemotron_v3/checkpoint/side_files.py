@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.config.files import exists, parse_object, read_bytes
 
 GENERATION_CONFIG = "generation_config.json"
@@ -25,13 +26,15 @@ MAX_BYTES = 2**28
 MAX_TEMPLATES = 100
 
 
-def names_in(directory: Path) -> tuple[str, ...]:
-    """The side files in a directory, as paths below it.
+def names_in(directory: Path, narrow: bool = False) -> tuple[str, ...]:
+    """The side files in a directory, as paths below it; with `narrow` what speaks of weights in 8
+    or 4 bits is one.
 
     Raises:
         CheckpointError: more chat templates than any checkpoint has.
     """
-    names = [name for name in SIDE_FILES if exists(directory / name)]
+    known = (*SIDE_FILES, HF_QUANT_CONFIG) if narrow else SIDE_FILES
+    names = [name for name in known if exists(directory / name)]
     if (directory / MORE_TEMPLATES).is_dir():
         more = sorted(path.name for path in (directory / MORE_TEMPLATES).glob("*.jinja"))
         if len(more) > MAX_TEMPLATES:
@@ -40,8 +43,9 @@ def names_in(directory: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_side_files(path: Path, directory: Path) -> dict[str, bytes]:
-    """The side files of the checkpoint that was opened as `path` and lies in `directory`.
+def read_side_files(path: Path, directory: Path, narrow: bool = False) -> dict[str, bytes]:
+    """The side files (see `names_in`) of the checkpoint that was opened as `path` and lies in
+    `directory`.
 
     They are two where an interrupted save left the checkpoint; what it was to replace counts where
     it brought nothing in its place.
@@ -50,8 +54,8 @@ def read_side_files(path: Path, directory: Path) -> dict[str, bytes]:
         CheckpointError: one is no regular file, or too large.
         OSError: one cannot be read.
     """
-    places = {name: path / name for name in names_in(path)}
-    places |= {name: directory / name for name in names_in(directory)}
+    places = {name: path / name for name in names_in(path, narrow)}
+    places |= {name: directory / name for name in names_in(directory, narrow)}
     found = {}
     for name, place in places.items():
         limit = MAX_GENERATION_CONFIG_BYTES if name == GENERATION_CONFIG else MAX_BYTES

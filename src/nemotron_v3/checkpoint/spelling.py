@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -133,7 +133,7 @@ def _new_files(pieces: Sequence[Written], limit: int) -> Files[Written]:
     )
 
 
-def index_text(files: Files) -> str:
+def index_text(files: Files[Any]) -> str:
     """The content of model.safetensors.index.json."""
     places = {piece.name: file for file, shard in files.shards.items() for piece in shard}
     content = {"metadata": files.index_metadata, "weight_map": places}

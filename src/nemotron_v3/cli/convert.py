@@ -45,6 +45,9 @@ class Convert:
     """only these, such as 0-3,7; they are renumbered from 0"""
     adapter: Path | None = None
     """folder of a LoRA adapter in PEFT's format, to merge"""
+    dequantise: bool = False
+    """write weights in 8 or 4 bits with their values; without it they stay as they are, and only
+    max_shard_size may be asked for"""
     dry_run: bool = False
     """show what would be done, and write nothing"""
     overwrite: bool = False
@@ -83,6 +86,7 @@ class Convert:
             prefix=f"{self.prefix}." if self.prefix else None,
             layers=None if self.layers is None else parse_layers(self.layers),
             adapter=self.adapter,
+            dequantise=self.dequantise,
             overwrite=self.overwrite,
         )
 
@@ -141,7 +145,7 @@ def plan_table(plan: "Conversion") -> "Table":
     written = majority_dtype((p.dtype, numel(p)) for p in plan.pieces)
     rows = [
         ("folder", str(checkpoint.path), str(plan.target)),
-        ("tensors", f"{len(checkpoint):,}", f"{len(plan.pieces):,}"),
+        ("tensors", f"{len(checkpoint.stored):,}", f"{len(plan.pieces):,}"),
         ("bytes", f"{_read_bytes(plan):,}", f"{plan.bytes:,}"),
         ("files", f"{len(checkpoint.shards):,}", f"{len(plan.files.shards):,}"),
         ("prefix", origin.prefix, plan.prefix),
@@ -209,8 +213,9 @@ def _projection(name: str) -> str:
 
 
 def _read_bytes(plan: "Conversion") -> int:
-    checkpoint = plan.checkpoint
-    return sum(checkpoint.numel(n) * checkpoint.dtype(n).itemsize for n in checkpoint)
+    """As they are stored, whatever width they are read in."""
+    stored = plan.checkpoint.stored
+    return sum(entry.end - entry.begin for entry in map(stored.entry, stored))
 
 
 def _layers_read(plan: "Conversion") -> str:

@@ -20,6 +20,7 @@ VERBS = {
     "demo": "Demo",
     "generate": "Generate",
     "inspect": "Inspect",
+    "train": "Train",
     "completion": "Completion",
 }
 

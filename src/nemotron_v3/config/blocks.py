@@ -28,19 +28,30 @@ def canonical_block_type(name: str) -> str:
     )
 
 
+# Letters of Megatron-LM's hybrid models that no release has used, and what they stand for.
+NEWER = {
+    "G": "a Gated DeltaNet block",
+    "D": "a block of sparse attention",
+    "+": "a block of multi-head latent attention",
+    "/": "the border of multi-token prediction, which mtp_hybrid_override_pattern tells here",
+}
+PIPELINE_CUT = "|"  # between two blocks, where Megatron-LM changes the process
+
+
 def parse_pattern(name: str, pattern: str) -> tuple[str, ...]:
     """The block types that a pattern string such as `"MEM*-"` stands for.
 
     `name` is what the error calls the string. Raises `ValueError` with the letter and its
-    position (counted from 0).
+    position (counted from 0). `|`, a cut of a pipeline, is no block.
     """
     for position, letter in enumerate(pattern):
-        if letter not in PATTERN:
+        if letter not in PATTERN and letter != PIPELINE_CUT:
+            told = f" ({NEWER[letter]})" if letter in NEWER else ""
             raise ValueError(
-                f"{name} has {letter!r} at position {position} of {pattern!r}: "
+                f"{name} has {letter!r} at position {position} of {pattern!r}{told}: "
                 f"the pattern letters are {_LEGEND}"
             )
-    return tuple(PATTERN[letter] for letter in pattern)
+    return tuple(PATTERN[letter] for letter in pattern if letter != PIPELINE_CUT)
 
 
 def to_pattern(blocks: Iterable[str]) -> str:

@@ -1,7 +1,14 @@
 """Contradictions between the settings of a model, each with the way out."""
 
+import copy
+from typing import TypeVar
+
 from nemotron_v3.config.blocks import to_pattern
+from nemotron_v3.config.puzzle import BlockConfig, check_entries
 from nemotron_v3.config.settings import ModelSettings
+from nemotron_v3.config.spelling import put
+
+Settings = TypeVar("Settings", bound=ModelSettings)
 
 _EXPERT_SIZES = (
     "n_routed_experts",
@@ -30,10 +37,37 @@ def check(config: ModelSettings, num_hidden_layers: int | None, untyped: bool) -
             f"time_step_min {config.time_step_min} is above time_step_max {config.time_step_max}: "
             "swap or correct them"
         )
-    if config.has_experts and not untyped:
-        check_expert_sizes(config)
-    if config.n_routed_experts:
-        _check_experts(config)
+    for one in sized(config, untyped):
+        if one.has_experts and not untyped:
+            check_expert_sizes(one)
+        if one.n_routed_experts:
+            _check_experts(one)
+
+
+def sized(config: ModelSettings, untyped: bool) -> list[ModelSettings]:
+    """The config once for all blocks, or for each that has experts of its own."""
+    entries = (("block_configs", config.layers_block_type),)
+    if config.num_nextn_predict_layers:
+        entries += (("mtp_block_configs", config.mtp_layers_block_type),)
+    found: list[ModelSettings] = []
+    alike = not config.block_configs
+    for key, blocks in entries:
+        own = getattr(config, key)
+        if own:
+            if not untyped:
+                check_entries(key, own, blocks, config)
+            found += [with_sizes(config, e) for e in own if e.block_type == "moe"]
+        else:
+            alike = alike or "moe" in blocks
+    return [config, *found] if alike else found
+
+
+def with_sizes(config: Settings, entry: BlockConfig) -> Settings:
+    """`config`, with the sizes of one block for all."""
+    one = copy.copy(config)
+    for name, value in (*entry.sizes, ("block_configs", ()), ("mtp_block_configs", ())):
+        put(one, name, value)
+    return one
 
 
 def _check_depth(config: ModelSettings, told: int | None, untyped: bool) -> None:

@@ -12,7 +12,7 @@ import stat
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 32 * 2**20
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 16 * 2**20  # the largest release in 4 bits names 49,344 modules in its own
 DEEPEST = 64  # objects and lists inside one another; what is deeper cannot be copied or written
 
 _KINDS = (
@@ -23,10 +23,11 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON spells one, alone or in a pair
-_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")  # of UTF-8 and UTF-16
+UTF8_MARK = b"\xef\xbb\xbf"
+_MARKS = (UTF8_MARK, b"\xff\xfe", b"\xfe\xff")  # of UTF-8 and UTF-16
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """The regular file `path`, or the one that a link leads to, opened to be read.
 
     Raises:
@@ -48,7 +49,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         raise
 
 
-def exists(path: str | os.PathLike) -> bool:
+def exists(path: str | os.PathLike[str]) -> bool:
     """Whether something that can be looked at stands at `path`, of whatever kind."""
     try:
         os.stat(path)
@@ -57,7 +58,7 @@ def exists(path: str | os.PathLike) -> bool:
     return True
 
 
-def read_bytes(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of the regular file `path`.
 
     Raises:
@@ -73,7 +74,7 @@ def read_bytes(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> bytes:
     return raw
 
 
-def read_text(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> str:
     """The text of the regular file `path`, in UTF-8.
 
     Raises:
@@ -83,8 +84,8 @@ def read_text(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> str:
     return _decode(read_bytes(path, limit), str(path))
 
 
-def read_object(path: str | os.PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in the regular file `path`, in UTF-8 without a byte order mark.
+def read_object(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in the regular file `path`, in UTF-8, with its byte order mark or without.
 
     Raises:
         ValueError: no regular file, more than `limit` bytes, or what `parse_object` refuses.
@@ -106,6 +107,7 @@ def parse_object(raw: bytes | str, where: str) -> dict[str, Any]:
     """
     # A str may hold half a pair by itself, which is told below as the escape is.
     raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+    raw = raw.removeprefix(UTF8_MARK)
     if raw.count(b"[") + raw.count(b"{") > len(raw) // 8 + 16:
         raise ValueError(f"{where}: mostly brackets, not the JSON of a model")
     text = _decode(raw, where)
@@ -123,7 +125,7 @@ def parse_object(raw: bytes | str, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_regular(found: os.stat_result, path: str | os.PathLike) -> None:
+def _check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if stat.S_ISREG(found.st_mode):
         return
     kind = next((name for test, name in _KINDS if test(found.st_mode)), "no file")

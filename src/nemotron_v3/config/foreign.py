@@ -18,8 +18,8 @@ _KEY_SIZES = ("num_key_value_heads", "num_attention_heads", "head_dim")
 
 # Fields of a model's config, by the part that reads them.
 READ_BY: dict[str, tuple[str, ...]] = {
-    "types": ("layers_block_type",),
-    "block": (*_LAYER, "layer_norm_epsilon", "residual_in_fp32", "hidden_dropout"),
+    "types": ("layers_block_type", "block_configs"),
+    "block": (*_LAYER, "block_configs", "layer_norm_epsilon", "residual_in_fp32", "hidden_dropout"),
     "attention": (
         *(*_LAYER, *_KEY_SIZES, "attention_bias", "attention_dropout", "sliding_window"),
     ),

@@ -4,20 +4,29 @@ import dataclasses
 import errno
 import json
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from nemotron_v3.config import values
+from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.config.blocks import to_pattern
-from nemotron_v3.config.checks import check
+from nemotron_v3.config.checks import check, with_sizes
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
+from nemotron_v3.config.meaning import MEANINGS, check_meanings
 from nemotron_v3.config.presets import preset_values
+from nemotron_v3.config.puzzle import mlp_widths, of_mlp_widths
 from nemotron_v3.config.settings import ModelSettings
-from nemotron_v3.config.source import Source, Untyped, mend_text, plain_json
+from nemotron_v3.config.source import (
+    Source,
+    Untyped,
+    cut_text,
+    mend_text,
+    of_text_model,
+    plain_json,
+)
 from nemotron_v3.config.spelling import (
     MISSING,
     attribute,
@@ -34,7 +43,10 @@ from nemotron_v3.config.spelling import (
 from nemotron_v3.config.trainers import AskedByTrainers
 
 ARCHITECTURE = "NemotronHForCausalLM"
+PUZZLE_ARCHITECTURE = "NemotronHPuzzleForCausalLM"
 MODEL_TYPE = "nemotron_h"
+PUZZLE = "nemotron_h_puzzle"  # blocks with sizes of their own
+QUANTIZATION_CONFIG = "quantization_config"  # of a checkpoint's tensors, which reads it
 
 
 @settings_class
@@ -55,6 +67,8 @@ class NemotronV3Config(ModelSettings):
         settle(self)
         if hybrid_override_pattern is not None:
             self._take_pattern(hybrid_override_pattern)
+        if self.block_configs and not self.layers_block_type:
+            put(self, "layers_block_type", tuple(b.block_type for b in self.block_configs))
         if self.num_key_value_heads is None:
             put(self, "num_key_value_heads", self.num_attention_heads)
         told = values.optional(values.whole(0)).read("num_hidden_layers", num_hidden_layers)
@@ -132,11 +146,11 @@ class NemotronV3Config(ModelSettings):
         return cls._from_source(Source(plain_json(data)))
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> Self:
+    def from_json(cls, path: str | os.PathLike[str]) -> Self:
         """The config in a JSON file, or in the `config.json` of a directory.
 
         Raises `FileNotFoundError`, or `ValueError` with the file's name: no config, more than
-        1 MiB, or no regular file.
+        16 MiB, or no regular file.
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
@@ -154,22 +168,38 @@ class NemotronV3Config(ModelSettings):
 
     @classmethod
     def _from_source(cls, source: Source) -> Self:
+        source = of_text_model(source)
         told = source.data.get("model_type", MODEL_TYPE)
-        if told != MODEL_TYPE:
-            raise ValueError(f"model_type is {told!r}: only {MODEL_TYPE!r} models are read here")
+        if told not in (MODEL_TYPE, PUZZLE):
+            raise ValueError(
+                f"model_type is {told!r}: only {MODEL_TYPE!r} and {PUZZLE!r} models are read here"
+            )
         check_dropout(source.data)
-        check_keys(settings_of(cls), source.data, also={"num_hidden_layers"})
+        check_meanings(source.data)
+        also = {"num_hidden_layers", "mtp_n_routed_experts", QUANTIZATION_CONFIG, *MEANINGS}
+        check_keys(settings_of(cls), source.data, also=also)
         return cls._parsed(source)
 
     @classmethod
     def _parsed(cls, source: Source) -> Self:
-        told = read_mapping(settings_of(cls), source.data)
+        data = dict(source.data)
+        widths = data.pop("intermediate_size") if _has_mlp_widths(data) else None
+        told = read_mapping(settings_of(cls), data)
+        if widths is not None:
+            if told.get("block_configs"):
+                raise ValueError("intermediate_size is a list beside block_configs: give one")
+            blocks = told.get("layers_block_type", ())
+            told["block_configs"] = of_mlp_widths(blocks, widths)
+        for entry in told.get("mtp_block_configs", ()):
+            for name, value in entry.sizes:  # for the model too, where it says nothing itself
+                if source.data.get(name) is None:
+                    told[name] = value
         return cls(**told, num_hidden_layers=source.data.get("num_hidden_layers"), _origin=source)
 
     # Else a trainer gets as far as setting `use_cache` of a frozen config, or further.
-    get_text_config = AskedByTrainers()
-    _name_or_path = AskedByTrainers()
-    num_labels = AskedByTrainers()
+    get_text_config: ClassVar[AskedByTrainers] = AskedByTrainers()
+    _name_or_path: ClassVar[AskedByTrainers] = AskedByTrainers()
+    num_labels: ClassVar[AskedByTrainers] = AskedByTrainers()
 
     # ------------------------------------------------------------------------- changing and writing
 
@@ -185,6 +215,33 @@ class NemotronV3Config(ModelSettings):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return type(self)(**fields | changes)
 
+    def of_block(self, index: int) -> Self:
+        """The config of one block: this one, with the sizes that are the block's own for all."""
+        return with_sizes(self, self.block_configs[index]) if self.block_configs else self
+
+    def of_mtp_block(self, index: int) -> Self:
+        """The same, of a block of multi-token prediction."""
+        own = self.mtp_block_configs
+        return with_sizes(self, own[index]) if own else self
+
+    def of_layers(self, layers: Sequence[int]) -> Self:
+        """The config of a model of some of the blocks, in their order."""
+        changes: dict[str, Any] = {"layers_block_type": [self.layers_block_type[i] for i in layers]}
+        if self.block_configs:
+            changes["block_configs"] = tuple(self.block_configs[i] for i in layers)
+        return self.replace(**changes)
+
+    def of_wide_weights(self) -> Self:
+        """This config without what its file says of weights in 8 or 4 bits."""
+        source = self._origin
+        if not isinstance(source, Source) or QUANTIZATION_CONFIG not in source.data:
+            return self
+        data = {key: value for key, value in source.data.items() if key != QUANTIZATION_CONFIG}
+        text = None if source.text is None else cut_text(source.text, QUANTIZATION_CONFIG)
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["_origin"] = Source(data, text)
+        return type(self)(**fields)
+
     def to_dict(self) -> dict[str, Any]:
         """The content of this config's `config.json`.
 
@@ -195,7 +252,7 @@ class NemotronV3Config(ModelSettings):
             return plain_json(self._origin.data | self._changes(self._origin))
         return plain_json(self._fresh())
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json` to `path` (a file, or a directory that gets one).
 
         The file appears whole or not at all: what was there stays until the new one is complete.
@@ -204,12 +261,8 @@ class NemotronV3Config(ModelSettings):
         path = path / "config.json" if path.is_dir() else path
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "make this directory first", str(path.parent))
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            scratch.write_bytes(self._to_text().encode())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(self._to_text().encode())
 
     def _to_text(self) -> str:
         if isinstance(self._origin, Source) and self._origin.text is not None:
@@ -224,6 +277,12 @@ class NemotronV3Config(ModelSettings):
             value = getattr(self, name)
             if value == getattr(before, name):
                 continue
+            if name == "block_configs" and _has_mlp_widths(source.data):
+                widths = mlp_widths(self.block_configs, self.intermediate_size)
+                if widths is not None:
+                    changes["intermediate_size"] = widths
+                    continue
+                changes["intermediate_size"] = self.intermediate_size
             standing = [key for key in keys_of(name, spelled) if key in source.data]
             for key in standing or [spelled.fresh or name]:
                 changes[key] = spelled.codec.write(value, source.data.get(key), key)
@@ -235,8 +294,8 @@ class NemotronV3Config(ModelSettings):
         """The keys and values of a new file, in the order of the released ones."""
         parts = {"": True, "moe": self.has_experts, "mtp": self.num_nextn_predict_layers > 0}
         data = {
-            "architectures": [ARCHITECTURE],
-            "model_type": MODEL_TYPE,
+            "architectures": [PUZZLE_ARCHITECTURE if self.block_configs else ARCHITECTURE],
+            "model_type": PUZZLE if self.block_configs else MODEL_TYPE,
             "num_hidden_layers": self.num_hidden_layers,
         }
         for name, spelled in settings_of(type(self)).items():
@@ -246,3 +305,7 @@ class NemotronV3Config(ModelSettings):
                 key = spelled.fresh or name
                 data[key] = spelled.codec.write(value, None, key)
         return dict(sorted(data.items()))
+
+
+def _has_mlp_widths(data: Mapping[str, Any]) -> bool:
+    return isinstance(data.get("intermediate_size"), list)

@@ -7,6 +7,7 @@ import torch
 
 from nemotron_v3.config import values
 from nemotron_v3.config.blocks import to_pattern
+from nemotron_v3.config.puzzle import BlockConfig, entries
 from nemotron_v3.config.spelling import converted, setting, settings_class
 
 _COUNT = values.whole(1)
@@ -88,6 +89,14 @@ class ModelSettings:
         converter=values.blocks,
         fresh="mtp_hybrid_override_pattern",
         group="mtp",
+    )
+
+    # Sizes of single blocks; empty where all blocks of a type are alike
+    block_configs: tuple[BlockConfig, ...] = converted(
+        default=(), converter=entries, group="if changed"
+    )
+    mtp_block_configs: tuple[BlockConfig, ...] = converted(
+        default=(), converter=entries, group="if changed"
     )
 
     # Norms, residual stream, initialisation

@@ -31,6 +31,26 @@ class Untyped:
     of_a_part: bool = False
 
 
+TEXT_MODELS = ("text_config", "llm_config", "language_config")
+"""Where the config of a model of several modes holds that of its text model."""
+
+
+def of_text_model(source: Source) -> Source:
+    """The config of the text model inside a config of several modes; else `source` itself.
+
+    Raises `ValueError` where there are two.
+    """
+    told = source.data
+    nested = {key: told[key] for key in TEXT_MODELS if isinstance(told.get(key), dict)}
+    if not nested:
+        return source
+    if len(nested) > 1:
+        raise ValueError(f"{' and '.join(nested)} both hold a text model: remove one of them")
+    (data,) = nested.values()
+    dtypes = {key: told[key] for key in ("dtype", "torch_dtype") if key in told}
+    return Source(data if {"dtype", "torch_dtype"} & data.keys() else data | dtypes)
+
+
 def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of `data` as a file can hold it; a torch dtype becomes its name."""
 
@@ -65,6 +85,17 @@ def mend_text(text: str, changes: Mapping[str, Any]) -> str:
         if key not in spans:
             pieces.append(f"{separator}{json.dumps(key)}: {_dump(value, indent)}")
     return "".join(pieces) + text[position:]
+
+
+def cut_text(text: str, key: str) -> str:
+    """The text of a JSON object without its member `key`, and every other byte as it was."""
+    spans, _ = _members(text)
+    keys = list(spans)
+    position, end = keys.index(key), spans[key][1]
+    if position:
+        return text[: spans[keys[position - 1]][1]] + text[end:]
+    end = _skip_blank(text, end)
+    return text[: text.index("{") + 1] + text[end + (text[end] == ",") :]
 
 
 def _members(text: str) -> tuple[dict[str, tuple[int, int]], str]:

@@ -50,7 +50,7 @@ INERT_KEYS = ROTARY_KEYS | {
 class Setting:
     """How a field is read and spelled."""
 
-    codec: Codec
+    codec: Codec[Any, Any]
     spellings: tuple[str, ...]  # other keys than the field's name, after it in authority
     fresh: str | None  # the key a new file uses, where it is not the field's name
     group: str  # a new file holds the field where this part of the model is, or it was changed
@@ -59,7 +59,7 @@ class Setting:
 
 def setting(
     default: Any,
-    codec: Codec,
+    codec: Codec[Any, Any],
     *spellings: str,
     fresh: str | None = None,
     group: str = "",
@@ -73,7 +73,7 @@ def setting(
     )
 
 
-def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -> Any:
+def converted(*spellings: str, default: Any, converter: Codec[Any, Any], **options: Any) -> Any:
     """`setting`, of a field that the constructor takes in other types than it has.
 
     A type checker reads those types off `converter`, by this keyword (PEP 681).
@@ -81,7 +81,7 @@ def converted(*spellings: str, default: Any, converter: Codec, **options: Any) -
     return setting(default, converter, *spellings, **options)
 
 
-def required(codec: Codec) -> Any:
+def required(codec: Codec[Any, Any]) -> Any:
     """A dataclass field that has no default."""
     return setting(MISSING, codec)
 

@@ -24,7 +24,9 @@ from nemotron_v3.config.blocks import (
 Given = TypeVar("Given")
 Typed = TypeVar("Typed")
 
+MOST_BLOCKS = 10_000
 _FP32_MAX = torch.finfo(torch.float32).max
+INFINITY = "Infinity"  # as text, where a writer keeps to strict JSON
 _MARKED_FLOAT = "__float__"  # transformers 5 writes infinity as {"__float__": "Infinity"}
 
 
@@ -180,8 +182,8 @@ def _write_blocks(value: tuple[str, ...], was: Any, key: str) -> str | list[str]
 
 
 def _read_bound(key: str, value: Any) -> float:
-    marked = isinstance(value, Mapping) and value.get(_MARKED_FLOAT) == "Infinity"
-    found = math.inf if marked else _as_float(value)
+    marked = isinstance(value, Mapping) and value.get(_MARKED_FLOAT) == INFINITY
+    found = math.inf if marked or value == INFINITY else _as_float(value)
     if math.isnan(found) or found < 0:
         raise ValueError(f"{key} holds {value!r}: give numbers of at least 0, or Infinity")
     # A limit that fp32 cannot tell from infinity limits nothing, and torch.clamp refuses it.
@@ -200,7 +202,8 @@ def _read_limit(key: str, value: Sequence[Any]) -> tuple[float, float]:
 def _write_limit(value: tuple[float, float], was: Any, key: str) -> list[Any]:
     old = was if isinstance(was, list | tuple) else (None, None)
     marked = any(isinstance(bound, Mapping) for bound in old)
-    infinity = {_MARKED_FLOAT: "Infinity"} if marked else math.inf
+    infinity: Any = {_MARKED_FLOAT: INFINITY} if marked else math.inf
+    infinity = INFINITY if INFINITY in old else infinity
     return [
         spelled
         if spelled is not None and _read_bound(key, spelled) == bound
@@ -225,9 +228,11 @@ def _read_token_ids(key: str, value: int | Sequence[int]) -> int | list[int]:
     return [_read_token_id(key, token) for token in value]
 
 
-flag = Codec(_read_flag)
-dtype = Codec(_read_dtype, _write_dtype)
-blocks = Codec(_read_blocks, _write_blocks)
-limit = Codec(_read_limit, _write_limit)
-token_id = optional(Codec(_read_token_id))
-token_ids = optional(Codec(_read_token_ids))
+flag: Codec[bool, bool] = Codec(_read_flag)
+dtype: Codec[str | torch.dtype, torch.dtype] = Codec(_read_dtype, _write_dtype)
+blocks: Codec[str | Sequence[str], tuple[str, ...]] = Codec(_read_blocks, _write_blocks)
+limit: Codec[Sequence[Any], tuple[float, float]] = Codec(_read_limit, _write_limit)
+token_id: Codec[int | None, int | None] = optional(Codec(_read_token_id))
+token_ids: Codec[int | Sequence[int] | None, int | list[int] | None] = optional(
+    Codec(_read_token_ids)
+)

@@ -6,6 +6,7 @@ from typing import Self
 
 import tokenizers
 
+from nemotron_v3.chat.template import read_special_tokens
 from nemotron_v3.config.files import exists, read_bytes
 from nemotron_v3.config.text import check_text
 from nemotron_v3.data.tokenizer import FILE
@@ -23,6 +24,11 @@ class PretrainedTokenizer:
         add_special_tokens: also add the ones that the file puts around every text, such as a bos
             token; not for text, like a chat template's, that has them already.
         keep: texts of special tokens that are not left out, such as the tags of an answer.
+        eos_token_id: the token that ends a document in training, or None.
+
+    Attributes:
+        backend: the tokeniser.
+        eos_token_id: as given.
     """
 
     def __init__(
@@ -30,15 +36,18 @@ class PretrainedTokenizer:
         backend: tokenizers.Tokenizer,
         add_special_tokens: bool = True,
         keep: Iterable[str] = (),
+        eos_token_id: int | None = None,
     ):
-        self._backend = backend
+        self.backend = backend
+        self.eos_token_id = eos_token_id
         self._add_special_tokens = add_special_tokens
         kept, added = frozenset(keep), backend.get_added_tokens_decoder()
         self._left_out = {n for n, t in added.items() if t.special and t.content not in kept}
 
     @classmethod
     def load(cls, folder: Path, add_special_tokens: bool = True, keep: Iterable[str] = ()) -> Self:
-        """Read the `tokenizer.json` of a folder.
+        """Read the `tokenizer.json` of a folder, and which token ends a document there: the
+        `eos_token` of `tokenizer_config.json` or `special_tokens_map.json`.
 
         Raises:
             ValueError: there is none, or something else than a tokeniser's file.
@@ -46,17 +55,32 @@ class PretrainedTokenizer:
         path = Path(folder) / FILE
         if not exists(path):
             raise ValueError(f"{folder} has no {FILE}: give a checkpoint that has one")
-        return cls(read_backend(path), add_special_tokens, keep)
+        backend = read_backend(path)
+        eos = read_special_tokens(folder).get("eos_token")
+        number = None if eos is None else backend.token_to_id(eos)
+        return cls(backend, add_special_tokens, keep, number)
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens before and behind a document in training: those that the file puts around
+        every text, and the one that ends a document."""
+        encoding = self.backend.encode("a", add_special_tokens=self._add_special_tokens)
+        mask = encoding.special_tokens_mask
+        start = mask.index(0)
+        stop = len(mask) - mask[::-1].index(0)
+        before, behind = encoding.ids[:start], encoding.ids[stop:]
+        if self.eos_token_id is not None and self.eos_token_id not in behind:
+            behind.append(self.eos_token_id)
+        return before, behind
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens; `ValueError` for text that is none, with half a character in it."""
         check_text(text, "the text")
-        return self._backend.encode(text, add_special_tokens=self._add_special_tokens).ids
+        return self.backend.encode(text, add_special_tokens=self._add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The tokens' text; bytes that are not UTF-8 (a character cut in two) read as U+FFFD."""
         ids = [number for number in ids if number not in self._left_out]
-        return self._backend.decode(ids, skip_special_tokens=False)
+        return self.backend.decode(ids, skip_special_tokens=False)
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 # The one special token. It stands before and after every document: what is predicted after it is
 # a document's first token, and predicting it ends the document.
@@ -32,7 +32,14 @@ FILE = "tokenizer.json"
 
 
 class Tokenizer:
-    """Text to token ids and back; token `SEPARATOR_ID` separates documents."""
+    """Text to token ids and back; token `SEPARATOR_ID` separates documents.
+
+    Attributes:
+        backend: the tokeniser.
+        eos_token_id: the separator.
+    """
+
+    eos_token_id = SEPARATOR_ID
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.token_to_id(SEPARATOR) != SEPARATOR_ID:
@@ -42,7 +49,7 @@ class Tokenizer:
             )
         # A document that contains the separator's spelling is text like any other.
         backend.encode_special_tokens = True
-        self._backend = backend
+        self.backend = backend
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -63,6 +70,10 @@ class Tokenizer:
             ]
         )
         backend.decoder = decoders.ByteLevel()
+        # Whoever reads the file puts the separator in front of a text, as it was in training.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, SEPARATOR_ID)]
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[SEPARATOR],
@@ -80,7 +91,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, and beside it the few lines by which transformers' AutoTokenizer
         knows what to make of it."""
-        self._backend.save(str(folder / FILE))
+        self.backend.save(str(folder / FILE))
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SEPARATOR,
@@ -93,17 +104,21 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
+        return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, without separators."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The tokens' text; bytes that are not UTF-8 (a token cut in two) read as U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens before and behind a document in training."""
+        return [SEPARATOR_ID], [SEPARATOR_ID]
 
     def encode_documents(self, texts: Iterable[str]) -> list[list[int]]:
         """Each text as `separator, tokens, separator`."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[SEPARATOR_ID, *encoding.ids, SEPARATOR_ID] for encoding in encodings]

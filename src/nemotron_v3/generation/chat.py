@@ -10,7 +10,7 @@ from nemotron_v3.chat.answer import THINK, THOUGHT
 from nemotron_v3.config.text import check_text
 from nemotron_v3.generation.engine import StreamedToken, stream
 from nemotron_v3.generation.options import MOST_SEED, GenerationOptions
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 
 CLOSE_THOUGHT = f"\n{THOUGHT}\n"
 
@@ -49,7 +49,7 @@ class Chat:
 
     def __init__(
         self,
-        model: NemotronV3ForCausalLM,
+        model: CausalLM,
         tokenizer: Any,
         template: ChatTemplate,
         system: str | None = None,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation.decode import DecodeStep
+from nemotron_v3.generation.cpu_decode import DecodeStep
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
@@ -30,7 +30,7 @@ from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.model.vocabulary import vocabulary_of
 
 _STOPPED = (
@@ -97,7 +97,7 @@ class StreamedToken:
 
 
 def generate(
-    model: NemotronV3ForCausalLM,
+    model: CausalLM,
     input_ids: Any,
     attention_mask: Tensor | None = None,
     *,
@@ -133,7 +133,7 @@ def generate(
 
 
 def stream(
-    model: NemotronV3ForCausalLM,
+    model: CausalLM,
     input_ids: Any,
     attention_mask: Tensor | None = None,
     *,
@@ -164,7 +164,7 @@ class _Run:
     @ordinary
     def __init__(
         self,
-        model: NemotronV3ForCausalLM,
+        model: CausalLM,
         input_ids: Any,
         attention_mask: Tensor | None,
         cache: NemotronHybridCache | None,

@@ -10,14 +10,15 @@ from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.checks import token_grid
-from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
+from nemotron_v3.model.head import plain_weight
+from nemotron_v3.model.protocol import CausalLM
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
 
 @ordinary
 def score(
-    model: NemotronV3ForCausalLM,
+    model: CausalLM,
     input_ids: Tensor,
     layout: SequenceLayout | None = None,
     attention_mask: Tensor | None = None,
@@ -57,21 +58,21 @@ def score(
     return layout.unpack(torch.cat([scores.new_zeros(min(1, len(scores))), scores[:-1]]))
 
 
-def _by_the_head(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+def _by_the_head(model: CausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
     """`[T, D]` and `[T]` -> the log-probabilities of the next tokens by a head that is called."""
     tokens = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = zip(hidden.split(tokens), next_tokens.split(tokens), strict=True)
     return torch.cat([_of_next(model, *part) for part in parts])
 
 
-def _of_next(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+def _of_next(model: CausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
     """`[T, D]` and `[T]` -> the log-probability of each next token, 0 where there is none."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         return checkpoint(_log_probability, model, hidden, next_tokens, use_reentrant=False)
     return _log_probability(model, hidden, next_tokens)
 
 
-def _log_probability(model: NemotronV3ForCausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+def _log_probability(model: CausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
     logits = model.lm_head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(1, next_tokens.clamp(min=0)[:, None])[:, 0]

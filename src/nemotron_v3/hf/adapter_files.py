@@ -31,7 +31,7 @@ _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "forc
 _WHOLE = ("model.embeddings.weight", "lm_head.weight")  # PEFT saves them of its own accord
 
 
-def read_config(path: str | os.PathLike, options: Mapping[str, Any]) -> PeftConfig:
+def read_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> PeftConfig:
     """An adapter's config.
 
     Raises:
@@ -55,7 +55,7 @@ def _check(where: str, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def fitting(
-    model: nn.Module, path: str | os.PathLike, config: PeftConfig, options: Mapping[str, Any]
+    model: nn.Module, path: str | os.PathLike[str], config: PeftConfig, options: Mapping[str, Any]
 ) -> Iterator[str]:
     """The directory to load the adapter from: `path`, or one that holds its tensors by the names
     that PEFT reads.

@@ -1,34 +1,33 @@
 """Which class of ours takes the place of which class of transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import new_class
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
-from nemotron_v3.hf import layers
-from nemotron_v3.hf import model as models
-from nemotron_v3.hf.layers import Accelerated
+from nemotron_v3.hf.settings import Accelerated
 
-# transformers' class -> ours.
-CLASSES: dict[type[nn.Module], type[Accelerated]] = {
-    theirs.NemotronHForCausalLM: models.NemotronHForCausalLM,
-    theirs.NemotronHModel: models.NemotronHModel,
-    theirs.NemotronHBlock: layers.NemotronHBlock,
-    theirs.NemotronHRMSNorm: layers.NemotronHRMSNorm,
-    theirs.NemotronHMamba2Mixer: layers.NemotronHMamba2Mixer,
-    theirs.NemotronHAttention: layers.NemotronHAttention,
-    theirs.NemotronHMLP: layers.NemotronHMLP,
-    theirs.NemotronHMoE: layers.NemotronHMoE,
-    theirs.NemotronHTopkRouter: layers.NemotronHTopkRouter,
-    theirs.NemotronHExperts: layers.NemotronHExperts,
-}
-_BACK: dict[type[nn.Module], type[nn.Module]] = {ours: their for their, ours in CLASSES.items()}
+_Class = TypeVar("_Class", bound=type[nn.Module])
+
+# transformers' class -> ours, and back.
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_BACK: dict[type[nn.Module], type[nn.Module]] = {}
 _STOOD_HERE = "nemotron_v3_stood_here"  # on a class made by `_mixed`: the one it takes the place of
+
+
+def takes_place_of(their: type[nn.Module]) -> Callable[[_Class], _Class]:
+    """Enter a class into the table, as the one that takes the place of transformers' `their`."""
+
+    def enter(ours: _Class) -> _Class:
+        CLASSES[their], _BACK[ours] = ours, their
+        return ours
+
+    return enter
 
 
 def is_theirs(module: nn.Module) -> bool:

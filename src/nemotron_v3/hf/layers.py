@@ -10,7 +10,7 @@ head width, L places in a cache.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +21,19 @@ from transformers.cache_utils import Cache
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3 import ops
-from nemotron_v3.config import BackendConfig, NemotronV3Config, canonical_block_type
+from nemotron_v3.config import canonical_block_type
 from nemotron_v3.hf import opaque
-from nemotron_v3.hf.border import Border
+from nemotron_v3.hf.classes import takes_place_of
+from nemotron_v3.hf.context import TheirContext
 from nemotron_v3.hf.rows import project_rows
-from nemotron_v3.hf.states import (
-    layer_holds_tokens,
-    mamba_states,
-    one_cache,
-    write_mamba_states,
-)
+from nemotron_v3.hf.settings import Accelerated
+from nemotron_v3.hf.states import MambaStates, layer_holds_tokens, one_cache
 from nemotron_v3.layers.fp32_params import KeepsFp32
+from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_mixer, moe_mixer
 from nemotron_v3.layers.hooks import is_observed, must_call
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def _alone(
@@ -45,10 +43,10 @@ def _alone(
     layer: int = 0,
     block_type: str = "",
     position_ids: Tensor | None = None,
-) -> Border:
+) -> TheirContext:
     """What its own arguments say about the tokens of a layer that is called alone."""
     B, S = hidden_states.shape[:2]
-    return Border.enter(
+    return TheirContext.read(
         (B, S),
         hidden_states.device,
         attention_mask=attention_mask,
@@ -58,40 +56,12 @@ def _alone(
     )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the accelerated modules of one model share.
-
-    Attributes:
-        config: the model's, typed.
-        backend: which form of each op runs.
-        loss: `"logits"` or `"linear"`, see `accelerate`.
-    """
-
-    config: NemotronV3Config
-    backend: BackendConfig
-    loss: str = "logits"
-
-
-SETTINGS = "nemotron_v3_settings"
 # The gated norm of a mixer; transformers 5.17 calls it by the model that it is taken from.
 GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or theirs.Zamba2RMSNormGated
 # Activations that ops compute themselves, and the experts' forward that calls its own.
 RELU2 = type(ACT2FN["relu2"])
 SILU = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
 EXPERTS_LOOP = inspect.unwrap(theirs.NemotronHExperts.forward)
-
-
-class Accelerated(nn.Module):
-    """A module that `accelerate` has given its settings."""
-
-    @property
-    def settings(self) -> Settings:
-        return self.__dict__[SETTINGS]
-
-    @property
-    def impl(self) -> str:
-        return self.settings.backend.impl
 
 
 class _KeepsWide(KeepsFp32):
@@ -105,6 +75,7 @@ class _KeepsWide(KeepsFp32):
         return tuple(n for n in self.wide if own[n] is not None and own[n].dtype.itemsize >= 4)
 
 
+@takes_place_of(theirs.NemotronHRMSNorm)
 class NemotronHRMSNorm(Accelerated, theirs.NemotronHRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]` in the weight's dtype."""
@@ -115,12 +86,13 @@ class NemotronHRMSNorm(Accelerated, theirs.NemotronHRMSNorm):
         )
 
 
+@takes_place_of(theirs.NemotronHMLP)
 class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
-    def forward(self, x: Tensor, border: Border | None = None) -> Tensor:
-        """`[..., D]` -> `[..., D]`; with a `border`, padding is left out and comes back 0."""
-        if border is None or border.layout.token_index is None:
+    def forward(self, x: Tensor, context: TheirContext | None = None) -> Tensor:
+        """`[..., D]` -> `[..., D]`; with a `context`, padding is left out and comes back 0."""
+        if context is None or context.layout.token_index is None:
             return project(self.down_proj, self._activated(project(self.up_proj, x)))
-        layout = border.on(x.device)
+        layout = context.on(x.device)
         h = self._activated(project_rows(self.up_proj, layout.pack(x), layout))
         return layout.unpack(project_rows(self.down_proj, h, layout))
 
@@ -130,6 +102,7 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
         return ops.relu2(h, impl=self.impl)
 
 
+@takes_place_of(theirs.NemotronHTopkRouter)
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
     wide = ("e_score_correction_bias",)
 
@@ -140,7 +113,6 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
 
         Logits and weights are fp32 or wider.
         """
-        config = self.settings.config
         logits = None
         if return_logits:
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -150,16 +122,18 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
             hidden_states,
             self.weight,
             self.e_score_correction_bias,
-            top_k=config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            norm_topk_prob=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
+            # The module's own: blocks may differ where a model's config gives one number.
+            top_k=self.top_k,
+            n_group=self.num_group,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            scaling_factor=self.routed_scaling_factor,
             impl=self.impl,
         )
         return logits, weights, indices
 
 
+@takes_place_of(theirs.NemotronHExperts)
 class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
@@ -175,40 +149,45 @@ class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
         )
 
 
+@takes_place_of(theirs.NemotronHMoE)
 class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
-        border: Border | None = None,
+        context: TheirContext | None = None,
         layer_idx: int | None = None,
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`; padding is not routed and comes back 0."""
-        border = border or _alone(hidden_states, attention_mask)
-        layout = border.on(hidden_states.device)
+        context = context or _alone(hidden_states, attention_mask)
+        layout = context.on(hidden_states.device)
+
+        def route(x: Tensor) -> tuple[Tensor, Tensor]:
+            asked = context.router_logits is not None
+            logits, weights, indices = self.gate(x, return_logits=asked)  # [T, E], [T, K] twice
+            if asked:
+                context.router_logits[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B*S, E]
+            return weights, indices
+
         x = layout.pack(hidden_states)  # [T, D]
-        wanted = border.router_logits is not None
-        logits, weights, indices = self.gate(x, return_logits=wanted)  # [T, E], [T, K] twice
-        if wanted:
-            border.router_logits[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B * S, E]
-        routed = self.experts(project_rows(self.fc1_latent_proj, x, layout), indices, weights)
-        routed = project_rows(self.fc2_latent_proj, routed, layout)
-        return layout.unpack(routed + project_rows(self.shared_experts, x, layout))
+        project = partial(project_rows, layout=layout)
+        return layout.unpack(moe_mixer(x, self, route, self.experts, project=project))
 
 
+@takes_place_of(theirs.NemotronHAttention)
 class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
-        border: Border | None = None,
+        context: TheirContext | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """`[B, S, D]` -> `[B, S, D]`, and None where transformers may have attention weights."""
         cache = one_cache(past_key_values, cache)
-        border = border or _alone(
+        context = context or _alone(
             hidden_states,
             attention_mask,
             cache,
@@ -216,17 +195,16 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
             "attention",
             kwargs.get("position_ids"),
         )
-        layout = border.on(hidden_states.device)
+        layout = context.on(hidden_states.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is None:
+                return self._attend(q, k, v, layout, context.mask)
+            return self._attend_cached(q, k, v, layout, cache, context)
+
         x = layout.pack(hidden_states)  # [T, D]
-        q, k, v = (  # [T, H, P], [T, J, P] twice
-            project_rows(layer, x, layout).unflatten(-1, (-1, self.head_dim))
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if cache is None:
-            y = self._attend(q, k, v, layout, border.mask)
-        else:
-            y = self._follow(q, k, v, layout, cache, border)
-        return layout.unpack(project_rows(self.o_proj, y.flatten(-2), layout)), None
+        project = partial(project_rows, layout=layout)
+        return layout.unpack(attention_mixer(x, self, attend, project=project)), None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None
@@ -243,30 +221,30 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
             impl="flex" if backend.attn == "flex" else backend.impl,
         )
 
-    def _follow(
+    def _attend_cached(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         layout: SequenceLayout,
         cache: Cache,
-        border: Border,
+        context: TheirContext,
     ) -> Tensor:
         """Attend to what the cache holds and to the new tokens, which it holds afterwards.
 
         A cache of transformers keeps padding at its places, so a mask says what is real.
         """
         B, S = layout.shape
-        past = cache.get_seq_length(self.layer_idx) if border.follows else 0
+        past = cache.get_seq_length(self.layer_idx) if context.follows else 0
         if isinstance(past, Tensor):  # of a static cache, which goes on counting in place
             past = past.clone()
         new = (layout.unpack(t).transpose(1, 2) for t in (k, v))  # [B, J, S, P]
         keys, values = cache.update(*new, self.layer_idx)  # [B, J, L, P]
-        if not border.follows:
-            mask = None if border.mask is None else border.mask[..., :S]
+        if not context.follows:
+            mask = None if context.mask is None else context.mask[..., :S]
             return self._attend(q, k, v, layout, mask)
         known = isinstance(past, int) and keys.shape[2] == past + S
-        if known and border.mask is None and border.columns is None:
+        if known and context.mask is None and context.columns is None:
             return opaque.cached_attention(
                 q,
                 keys,
@@ -277,12 +255,13 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
                 scale=self.scaling,
                 impl=self.impl,
             )
-        mask = border.mask
+        mask = context.mask
         if mask is None:
-            mask = border.allowed(past, keys.shape[2], q.device)
+            mask = context.allowed(past, keys.shape[2], q.device)
         return layout.pack(_masked(layout.unpack(q), keys, values, mask, self.scaling))
 
 
+@takes_place_of(theirs.NemotronHMamba2Mixer)
 class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer):
     wide = ("A_log", "D", "dt_bias")
 
@@ -291,13 +270,13 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         hidden_states: Tensor,
         cache_params: Cache | None = None,
         attention_mask: Any = None,
-        border: Border | None = None,
+        context: TheirContext | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`, along each document from its first token or the cache."""
         cache = one_cache(cache_params, cache)
-        border = border or _alone(
+        context = context or _alone(
             hidden_states,
             attention_mask,
             cache,
@@ -305,98 +284,50 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
             "mamba",
             kwargs.get("position_ids"),
         )
-        layout = border.on(hidden_states.device)
-        x = layout.pack(hidden_states)  # [T, D]
-        zxbcdt = project_rows(self.in_proj, x, layout)  # [T, 2*H*P + 2*G*N + H]
+        layout = context.on(hidden_states.device)
+        state = None
+        if cache is not None:
+            dtype = self.settings.config.mamba_ssm_cache_dtype
+            state = MambaStates(cache, self.layer_idx, layout, dtype)
+        y = mamba2_mixer(
+            layout.pack(hidden_states),
+            self,
+            self._weights(),
+            self._sizes(),
+            layout,
+            state,
+            project=partial(project_rows, layout=layout),
+            ops=opaque,
+            by_modules=opaque.mamba2_by_modules,
+            act=self.act,
+        )
+        return layout.unpack(y)
+
+    def _weights(self) -> tuple[Tensor | None, ...] | None:
+        """What an op reads in the place of modules; None where these have to be called."""
         called = _is_called(self.conv1d, nn.Conv1d)
         called = _is_called(self.norm, GATED_NORM) or called
-        called = must_call(self.act, *SILU) or called
-        weights = None if called else self._weights()
-        if cache is None:
-            y, _, _ = self._scan(zxbcdt, weights, layout, return_final_states=False)
-        else:
-            y = self._follow(zxbcdt, weights, layout, cache)
-        return layout.unpack(project_rows(self.out_proj, y, layout))
-
-    def _follow(
-        self,
-        zxbcdt: Tensor,
-        weights: tuple[Tensor | None, ...] | None,
-        layout: SequenceLayout,
-        cache: Cache,
-    ) -> Tensor:
-        """From the states of a cache, which it holds the next ones of afterwards."""
-        held = mamba_states(cache, self.layer_idx)
-        differentiable = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (zxbcdt, *self.parameters(), *(held or ()))
-        )
-        step = held is not None and layout.uniform_length == 1 and not differentiable
-        if step and weights is not None:
-            conv, ssm = held
-            eps = self.settings.config.layer_norm_epsilon
-            return opaque.mamba2_step(
-                zxbcdt, *weights, conv_state=conv, ssm_state=ssm, eps=eps, **self._sizes()
-            )
-        states = {}
-        if held is not None:
-            conv, ssm = (t.clone() for t in held) if differentiable else held
-            states = {"conv_states": conv, "ssm_states": ssm}
-        y, conv, ssm = self._scan(zxbcdt, weights, layout, **states)
-        exact = ssm.dtype == torch.float64  # a model in fp64 is there to be exact
-        dtype = ssm.dtype if exact else self.settings.config.mamba_ssm_cache_dtype
-        write_mamba_states(cache, self.layer_idx, conv, ssm, dtype)
-        return y
-
-    def _scan(
-        self,
-        zxbcdt: Tensor,
-        weights: tuple[Tensor | None, ...] | None,
-        layout: SequenceLayout,
-        **states: Any,
-    ) -> tuple[Any, ...]:
-        config = self.settings.config
-        if weights is None:
-            return opaque.mamba2_by_modules(
-                zxbcdt,
-                self.conv1d,
-                self.norm,
-                self.dt_bias,
-                self.A_log,
-                self.D,
-                taps=config.conv_kernel,
-                chunk_size=config.chunk_size,
-                layout=layout,
-                act=self.act,
-                **self._sizes(),
-                **states,
-            )
-        return opaque.mamba2(
-            zxbcdt,
-            *weights,
-            eps=config.layer_norm_epsilon,
-            chunk_size=config.chunk_size,
-            layout=layout,
-            **self._sizes(),
-            **states,
-        )
-
-    def _weights(self) -> tuple[Tensor | None, ...]:
+        if must_call(self.act, *SILU) or called:
+            return None
         conv_weight, conv_bias = _fetched(self.conv1d, lambda conv: (conv.weight[:, 0], conv.bias))
         norm_weight = _fetched(self.norm, lambda norm: norm.weight)
         return conv_weight, conv_bias, self.dt_bias, self.A_log, self.D, norm_weight
 
-    def _sizes(self) -> dict[str, Any]:
-        settings = self.settings
-        config = settings.config
-        return {
-            "n_groups": config.n_groups,
-            "head_dim": config.mamba_head_dim,
-            "state_size": config.ssm_state_size,
-            "dt_limit": config.time_step_limit,
-            "impl": settings.backend.impl,
-        }
+    def _sizes(self) -> Mamba2Sizes:
+        config = self.settings.config
+        return Mamba2Sizes(
+            n_groups=config.n_groups,
+            head_dim=config.mamba_head_dim,
+            state_size=config.ssm_state_size,
+            dt_limit=config.time_step_limit,
+            chunk_size=config.chunk_size,
+            eps=config.layer_norm_epsilon,
+            taps=config.conv_kernel,
+            impl=self.impl,
+        )
 
 
+@takes_place_of(theirs.NemotronHBlock)
 class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
     def forward(
         self,
@@ -405,14 +336,14 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = False,
-        border: Border | None = None,
+        context: TheirContext | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`x + mixer(norm(x))`: `[B, S, D]` -> `[B, S, D]`; fp32 with `residual_in_fp32`."""
         cache = one_cache(past_key_values, cache)
         kind = canonical_block_type(self.block_type)
-        border = border or _alone(
+        context = context or _alone(
             hidden_states, attention_mask, cache, self.layer_idx, kind, position_ids
         )
         if self.settings.config.residual_in_fp32:
@@ -421,13 +352,13 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
         x = self.norm(hidden_states)
         match kind:
             case "mamba":
-                y = self.mixer(x, cache=cache, border=border)
+                y = self.mixer(x, cache=cache, context=context)
             case "attention":
-                y, _ = self.mixer(x, cache=cache, border=border)
+                y, _ = self.mixer(x, cache=cache, context=context)
             case "moe":
-                y = self.mixer(x, border=border, layer_idx=self.layer_idx)
+                y = self.mixer(x, context=context, layer_idx=self.layer_idx)
             case _:
-                y = self.mixer(x, border=border)
+                y = self.mixer(x, context=context)
         return hidden_states + y
 
 

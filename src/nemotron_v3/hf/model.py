@@ -16,14 +16,16 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3.hf import opaque
-from nemotron_v3.hf.border import PACKING_NAMES, Border
-from nemotron_v3.hf.layers import SETTINGS, Accelerated
+from nemotron_v3.hf.classes import takes_place_of
+from nemotron_v3.hf.context import PACKING_NAMES, TheirContext
+from nemotron_v3.hf.settings import SETTINGS, Accelerated
 from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
+from nemotron_v3.hf.swap import install_as_built
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
-from nemotron_v3.model.model import plain_weight
 
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
@@ -42,8 +44,6 @@ class Whole:
     ]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        from nemotron_v3.hf.accelerate import install_as_built
-
         super().__init__(config, *args, **kwargs)
         if SETTINGS not in vars(self):
             install_as_built(self)
@@ -60,6 +60,7 @@ class Whole:
         return super().load_state_dict(state, strict, assign)
 
 
+@takes_place_of(theirs.NemotronHModel)
 class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
     """transformers' `NemotronHModel`, the backbone without a head, computed by this package.
 
@@ -82,15 +83,15 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         attention_mask: Any = None,
-        border: Border | None = None,
+        context: TheirContext | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
-        """transformers' arguments and output; `border` is what the head has worked out already."""
+        """transformers' arguments and output; `context` is what the head has worked out already."""
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
         cache = one_cache(past_key_values, cache)
-        if border is None:
-            cache, border = enter(
+        if context is None:
+            cache, context = enter(
                 self,
                 input_ids,
                 inputs_embeds,
@@ -102,16 +103,16 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
             )
         hidden = look_up(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
-        hidden = _without_padding(hidden, border)  # which is in the norms' gradients otherwise
+        hidden = _without_padding(hidden, context)  # which is in the norms' gradients otherwise
         for block in self.layers:
             # By transformers' name: its gradient checkpointing leaves the cache out by that.
-            hidden = block(hidden, border=border, **{CACHE_NAME: cache})
+            hidden = block(hidden, context=context, **{CACHE_NAME: cache})
             if kept is not None:
                 kept.append(hidden)
-        hidden = _without_padding(self.norm_f(hidden), border)
+        hidden = _without_padding(self.norm_f(hidden), context)
         if kept is not None:
             kept[-1] = hidden
-        logits = border.router_logits
+        logits = context.router_logits
         output = MoeModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=None if kept is None else tuple(kept),
@@ -121,6 +122,7 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
         return output.to_tuple() if as_tuple else output
 
 
+@takes_place_of(theirs.NemotronHForCausalLM)
 class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
     """transformers' `NemotronHForCausalLM`, computed by this package.
 
@@ -200,7 +202,7 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
         if not isinstance(logits_to_keep, Tensor):  # which may be a mask, too
             check_kept(logits_to_keep)
-        cache, border = enter(
+        cache, context = enter(
             self.model,
             input_ids,
             inputs_embeds,
@@ -212,15 +214,15 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
         )
         for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
             if given is not None and not self._has_own_loss():
-                check_labels(given, border.layout.shape, name=name)
+                check_labels(given, context.layout.shape, name=name)
         if not self._has_own_loss():
             check_items(kwargs.get("num_items_in_batch"))
-            _refuse_strays(labels, border.layout, kwargs)
+            _refuse_strays(labels, context.layout, kwargs)
         passed_on = {k: v for k, v in kwargs.items() if k not in PACKING_NAMES}
         out = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            border=border,
+            context=context,
             **(passed_on | {"return_dict": True, CACHE_NAME: cache}),
         )
         hidden = out.last_hidden_state
@@ -233,10 +235,10 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
                 "model was given, which takes logits: accelerate with loss='logits'"
             )
         if linear:
-            loss = self._linear_loss(hidden, labels, border.layout, kwargs)
+            loss = self._linear_loss(hidden, labels, context.layout, kwargs)
         elif given:
             logits = self.lm_head(hidden)
-            loss = self._loss(logits, labels, border.layout, kwargs)
+            loss = self._loss(logits, labels, context.layout, kwargs)
             logits = _wide(_last(logits, logits_to_keep))
         else:
             logits = _wide(self.lm_head(_last(hidden, logits_to_keep)))
@@ -310,7 +312,7 @@ def enter(
     cache: Any,
     use_cache: bool | None,
     kwargs: dict[str, Any],
-) -> tuple[Cache | None, Border]:
+) -> tuple[Cache | None, TheirContext]:
     """Check the arguments of a pass; its cache, and how its tokens lie.
 
     Raises:
@@ -329,7 +331,7 @@ def enter(
     packing = {name: kwargs.get(name) for name in PACKING_NAMES}
     wanted = cache is not None or bool(use_cache)
     follows = holds_tokens(cache, model.settings.config, shape[0])
-    border = Border.enter(
+    context = TheirContext.read(
         shape,
         device,
         attention_mask=attention_mask,
@@ -340,11 +342,11 @@ def enter(
         packing=packing,
     )
     if cache is None and use_cache is None:
-        one_a_row = border.layout.num_documents == shape[0]
+        one_a_row = context.layout.num_documents == shape[0]
         wanted = bool(getattr(config, "use_cache", False)) and not model.training and one_a_row
     if wanted and cache is None:
         cache = fresh_cache(config)
-    return cache, border
+    return cache, context
 
 
 def _wanted(config: Any, kwargs: dict[str, Any], name: str) -> bool:
@@ -352,11 +354,11 @@ def _wanted(config: Any, kwargs: dict[str, Any], name: str) -> bool:
     return bool(getattr(config, name, False) if value is None else value)
 
 
-def _without_padding(hidden: Tensor, border: Border) -> Tensor:
+def _without_padding(hidden: Tensor, context: TheirContext) -> Tensor:
     """`[B, S, D]` with 0 at padding, so that logits are 0 there."""
-    if border.layout.token_index is None:
+    if context.layout.token_index is None:
         return hidden
-    layout = border.on(hidden.device)
+    layout = context.on(hidden.device)
     return layout.unpack(layout.pack(hidden))
 
 

@@ -69,7 +69,7 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, **kwargs: Any) 
     return get_peft_model(model, config, **kwargs)
 
 
-def load_lora(model: nn.Module, path: str | os.PathLike, **kwargs: Any) -> PeftModel:
+def load_lora(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
     """`peft.PeftModel.from_pretrained` for an accelerated model, which loads all of an adapter or
     nothing.
 

@@ -29,15 +29,10 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 from nemotron_v3.config import BackendConfig
 from nemotron_v3.hf import heads
 from nemotron_v3.hf import model as models
-from nemotron_v3.hf.accelerate import (
-    AS_BUILT,
-    Options,
-    check_options,
-    install_as_built,
-)
 from nemotron_v3.hf.classes import accelerated_class
 from nemotron_v3.hf.exemption import exempt_if_loaded
-from nemotron_v3.hf.layers import Accelerated
+from nemotron_v3.hf.settings import AS_BUILT, Accelerated, Options
+from nemotron_v3.hf.swap import check_options, install_as_built
 from nemotron_v3.hf.versions import check_version
 
 # The auto classes run a checkpoint's own code, if they are let, only where the class that they know

@@ -8,7 +8,7 @@ from nemotron_v3.hf import layers
 from nemotron_v3.hf import model as models
 from nemotron_v3.hf.layers import Accelerated
 from nemotron_v3.model.report import Report, Row
-from nemotron_v3.ops._dispatch import choose
+from nemotron_v3.ops.registry import choose
 
 
 def report(model: nn.Module) -> Report:

@@ -5,7 +5,7 @@ between two passes (reordering for beams, cropping, offloading) acts on them, an
 from an accelerated model to a plain one and back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
 
 # What arguments and outputs call a cache, since 5.24 and before.
@@ -137,30 +138,62 @@ def _check_rows(rows: int, held: Tensor, layer: int) -> None:
         )
 
 
-def mamba_states(cache: Cache, layer: int) -> tuple[Tensor, Tensor] | None:
-    """A layer's conv state `[B, C, W]` and SSM state `[B, H, P, N]`; None before its first pass.
+class MambaStates:
+    """The conv state `[B, C, W]` and SSM state `[B, H, P, N]` of a layer in transformers' cache.
 
-    They are the cache's own tensors: writing to them in place moves the cache on.
+    They are the cache's own tensors, which keep their addresses: writing moves the cache on.
+
+    Args:
+        cache: transformers'.
+        layer: the layer's number in it.
+        layout: of the new tokens.
+        ssm_dtype: that the SSM state is kept in, but for a model in fp64, which is there to be
+            exact.
 
     Raises:
         ValueError: a cache that was not made from the model's config, or one that records what it
             held, which assisted decoding asks for.
     """
-    _check_fits(cache, layer)
-    held = cache.layers[layer]
-    if getattr(held, "record_past", False):
-        raise ValueError(
-            "the cache records past states, for assisted decoding; an accelerated model does not: "
-            "generate without an assistant, or call nemotron_v3.hf.undo(model) first"
-        )
-    if not cache.has_previous_state(layer):
-        return None
-    return held.conv_states[0], held.recurrent_states[0]
 
+    def __init__(self, cache: Cache, layer: int, layout: SequenceLayout, ssm_dtype: torch.dtype):
+        _check_fits(cache, layer)
+        held = cache.layers[layer]
+        if getattr(held, "record_past", False):
+            raise ValueError(
+                "the cache records past states, for assisted decoding; an accelerated model does "
+                "not: generate without an assistant, or call nemotron_v3.hf.undo(model) first"
+            )
+        self._cache, self._layer, self._layout = cache, layer, layout
+        self._ssm_dtype = ssm_dtype
+        self._held: tuple[Tensor, Tensor] | None = None  # None before the layer's first pass
+        if cache.has_previous_state(layer):
+            self._held = held.conv_states[0], held.recurrent_states[0]
 
-def write_mamba_states(
-    cache: Cache, layer: int, conv: Tensor, ssm: Tensor, ssm_dtype: torch.dtype
-) -> None:
-    """Put a layer's states after a pass into the cache, whose tensors keep their addresses."""
-    cache.update_conv_state(conv, layer, conv_kernel_size=conv.shape[-1])
-    cache.update_recurrent_state(ssm.to(ssm_dtype), layer)
+    @property
+    def is_one_token(self) -> bool:
+        return self._held is not None and self._layout.uniform_length == 1
+
+    @property
+    def has_graph(self) -> bool:
+        held = self._held or ()
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
+
+    def in_place(self) -> tuple[Tensor, Tensor]:
+        return self._held
+
+    def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:
+        yield None, self._layout
+
+    def read(self, in_graph: bool) -> dict[str, Tensor]:
+        if self._held is None:
+            return {}
+        conv, ssm = (t.clone() for t in self._held) if in_graph else self._held
+        return {"conv_states": conv, "ssm_states": ssm}
+
+    def write(self, conv: Tensor, ssm: Tensor) -> None:
+        dtype = ssm.dtype if ssm.dtype == torch.float64 else self._ssm_dtype
+        self._cache.update_conv_state(conv, self._layer, conv_kernel_size=conv.shape[-1])
+        self._cache.update_recurrent_state(ssm.to(dtype), self._layer)
+
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]

@@ -12,12 +12,16 @@ from torch import Tensor
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.checks import check_keys, check_layer
+from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
+from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
+from nemotron_v3.layers.functional import attention_mixer
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
-from nemotron_v3.layers.linear import make_linear, project
+from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.transformer_engine import make_te_attention
 from nemotron_v3.ops.cached_attention.masked import check_mask
 
@@ -116,38 +120,38 @@ class NemotronV3Attention(RefusesContextParallel):
         with context.writing():
             return self._mix(hidden_states, context, layer_idx)
 
-    def _mix(
-        self, hidden_states: Tensor, context: ForwardContext, layer_idx: int | None
-    ) -> Tensor:
+    def _mix(self, hidden_states: Tensor, context: ForwardContext, layer_idx: int | None) -> Tensor:
         layout = context.on(hidden_states.device)
-        x = layout.pack(hidden_states)  # [T, D]
-        q = project(self.q_proj, x).unflatten(-1, (-1, self.head_dim))  # [T, H, P]
-        k = project(self.k_proj, x).unflatten(-1, (-1, self.head_dim))  # [T, J, P]
-        v = project(self.v_proj, x).unflatten(-1, (-1, self.head_dim))
-        if context.step is None:
-            y = self.core(
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if context.cache is not None:
+                check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
+                return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
+            dropout_p = self.attention_dropout if self.training else 0.0
+            plain = self.core is ops.attention and self.impl != "flex"
+            if plain and not dropout_p and context.mask is None and graph_ops.can_take(layout):
+                return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
+            return self.core(
                 q,
                 k,
                 v,
                 layout=layout,
                 mask=context.mask,
-                dropout_p=self.attention_dropout if self.training else 0.0,
+                dropout_p=dropout_p,
                 impl=self.impl,
             )
-        else:
-            y = self._attend_cached(q, k, v, context, layer_idx)
-        return context.leave(project(self.o_proj, y.flatten(-2)))
+
+        return context.leave(attention_mixer(layout.pack(hidden_states), self, attend))
 
     def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, layer_idx: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, mask: Tensor | None
     ) -> Tensor:
-        """Store the new keys and values, and attend to all that each row holds, or to what a mask
+        """Append the new keys and values, and attend to all that each row holds, or to what a mask
         says."""
-        state, step = context.step.begin(layer_idx)
-        check_keys(state, layer_idx, k, v)
-        if context.mask is not None:
-            check_mask(context.mask, q, step.layout, step.starts)
-        keys, values = state.append(k, v, step, in_graph=q.requires_grad)
+        step = state.step
+        if mask is not None:
+            check_mask(mask, q, step.layout, step.starts)
+        keys, values = state.append(k, v, in_graph=q.requires_grad)
         return ops.cached_attention(
             q,
             keys,
@@ -155,9 +159,14 @@ class NemotronV3Attention(RefusesContextParallel):
             layout=step.layout,
             starts=step.starts,
             positions=step.positions,
-            mask=context.mask,
+            mask=mask,
             impl=self.chosen.impl,
         )
+
+    def decode_weights(self) -> AttentionWeights:
+        """What a decode step reads."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return AttentionWeights(*map(Projection.of, projections), self.head_dim)
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
         """Raises ValueError: the layer cannot share a document's tokens with other processes."""

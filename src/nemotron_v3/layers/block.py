@@ -1,6 +1,7 @@
 """One block of the model: `x + mixer(norm(x))`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -60,10 +61,13 @@ class NemotronV3Block(nn.Module):
         part = canonical_block_type(block_type)
         if part == "moe" and moe_config is not None:
             part = "moe beside a moe_config"
+        self.block_type = canonical_block_type(block_type)
         config = NemotronV3Config.from_any(config, "block", part)
+        own = config.block_configs
+        if 0 <= layer_idx < len(own) and own[layer_idx].block_type == self.block_type:
+            config = config.of_block(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.block_type = canonical_block_type(block_type)
         self.residual_in_fp32 = config.residual_in_fp32
         dtype = config.dtype
         if self.block_type == "moe":
@@ -76,7 +80,7 @@ class NemotronV3Block(nn.Module):
             dtype,
             BackendConfig.from_any(backend, "block"),
         )
-        self.mixer = _make_mixer(self.block_type, config, layer_idx, moe_config, backend)
+        self.mixer = MIXERS[self.block_type].make(config, layer_idx, backend, moe_config)
 
     @property
     def layer_type(self) -> str:
@@ -123,16 +127,16 @@ class NemotronV3Block(nn.Module):
         context = attn_kwargs.get("context")
         if context is not None:
             return self._add(hidden_states, context)
-        by_token = self.block_type in ("mlp", "moe")
+        kind = MIXERS[self.block_type]
         context = ForwardContext.enter(
             grid_of(hidden_states, self.config.hidden_size),
             hidden_states.device,
             attention_mask,
             past_key_values,
             attn_kwargs,
-            layer_idx=None if by_token else self.layer_idx,
-            takes_pairs=self.block_type == "attention",
-            by_token=by_token,
+            layer_idx=None if kind.by_token else self.layer_idx,
+            takes_pairs=kind.takes_pairs,
+            by_token=kind.by_token,
         )
         with context.writing():
             return self._add(hidden_states, context)
@@ -162,21 +166,25 @@ class NemotronV3Block(nn.Module):
         self.mixer.init_weights(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
 
 
-def _make_mixer(
-    block_type: str,
-    config: NemotronV3Config,
-    layer_idx: int,
-    moe_config: Any,
-    backend: BackendConfig,
+def _mamba(config: NemotronV3Config, layer_idx: int, backend: Any, moe_config: Any) -> nn.Module:
+    return NemotronV3Mamba2Mixer(config, layer_idx, backend=backend)
+
+
+def _attention(
+    config: NemotronV3Config, layer_idx: int, backend: Any, moe_config: Any
 ) -> nn.Module:
-    if block_type == "mamba":
-        return NemotronV3Mamba2Mixer(config, layer_idx, backend=backend)
-    if block_type == "attention":
-        attention = NemotronV3Attention(config, backend)
-        attention.layer_idx = layer_idx
-        return attention
-    if block_type == "mlp":
-        return NemotronV3MLP.from_config(config, backend)
+    attention = NemotronV3Attention(config, backend)
+    attention.layer_idx = layer_idx
+    return attention
+
+
+def _mlp(config: NemotronV3Config, layer_idx: int, backend: Any, moe_config: Any) -> nn.Module:
+    return NemotronV3MLP.from_config(config, backend)
+
+
+def _moe(
+    config: NemotronV3Config, layer_idx: int, backend: Any, moe_config: MoEConfig
+) -> nn.Module:
     if moe_config.dim != config.hidden_size:
         raise ValueError(
             f"moe_config.dim is {moe_config.dim}, the model's hidden_size {config.hidden_size}: "
@@ -191,3 +199,26 @@ def _make_mixer(
         num_hidden_layers=config.num_hidden_layers,
         rescale_prenorm_residual=config.rescale_prenorm_residual,
     )
+
+
+class MixerKind(NamedTuple):
+    """What a block has to know of its mixer.
+
+    Attributes:
+        make: `(config, layer_idx, backend, moe_config)` -> the mixer.
+        by_token: it works token by token, without a state.
+        takes_pairs: it takes a 4-D mask.
+    """
+
+    make: Callable[[NemotronV3Config, int, Any, Any], nn.Module]
+    by_token: bool = False
+    takes_pairs: bool = False
+
+
+# By block type. Every mixer is called as `mixer(x, context=context)`.
+MIXERS = {
+    "mamba": MixerKind(_mamba),
+    "attention": MixerKind(_attention, takes_pairs=True),
+    "mlp": MixerKind(_mlp, by_token=True),
+    "moe": MixerKind(_moe, by_token=True),
+}

@@ -28,6 +28,8 @@ class ForwardContext:
             in attention; or None.
         cache: what the tokens follow, or None.
         step: what the layers write of the cache, while `writing()` is entered; or None.
+        has_padding: whether layers are to be given the real tokens alone. A 4-D mask speaks of the
+            whole grid.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ForwardContext:
         step: Transaction | None = None,
     ):
         self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
+        self.has_padding = layout.token_index is not None and mask is None
 
     @classmethod
     def enter(
@@ -81,7 +84,10 @@ class ForwardContext:
             attention_mask, by_token = None, True
         kwargs = layout_kwargs or {}
         if attention_mask is None and not kwargs:
-            layout = SequenceLayout.of_rows(shape, device)
+            if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
+                layout = cache.one_token_layout(shape)
+            else:
+                layout = SequenceLayout.of_rows(shape, device)
         elif attention_mask is None and _is_ready(kwargs, shape, device):
             layout = kwargs["layout"]
         else:
@@ -99,11 +105,6 @@ class ForwardContext:
         self.step = self.cache.step(layout)
         return self.step
 
-    @property
-    def has_padding(self) -> bool:
-        """Whether layers are to see the real tokens alone; a 4-D mask speaks of the whole grid."""
-        return self.layout.token_index is not None and self.mask is None
-
     def packed(self) -> "ForwardContext":
         """The same pass as layers see it that are given the real tokens alone, `[T, D]`."""
         return ForwardContext(self.layout.packed, None, self.cache, self.step)
@@ -111,7 +112,7 @@ class ForwardContext:
     def on(self, device: torch.device) -> SequenceLayout:
         """The layout on a device; moved once a pass."""
         layout = self.layout
-        if layout.cu_seqlens.device == device:
+        if layout.device == device:
             return layout
         return layout.derived(("on", device), lambda layout: layout.to(device))
 
@@ -122,7 +123,8 @@ class ForwardContext:
         """
         if self.step is not None:
             self.step.layer_is_done()
-        return self.on(y.device).unpack(y)
+        layout = self.layout if self.layout.device == y.device else self.on(y.device)
+        return layout.unpack(y)
 
 
 def _is_4d(mask: Any) -> bool:

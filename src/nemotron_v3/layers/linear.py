@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nemotron_v3.config import BackendConfig
 from nemotron_v3.layers.extra_state import keep_state_dict_names
 from nemotron_v3.layers.hooks import is_observed
-from nemotron_v3.ops import _products
+from nemotron_v3.ops.common import onednn
 
 
 def make_linear(
@@ -56,7 +56,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     if x.dtype != layer.weight.dtype:
         _check_dtype(layer, x)
-    y = _products.linear(layer, x)
+    y = onednn.linear(layer, x)
     return layer(x) if y is None else y
 
 

@@ -9,21 +9,18 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from nemotron_v3 import ops
 from nemotron_v3.cache.checks import check_states
-from nemotron_v3.cache.states import MambaState
-from nemotron_v3.cache.tokens import Step
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.decode_weights import Mamba2Weights, Projection
 from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
-from nemotron_v3.layers.hooks import must_call
+from nemotron_v3.layers.functional import Mamba2Sizes, mamba2_mixer
+from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
-from nemotron_v3.layers.linear import make_linear, project
-from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
+from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
-from nemotron_v3.layout import SequenceLayout
 
 
 class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
@@ -130,102 +127,54 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             return self._mix(hidden_states, context)
 
     def _mix(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        state = None
+        if context.cache is not None:
+            sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
+            check_states(context.cache.states.get(self.layer_idx), self.layer_idx, *sizes)
+            state = context.step.begin(self.layer_idx)
         layout = context.on(hidden_states.device)
-        zxbcdt = project(self.in_proj, layout.pack(hidden_states))  # [T, 2*H*P + 2*G*N + H]
-        if context.step is None:
-            y, _, _ = self._scan(zxbcdt, layout=layout, return_final_states=False)
-        else:
-            y = self._scan_cached(zxbcdt, *context.step.begin(self.layer_idx))
-        return context.leave(project(self.out_proj, y))
+        x = layout.pack(hidden_states)  # [T, D]
+        y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state)
+        return context.leave(y)
 
-    def _scan(self, zxbcdt: Tensor, **layout_and_states: Any) -> tuple[Any, ...]:
-        """The core over any number of tokens: y `[T, H*P]`, and both states after them."""
-        if self._calls_modules:
-            return mamba2_by_modules(
-                zxbcdt,
-                self.conv1d,
-                self.norm,
-                self.dt_bias,
-                self.A_log,
-                self.D,
-                taps=self.conv_kernel_size,
-                chunk_size=self.chunk_size,
-                **self._sizes(),
-                **layout_and_states,
-            )
-        return ops.mamba2(
-            zxbcdt,
-            *self._weights(),
-            eps=self.norm.variance_epsilon,
+    def _weights(self) -> tuple[Tensor | None, ...] | None:
+        """What an op reads in the place of conv1d and norm; None where these have to be called."""
+        conv1d, norm = self.conv1d, self.norm
+        plain = type(conv1d) is nn.Conv1d and type(norm) is NemotronV3MambaRMSNormGated
+        if not plain or is_observed(conv1d) or is_observed(norm):
+            return None
+        weights = (conv1d.weight[:, 0], conv1d.bias)
+        return (*weights, self.dt_bias, self.A_log, self.D, norm.weight)
+
+    def _sizes(self) -> Mamba2Sizes:
+        return Mamba2Sizes(
+            n_groups=self.n_groups,
+            head_dim=self.head_dim,
+            state_size=self.ssm_state_size,
+            dt_limit=self.time_step_limit,
             chunk_size=self.chunk_size,
-            **self._sizes(),
-            **layout_and_states,
+            eps=getattr(self.norm, "variance_epsilon", 0.0),  # of a norm that is not called
+            taps=self.conv_kernel_size,
+            impl=self.backend.impl,
         )
 
-    @property
-    def _calls_modules(self) -> bool:
-        """Whether conv1d or norm has to be called, which an op passes by."""
-        return must_call(self.conv1d, nn.Conv1d) or must_call(
-            self.norm, NemotronV3MambaRMSNormGated
+    def decode_weights(self) -> Mamba2Weights:
+        """What a decode step reads."""
+        bias = self.conv1d.bias
+        return Mamba2Weights(
+            in_proj=Projection.of(self.in_proj),
+            conv_weight=self.conv1d.weight.detach()[:, 0],
+            conv_bias=None if bias is None else bias.detach(),
+            dt_bias=self.dt_bias.detach(),
+            A_log=self.A_log.detach(),
+            D=self.D.detach(),
+            norm=self.norm.decode_weights(),
+            out_proj=Projection.of(self.out_proj),
+            head_dim=self.head_dim,
+            n_groups=self.n_groups,
+            state_size=self.ssm_state_size,
+            dt_limit=self.time_step_limit,
         )
-
-    def _scan_cached(self, zxbcdt: Tensor, state: MambaState, step: Step) -> Tensor:
-        """Continue from the cached states and move them on: y `[T, H*P]`."""
-        sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
-        check_states(state, self.layer_idx, *sizes)
-        if step.is_decode and not self._differentiable(zxbcdt, state) and not self._calls_modules:
-            if step.window:
-                state.remember(step.layout.seq_idx.long(), step.positions)
-            state.touched = True
-            return ops.mamba2_step(
-                zxbcdt,
-                *self._weights(),
-                conv_state=state.conv,
-                ssm_state=state.ssm,
-                eps=self.norm.variance_epsilon,
-                **self._sizes(),
-            )
-        if not step.window or not step.layout.num_tokens:
-            return self._scan_on(zxbcdt, state, step.layout)
-        parts = []
-        for piece in step.pieces:
-            state.remember(piece.rows, piece.positions)
-            tokens = zxbcdt.index_select(0, piece.tokens)
-            parts.append(self._scan_on(tokens, state, piece.layout))
-        return torch.cat(parts).index_select(0, step.piece_order)
-
-    def _differentiable(self, zxbcdt: Tensor, state: MambaState) -> bool:
-        """Whether a backward pass may come through the core, now or from the states."""
-        tensors = (zxbcdt, *self.parameters())
-        return state.has_graph or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        )
-
-    def _scan_on(self, zxbcdt: Tensor, state: MambaState, layout: SequenceLayout) -> Tensor:
-        y, conv, ssm = self._scan(
-            zxbcdt, layout=layout, conv_states=state.conv, ssm_states=state.ssm
-        )
-        state.write(conv, ssm)
-        return y
-
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm.weight,
-        )
-
-    def _sizes(self) -> dict[str, Any]:
-        return {
-            "n_groups": self.n_groups,
-            "head_dim": self.head_dim,
-            "state_size": self.ssm_state_size,
-            "dt_limit": self.time_step_limit,
-            "impl": self.backend.impl,
-        }
 
     def init_weights(
         self,

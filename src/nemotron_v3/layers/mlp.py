@@ -8,6 +8,7 @@ from torch import Tensor
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.decode_weights import MLPWeights, Projection
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import check_floats, check_size
 from nemotron_v3.layers.linear import make_linear, project
@@ -84,6 +85,10 @@ class NemotronV3MLP(RefusesContextParallel):
                 f"{self.hidden_size}: give hidden states of shape (..., {self.hidden_size})"
             )
         return project(self.down_proj, relu2(project(self.up_proj, hidden_states), impl=self.impl))
+
+    def decode_weights(self) -> MLPWeights:
+        """What a decode step reads."""
+        return MLPWeights(Projection.of(self.up_proj), Projection.of(self.down_proj))
 
     def init_weights(
         self,

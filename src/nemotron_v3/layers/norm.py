@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig
+from nemotron_v3.layers.decode_weights import NormWeights
 from nemotron_v3.layers.inputs import check_floats, check_size
 from nemotron_v3.layers.transformer_engine import TERMSNorm
 
@@ -49,6 +50,10 @@ class NemotronV3RMSNorm(nn.Module):
             hidden_states, self.weight, self.variance_epsilon, self.weight.dtype, impl=impl
         )
 
+    def decode_weights(self) -> NormWeights:
+        """What a decode step reads."""
+        return NormWeights(self.weight.detach(), self.variance_epsilon)
+
     def reset_parameters(self) -> None:
         """The weight is ones again, as `torch.nn.RMSNorm` has it."""
         nn.init.ones_(self.weight)
@@ -88,6 +93,10 @@ class NemotronV3MambaRMSNormGated(nn.Module):
         return ops.gated_rms_norm(
             hidden_states, gate, self.weight, self.group_size, self.variance_epsilon
         )
+
+    def decode_weights(self) -> NormWeights:
+        """What a decode step reads."""
+        return NormWeights(self.weight.detach(), self.variance_epsilon)
 
     def reset_parameters(self) -> None:
         """The weight is ones again."""

@@ -1,22 +1,25 @@
-"""How tensors are made that outlive a call: in which mode, and on which device."""
+"""Create long-lived tensors outside inference mode, and on which device."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def ordinary(function: Callable) -> Callable:
-    """`function`, the tensors it makes being ordinary ones even in inference mode.
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run outside inference mode and without a graph if it is called inside.
 
     A tensor made in inference mode can be neither written to nor saved for a backward pass outside
     of it. What is kept beyond a call must not depend on where the call came from.
     """
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # A compiler, which cannot ask for the mode, keeps nothing itself.
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
@@ -26,8 +29,11 @@ def ordinary(function: Callable) -> Callable:
     return run
 
 
+ordinary = outside_inference_mode  # its former name, until the rooms above call the new one
+
+
 def kept(tensor: Tensor) -> Tensor:
-    """`tensor` as it may outlive a call: an ordinary copy of one that inference mode has made."""
+    """`tensor` itself, or a copy made outside inference mode of one made inside."""
     if torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     with torch.inference_mode(False), torch.no_grad():
@@ -49,18 +55,25 @@ def on_device(values: Sequence[int] | Tensor, device: torch.device | str | None)
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def once(function: Callable) -> property:
-    """A property computed once. functools' own takes a lock that `torch.compile` cannot trace."""
-    name = f"_{function.__name__}"
+class once(Generic[R]):
+    """A property computed once; then it is an attribute, which costs no call.
 
-    def get(self: Any) -> Any:
+    `functools.cached_property` takes a lock that `torch.compile` cannot trace.
+    """
+
+    def __init__(self, function: Callable[[Any], R]):
+        self.function, self.name = function, function.__name__
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> R:
+        if instance is None:
+            return cast(R, self)
         if torch.compiler.is_compiling():
-            return function(self)
-        if name in self.__dict__:
-            return self.__dict__[name]
-        value = ordinary(function)(self)
-        if not (isinstance(value, Tensor) and capturing(self.device)):
-            self.__dict__[name] = value
+            return self.function(instance)
+        if torch.is_inference_mode_enabled():
+            value = outside_inference_mode(self.function)(instance)
+        else:
+            value = self.function(instance)
+        if not (isinstance(value, Tensor) and capturing(value.device)):
+            instance.__dict__[self.name] = value
         return value
-
-    return property(get, doc=function.__doc__)

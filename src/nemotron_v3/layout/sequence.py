@@ -1,6 +1,6 @@
 """How tokens lie: which document each token belongs to, and where documents start.
 
-Letters: B batch rows, S sequence length, T real tokens, D documents (written `num_documents`).
+Letters: B batch rows, S sequence length, T real tokens. Documents have none: `n_docs`.
 
 The *grid* is the shape the caller holds: `(B, S)`, or `(T,)` without a batch dimension. The
 *packed* form is the real tokens alone, `[T, ...]`, document after document in grid order. Every op
@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nemotron_v3.layout import handles
 from nemotron_v3.layout.checks import (
     agreed,
     check_mask_agrees,
@@ -31,7 +32,7 @@ from nemotron_v3.layout.checks import (
     read_offsets,
     shortened,
 )
-from nemotron_v3.layout.modes import capturing, on_device, once, ordinary
+from nemotron_v3.layout.modes import capturing, on_device, once, outside_inference_mode
 from nemotron_v3.layout.positions import count_on, fit_positions
 
 PADDING = -1
@@ -54,15 +55,18 @@ class SequenceLayout:
         shape: the grid, `(B, S)` or `(T,)`.
         lengths: real tokens of each document, on the host; 0 is allowed (a row that is all
             padding).
-        cu_seqlens: int64 `[D + 1]`, where each document starts among the packed tokens.
+        cu_seqlens: int64 `[n_docs + 1]`, where each document starts among the packed tokens.
         token_index: int64 `[T]`, the flat grid position of each packed token; None where the grid
             has no padding, so that packing is a reshape.
+        handle: the number by which a compiled graph finds it (`layout/handles.py`).
     """
 
     shape: tuple[int, ...]
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     token_index: Tensor | None
+    device: torch.device
+    handle: int
 
     def __init__(
         self,
@@ -76,6 +80,13 @@ class SequenceLayout:
         put(self, "lengths", lengths)
         put(self, "cu_seqlens", cu_seqlens)
         put(self, "token_index", token_index)
+        # A pytree's structure is a layout of no tensors, which are nowhere.
+        put(self, "device", getattr(cu_seqlens, "device", None))
+        put(self, "handle", handles.UNKNOWN if torch.compiler.is_compiling() else handles.new(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layout, and has a number of its own."""
+        self.__dict__.update(state | {"handle": handles.new(self)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a SequenceLayout does not change: build another for a new {name}")
@@ -85,13 +96,13 @@ class SequenceLayout:
     @classmethod
     def plain(cls, batch: int, seq_len: int, device: torch.device | str | None = None) -> Self:
         """A batch without padding: one document of `seq_len` tokens a row."""
-        return cls._build((batch, seq_len), (seq_len,) * batch, None, device)
+        return cls.of_rows((batch, seq_len), device)
 
     @classmethod
     def of_rows(cls, shape: tuple[int, ...], device: torch.device | str | None = None) -> Self:
         """One document a row of a grid `(B, S)`, or one of all tokens of a grid `(T,)`."""
-        rows = shape if len(shape) == 2 else (1, *shape)
-        return cls._build(tuple(shape), (rows[1],) * rows[0], None, device)
+        rows, length = shape if len(shape) == 2 else (1, *shape)
+        return cls._build(tuple(shape), (length,) * rows, None, device)
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
@@ -102,7 +113,7 @@ class SequenceLayout:
         return cls._build((sum(counts),), counts, None, device)
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def from_cu_seqlens(
         cls,
         cu_seqlens: Tensor,
@@ -112,8 +123,8 @@ class SequenceLayout:
         """Documents that start at cumulative offsets into the flattened grid.
 
         Args:
-            cu_seqlens: integers `[D + 1]` (or `[1, D + 1]`), from 0 to the number of real tokens,
-                never decreasing.
+            cu_seqlens: integers `[n_docs + 1]` (or `[1, n_docs + 1]`), from 0 to the number of real
+                tokens, never decreasing.
             shape: the grid, `(B, S)` or `(T,)`; by default `(cu_seqlens[-1],)`. A row border of a
                 `(B, S)` grid must be a document border.
             cu_seqlens_padded: the same for documents with their padding: document i lies at the
@@ -148,7 +159,7 @@ class SequenceLayout:
         return cls._build(shape, lengths, torch.cat([none, *runs]), device)
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def from_seq_idx(cls, seq_idx: Tensor) -> Self:
         """Documents given by a number per token: a new one starts where the number changes.
 
@@ -160,21 +171,14 @@ class SequenceLayout:
             ValueError: not integers, or not 1-D or 2-D.
         """
         check_tensor("seq_idx", seq_idx)
-        if (
-            seq_idx.is_floating_point()
-            or seq_idx.dtype == torch.bool
-            or seq_idx.dim() not in (1, 2)
-        ):
+        shape = tuple(seq_idx.shape)
+        fractions = seq_idx.is_floating_point() or seq_idx.dtype == torch.bool
+        if fractions or len(shape) not in (1, 2):
             raise ValueError(
                 "seq_idx must be integers of shape (batch, seq_len) or (tokens,), got "
-                f"{seq_idx.dtype} of shape {tuple(seq_idx.shape)}"
+                f"{seq_idx.dtype} of shape {shape}"
             )
-        rows = (
-            seq_idx.detach()
-            .cpu()
-            .to(torch.int64)
-            .reshape(seq_idx.shape[:-1].numel(), seq_idx.shape[-1])
-        )
+        rows = seq_idx.detach().cpu().long().reshape(grid_rows(shape), shape[-1])
         real = rows >= 0
         row_number = torch.arange(rows.shape[0], device="cpu")[:, None].expand_as(rows)[real]
         numbers = rows[real]
@@ -184,10 +188,10 @@ class SequenceLayout:
         # Where all is padding there is still one document, an empty one.
         lengths = tuple(b - a for a, b in pairwise([*first, numbers.numel()])) or (0,)
         index = None if bool(real.all()) else real.flatten().nonzero().flatten()
-        return cls._build(tuple(seq_idx.shape), lengths, index, seq_idx.device)
+        return cls._build(shape, lengths, index, seq_idx.device)
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def from_padding_mask(cls, mask: Tensor) -> Self:
         """One document a row, made of the tokens the mask marks as real.
 
@@ -316,7 +320,7 @@ class SequenceLayout:
     @classmethod
     def _of_rows(
         cls, shape: tuple[int, ...], device: torch.device, attention_mask: Tensor | None
-    ) -> Self:
+    ) -> "SequenceLayout":
         """One document a row, of all its tokens or of those that a mask marks."""
         if attention_mask is None:
             return cls.of_rows(shape, device)
@@ -324,7 +328,7 @@ class SequenceLayout:
         return mask._with_shape(shape)
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def _build(
         cls,
         shape: tuple[int, ...],
@@ -359,17 +363,15 @@ class SequenceLayout:
     # --- what it says -------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self.cu_seqlens.device
-
-    @property
     def num_documents(self) -> int:
         return len(self.lengths)
 
     @once
     def num_tokens(self) -> int:
         """Real tokens, T."""
-        return sum(self.lengths)
+        if self.token_index is not None:
+            return self.token_index.shape[0]
+        return grid_size(self.shape)
 
     @once
     def offsets(self) -> tuple[int, ...]:
@@ -384,7 +386,10 @@ class SequenceLayout:
     @once
     def packed(self) -> "SequenceLayout":
         """The layout of the packed tokens themselves: grid `(T,)`, no padding."""
-        return SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
+        packed = SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
+        if torch.compiler.is_compiling():
+            object.__setattr__(packed, "handle", handles.of_packed(self.handle))
+        return packed
 
     @once
     def seq_idx(self) -> Tensor:
@@ -410,7 +415,7 @@ class SequenceLayout:
             return self.token_index is other.token_index
         return torch.equal(self.token_index, other.token_index.to(self.device))
 
-    @ordinary
+    @outside_inference_mode
     def split_by(self, position_ids: Tensor | None, *, every_break: bool = False) -> Self:
         """The layout whose documents also start where positions do (reads tensors: border use).
 
@@ -453,7 +458,7 @@ class SequenceLayout:
                 f"the layout describes tokens of shape {self.shape}, got a tensor of shape "
                 f"{tuple(x.shape)}"
             )
-        flat = x.reshape(grid_size(self.shape), *x.shape[rank:])
+        flat = x.flatten(0, rank - 1)
         return flat if self.token_index is None else flat.index_select(0, self.token_index)
 
     def unpack(self, y: Tensor) -> Tensor:
@@ -465,7 +470,7 @@ class SequenceLayout:
             return y
         return y.reshape(*self.shape, *y.shape[1:])
 
-    @ordinary
+    @outside_inference_mode
     def to(self, device: torch.device | str) -> "SequenceLayout":
         """The same layout with its tensors on `device`; itself where they are there already."""
         if self.device == torch.device(device):
@@ -483,7 +488,9 @@ class SequenceLayout:
             return build(self)
         if key in self._tables:
             return self._tables[key]
-        tables = ordinary(build)(self)  # the layout may serve training afterwards
+        if torch.is_inference_mode_enabled():  # the layout may serve training afterwards
+            build = outside_inference_mode(build)
+        tables = build(self)
         if not capturing(self.device):
             self._tables[key] = tables
         return tables

@@ -14,8 +14,8 @@ ID_DTYPES = (torch.int64, torch.int32)  # that an embedding looks up
 def enter(
     config: NemotronV3Config,
     embeddings: Tensor,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
+    shape: tuple[int, ...],
+    device: torch.device,
     attention_mask: Tensor | None,
     past_key_values: Any,
     layout_kwargs: dict[str, Any],
@@ -24,14 +24,12 @@ def enter(
 
     Args:
         embeddings: the model's matrix, in whose dtype a cache has to be.
-        input_ids, inputs_embeds: exactly one of them.
+        shape, device: what `token_grid` says.
         attention_mask, past_key_values, layout_kwargs: see `ForwardContext.enter`.
 
     Raises:
-        ValueError, TypeError: what `token_grid`, `ForwardContext.enter` and
-            `NemotronHybridCache.check` raise.
+        ValueError, TypeError: what `ForwardContext.enter` and `NemotronHybridCache.check` raise.
     """
-    shape, device = token_grid(input_ids, inputs_embeds, config.hidden_size)
     context = ForwardContext.enter(
         shape, device, attention_mask, past_key_values, layout_kwargs, who="the model"
     )

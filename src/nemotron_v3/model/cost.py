@@ -8,9 +8,10 @@ One multiplication and addition are two FLOPs; training costs three forward pass
 activations, the embedding lookup and the choice of experts are left out, as usual.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -105,12 +106,45 @@ def _moe(config: NemotronV3Config) -> Iterator[Weight]:
         yield from _linear("fc2_latent_proj", D, X, bias)
 
 
-_MIXERS = {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
+def _scan_flops(config: NemotronV3Config, seq_len: float) -> float:
+    """Of the recurrence: 7 a state element, the convention that published figures follow.
+
+    The chunked algorithm's own count is 2Q(GN + HP) + 4HPN for a chunk of Q: 6.5 a state element
+    for the released 30B, and less where the upper triangle of a chunk is skipped.
+    """
+    return 7 * config.mamba_intermediate_size * config.ssm_state_size
+
+
+def _pair_flops(config: NemotronV3Config, seq_len: float) -> float:
+    """Scores and values are 2 x 2 FLOPs a pair; a token sees half the sequence on average."""
+    return 2 * config.num_attention_heads * config.head_dim * seq_len
+
+
+def _no_flops(config: NemotronV3Config, seq_len: float) -> float:
+    return 0
+
+
+class MixerCost(NamedTuple):
+    """What a mixer costs: its weights, and forward FLOPs a token besides theirs in a causal
+    sequence of some length."""
+
+    weights: Callable[[NemotronV3Config], Iterator[Weight]]
+    more_flops: Callable[[NemotronV3Config, float], float] = _no_flops
+
+
+# By block type.
+COSTS = {
+    "mamba": MixerCost(_mamba, _scan_flops),
+    "attention": MixerCost(_attention, _pair_flops),
+    "mlp": MixerCost(_mlp),
+    "moe": MixerCost(_moe),
+}
 
 
 def block_weights(config: NemotronV3Config, block_type: str) -> list[Weight]:
-    """The weights of one block: its norm and its mixer."""
-    return [Weight("norm.weight", (config.hidden_size,)), *_MIXERS[block_type](config)]
+    """The weights of one block, its norm and its mixer; `config` is that of the block where blocks
+    have sizes of their own (`NemotronV3Config.of_block`)."""
+    return [Weight("norm.weight", (config.hidden_size,)), *COSTS[block_type].weights(config)]
 
 
 def _embedding(config: NemotronV3Config) -> Weight:
@@ -128,7 +162,8 @@ def _eh_proj(config: NemotronV3Config) -> Weight:
 def model_weights(config: NemotronV3Config) -> list[Weight]:
     """The weights of the model without multi-token prediction."""
     weights = [_embedding(config), Weight("norm_f.weight", (config.hidden_size,))]
-    weights += _of_blocks(config, config.layers_block_type)
+    for index, block in enumerate(config.layers_block_type):
+        weights += block_weights(config.of_block(index), block)
     return weights if config.tie_word_embeddings else [*weights, _head(config)]
 
 
@@ -137,12 +172,9 @@ def mtp_weights(config: NemotronV3Config) -> list[Weight]:
     D = config.hidden_size
     depth = [Weight(f"{name}.weight", (D,)) for name in ("enorm", "hnorm", "final_layernorm")]
     depth.append(_eh_proj(config))
-    depth += _of_blocks(config, config.mtp_layers_block_type)
+    for index, block in enumerate(config.mtp_layers_block_type):
+        depth += block_weights(config.of_mtp_block(index), block)
     return depth * config.num_nextn_predict_layers
-
-
-def _of_blocks(config: NemotronV3Config, blocks: Iterable[str]) -> list[Weight]:
-    return [weight for block in blocks for weight in block_weights(config, block)]
 
 
 # ----------------------------------------------------------------------------- parameters and bytes
@@ -204,21 +236,7 @@ def conv_state_bytes(config: NemotronV3Config, dtype: torch.dtype) -> int:
 def block_flops(config: NemotronV3Config, block_type: str, seq_len: float) -> float:
     """Forward FLOPs a token of one block in a causal sequence of `seq_len` tokens."""
     flops = sum(weight.flops for weight in block_weights(config, block_type))
-    if block_type == "mamba":
-        flops += _scan_flops(config)
-    if block_type == "attention":
-        # Scores and values are 2 x 2 FLOPs a pair; a token sees half the sequence on average.
-        flops += 2 * config.num_attention_heads * config.head_dim * seq_len
-    return flops
-
-
-def _scan_flops(config: NemotronV3Config) -> int:
-    """Of the recurrence: 7 a state element, the convention that published figures follow.
-
-    The chunked algorithm's own count is 2Q(GN + HP) + 4HPN for a chunk of Q: 6.5 a state element
-    for the released 30B, and less where the upper triangle of a chunk is skipped.
-    """
-    return 7 * config.mamba_intermediate_size * config.ssm_state_size
+    return flops + COSTS[block_type].more_flops(config, seq_len)
 
 
 def forward_flops(config: NemotronV3Config, seq_len: float) -> float:
@@ -228,14 +246,20 @@ def forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     Raises `ValueError` for a length below 1.
     """
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.layers_block_type)
+    blocks = sum(
+        block_flops(config.of_block(index), block, seq_len)
+        for index, block in enumerate(config.layers_block_type)
+    )
     return blocks + _head(config).flops
 
 
 def mtp_forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     """Forward FLOPs a token of multi-token prediction, all depths, each with a pass of the head."""
     _check_length(seq_len)
-    blocks = sum(block_flops(config, block, seq_len) for block in config.mtp_layers_block_type)
+    blocks = sum(
+        block_flops(config.of_mtp_block(index), block, seq_len)
+        for index, block in enumerate(config.mtp_layers_block_type)
+    )
     depth = _eh_proj(config).flops + blocks + _head(config).flops
     return config.num_nextn_predict_layers * depth
 

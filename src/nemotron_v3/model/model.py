@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,6 @@ from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.config.trainers import AskedByTrainers
 from nemotron_v3.layers.block import NemotronV3Block
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.init import init_, on_meta, place_on
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.moe.router import checkpoint_contexts, observed
@@ -25,6 +23,7 @@ from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
 from nemotron_v3.model.checks import check_kept, check_labels, enter, look_up, token_grid
+from nemotron_v3.model.head import TiedHead, plain_weight
 from nemotron_v3.model.loss import (
     check_items,
     per_item,
@@ -52,6 +51,7 @@ class NemotronV3Model(nn.Module):
         self.config = NemotronV3Config.from_any(config)
         self.backend = BackendConfig.from_any(backend)
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1
         config, backend = self.config, self.backend
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
         self.layers = nn.ModuleList(
@@ -100,8 +100,7 @@ class NemotronV3Model(nn.Module):
         context = enter(
             self.config,
             self.embeddings.weight,
-            input_ids,
-            inputs_embeds,
+            *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
             attention_mask,
             past_key_values,
             layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
@@ -124,8 +123,9 @@ class NemotronV3Model(nn.Module):
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
         streams = [hidden]
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recomputes and block.layer_idx % self.checkpoint_every == 0:
                 hidden = _recomputed(block, hidden, context)
             else:
                 hidden = block(hidden, context=context)
@@ -148,29 +148,6 @@ class NemotronV3Model(nn.Module):
         for block in self.layers:
             block.init_weights()
         nn.init.ones_(self.norm_f.weight)
-
-
-class TiedHead(nn.Module):
-    """A head that multiplies by the embedding matrix and holds no parameter of its own.
-
-    A second registration of one parameter would come apart under `to_empty`, sharding or a load; a
-    reference to the module that holds the embeddings cannot, nor when they are replaced.
-    """
-
-    def __init__(self, model: "NemotronV3Model"):
-        super().__init__()
-        self._model = (model,)  # in a tuple: not a submodule, so not a second owner
-
-    @property
-    def embeddings(self) -> nn.Embedding:
-        return self._model[0].embeddings
-
-    @property
-    def weight(self) -> Tensor:
-        return self.embeddings.weight
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight)
 
 
 class NemotronV3ForCausalLM(nn.Module):
@@ -270,7 +247,12 @@ class NemotronV3ForCausalLM(nn.Module):
                 layout_kwargs[name] = said
         weight = self.model.embeddings.weight
         context = enter(
-            self.config, weight, input_ids, inputs_embeds, attention_mask, past_key_values,
+            self.config,
+            weight,
+            shape,
+            device,
+            attention_mask,
+            past_key_values,
             layout_kwargs,
         )
         if labels is not None and _may_read(labels, layout is None):
@@ -302,7 +284,9 @@ class NemotronV3ForCausalLM(nn.Module):
     ) -> tuple[Tensor | None, Tensor | Unread]:
         """The loss, None without labels, and the logits."""
         if labels is None:
-            return None, self.lm_head(_keep(hidden, logits_to_keep))
+            if type(logits_to_keep) is not int or logits_to_keep:
+                hidden = _keep(hidden, logits_to_keep)
+            return None, self.lm_head(hidden)
         targets = targets_of(labels, layout)
         mean, logits = self._mean(hidden, targets, layout, logits_to_keep)
         loss = per_item(mean, targets, items)
@@ -387,9 +371,16 @@ class NemotronV3ForCausalLM(nn.Module):
         """
         return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only the stream between blocks for the backward pass, and recompute each block."""
-        self.model.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """Keep only the stream in front of every nth block for the backward pass, and recompute
+        the block; of the blocks between keep what their backward pass needs.
+
+        Raises:
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every is {every}: give 1 for all blocks, 2 for each second one, ...")
+        self.model.gradient_checkpointing, self.model.checkpoint_every = True, every
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what each block's backward pass needs."""
@@ -414,22 +405,6 @@ def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext)
     told = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
     contexts = {"context_fn": checkpoint_contexts} if told else {}
     return checkpoint(partial(block, context=context), hidden, use_reentrant=False, **contexts)
-
-
-def plain_weight(head: nn.Module) -> Tensor | None:
-    """The matrix `[V, D]` of a head that is nothing else, so that a loss may multiply by it itself.
-
-    None where the head has to be called: adapters, quantised or sharded weights, hooks (those of
-    all modules too), a bias, another backend's projection.
-    """
-    if must_call(head, nn.Linear, TiedHead):
-        return None
-    if isinstance(head, TiedHead) and must_call(head.embeddings, nn.Embedding):
-        return None
-    if getattr(head, "bias", None) is not None:
-        return None
-    weight = head.weight
-    return weight if type(weight) in (Tensor, nn.Parameter) else None
 
 
 def _may_read(labels: Tensor, made_here: bool) -> bool:

@@ -110,7 +110,9 @@ class Unread:
 def _state(tensor: Tensor) -> tuple[torch.dtype, torch.device, int]:
     """Changes with the tensor: its dtype, its place, how often it was written in place (which
     tensors of inference mode do not count)."""
-    return tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+    # A compiler cannot ask for the mode, and trains outside of it.
+    counted = torch.compiler.is_compiling() or not tensor.is_inference()
+    return tensor.dtype, tensor.device, tensor._version if counted else 0
 
 
 # A leaf is a tensor: what is None, and the cache, which is updated in place, go in the context.

@@ -11,9 +11,10 @@ from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe import NemotronV3Experts, NemotronV3MoE, NemotronV3Router
 from nemotron_v3.layers.moe.even_router import EvenRouter
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
-from nemotron_v3.model.model import NemotronV3ForCausalLM, plain_weight
-from nemotron_v3.ops._dispatch import choose
-from nemotron_v3.ops._long_attention import LONG, takes
+from nemotron_v3.model.head import plain_weight
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.ops.common.long_attention import LONG, takes
+from nemotron_v3.ops.registry import choose
 
 _TE = "Transformer Engine"
 

@@ -3,16 +3,15 @@
 Letters: V vocabulary, D hidden size.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 
 
-def vocabulary_of(model: "NemotronV3ForCausalLM") -> int:
+def vocabulary_of(model: CausalLM) -> int:
     """V, as the matrices have it: a model may have been given others than its config says.
 
     Raises:
@@ -32,7 +31,7 @@ def vocabulary_of(model: "NemotronV3ForCausalLM") -> int:
 
 @torch.no_grad()
 def resize(
-    model: "NemotronV3ForCausalLM",
+    model: CausalLM,
     new_num_tokens: int | None,
     pad_to_multiple_of: int | None,
     mean_resizing: bool,
@@ -64,7 +63,7 @@ def resize(
     return model.model.embeddings
 
 
-def _owners(model: "NemotronV3ForCausalLM") -> list[nn.Module]:
+def _owners(model: CausalLM) -> list[nn.Module]:
     """The modules that hold the matrices: the embeddings, and a head that is not tied to them."""
     kinds: list[tuple[nn.Module, type[nn.Module]]] = [(model.model.embeddings, nn.Embedding)]
     if not model.config.tie_word_embeddings:

@@ -1,20 +1,16 @@
-"""What a run shows on a terminal: a line a fact, a bar while it trains, a table at the end."""
+"""What the demo shows on a terminal: a line a fact, a table at the end."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_v3.recipes.pretrain import Step
+from nemotron_v3.train.display import GREEN, clock
 
-GREEN = "rgb(118,185,0)"
 LABEL = 12  # columns that a line's label takes
 
 
@@ -33,18 +29,6 @@ class Story:
         line.add_column()
         line.add_row(label, text)
         self.console.print(Padding(line, (0, 0, 0, 2)))
-
-    @contextmanager
-    def training(self) -> Iterator["TrainingBar"]:
-        """A bar with the loss, tokens a second and the time left."""
-        progress = Progress(
-            TextColumn(f"  [dim]{'training':<{LABEL - 1}}[/]"),
-            BarColumn(bar_width=28, complete_style=GREEN, finished_style=GREEN),
-            TextColumn("{task.fields[told]}"),
-            console=self.console,
-        )
-        with progress:
-            yield TrainingBar(progress)
 
     def comparison(self, bits_per_byte: dict[str, float]) -> None:
         """Bits per byte by name, each with a bar; the first row is ours."""
@@ -67,26 +51,3 @@ class Story:
         names = ", ".join(sorted(path.name for path in folder.iterdir()))
         self.fact("saved", f"[bold]{folder}[/]: {names}")
         self.fact("time", f"{clock(seconds)}, {torch.get_num_threads()} threads\n")
-
-
-class TrainingBar:
-    def __init__(self, progress: Progress):
-        self._progress = progress
-        self._task = progress.add_task("", total=1.0, told="")
-        self._loss: float | None = None
-
-    def show(self, step: Step, done: float) -> None:
-        """`done`: the fraction of the training behind us."""
-        self._loss = step.loss if self._loss is None else 0.9 * self._loss + 0.1 * step.loss
-        left = step.seconds * (1 - done) / done if done > 0 else 0.0
-        told = (
-            f"loss [bold]{self._loss:.3f}[/]  {step.tokens_per_second:,.0f} tokens/s  "
-            f"step {step.step}  {clock(left)} left"
-        )
-        self._progress.update(self._task, completed=min(done, 1.0), told=told)
-
-
-def clock(seconds: float) -> str:
-    """`75.3` -> `1:15`."""
-    minutes, rest = divmod(max(round(seconds), 0), 60)
-    return f"{minutes}:{rest:02d}"

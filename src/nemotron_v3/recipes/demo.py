@@ -4,17 +4,23 @@ import gzip
 import json
 import lzma
 import math
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nemotron_v3.checkpoint import from_pretrained, save_pretrained
+from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.data import (
     SEPARATOR_ID,
+    DataOptions,
     Pack,
+    PackedRow,
+    Source,
     Tokenizer,
     pack_whole,
     standard_library,
@@ -22,18 +28,23 @@ from nemotron_v3.data import (
 )
 from nemotron_v3.generation import generate
 from nemotron_v3.model.cost import parameters
+from nemotron_v3.model.loss import IGNORE_INDEX
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.recipes.console import Story
 from nemotron_v3.recipes.options import DemoOptions
 from nemotron_v3.recipes.plot import plot_loss
-from nemotron_v3.recipes.pretrain import (
-    Optimization,
-    Step,
-    deferred_interrupt,
-    pretrain,
-    total_loss,
-)
 from nemotron_v3.recipes.run_folder import METRICS, whole_or_nothing
+from nemotron_v3.train.checkpoints import FOLDER as CHECKPOINTS
+from nemotron_v3.train.display import Display
+from nemotron_v3.train.loop import Step
+from nemotron_v3.train.options import (
+    ModelOptions,
+    OptimizerOptions,
+    SaveOptions,
+    ScheduleOptions,
+    TrainOptions,
+)
+from nemotron_v3.train.run import train
 
 PROMPT = 'class Queue:\n    """'
 SAMPLE_TOKENS = 200
@@ -63,6 +74,44 @@ class Text:
     bytes_per_token: float  # of the training documents
 
 
+class Corpus:
+    """The corpus as a run of training takes it: a pack of documents is the one row of a step."""
+
+    def __init__(self, documents: list[list[int]], options: DemoOptions, vocab_size: int):
+        self._documents, self._options = documents, options
+        self._given = 0
+        self.largest_token = vocab_size - 1
+
+    def __iter__(self) -> Iterator[list[PackedRow]]:
+        options = self._options
+        packs = training_packs(
+            self._documents, options.tokens_per_step, options.document_tokens, options.seed
+        )
+        for pack in islice(packs, self._given, None):
+            self._given += 1
+            yield [as_row(pack)]
+
+    def total_steps(self) -> None:
+        """It has no end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many packs were given."""
+        return {"packs": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind them."""
+        self._given = state["packs"]
+
+
+def as_row(pack: Pack) -> PackedRow:
+    """A pack with its labels: no document's first token is predicted."""
+    borders = [*pack.layout.offsets, pack.layout.num_tokens]
+    borders = sorted(set(borders))
+    labels = pack.input_ids.clone()
+    labels[borders[:-1]] = IGNORE_INDEX
+    return PackedRow(pack.input_ids, labels, borders, [(0, 0)] * (len(borders) - 1))
+
+
 def run_demo(options: DemoOptions, story: Story | None = None) -> DemoResult:
     """Train on the standard library's source, save, reload, measure, and generate.
 
@@ -76,19 +125,17 @@ def run_demo(options: DemoOptions, story: Story | None = None) -> DemoResult:
     started = time.perf_counter()
     story = story or Story()
     story.title("nemotron-v3 demo")
-    torch.manual_seed(options.seed)
-    model = NemotronV3ForCausalLM(options.model.config())
     with whole_or_nothing(options.out) as folder:
         text = read_text(options, story)
-        tell_model(model, story)
-        steps = train(model, text, options, folder, started, story)
-        reloaded = reload(model, text, folder, story)
-        bits_per_byte = measure(reloaded, text, folder)
-        plot_loss(steps, bits_per_byte, folder / "loss.png")
+        tell_model(options, story)
+        steps = train_on(text, options, folder, started, story)
+        model = from_pretrained(folder)
+        bits_per_byte = measure(model, text, folder)
+        plot_loss(steps, text.bytes_per_token, bits_per_byte, folder / "loss.png")
         prompt = [SEPARATOR_ID, *text.tokenizer.encode(PROMPT)]
         sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "seed": options.seed}
         written = generate(
-            reloaded, prompt, max_new_tokens=SAMPLE_TOKENS, tokenizer=text.tokenizer, **sampling
+            model, prompt, max_new_tokens=SAMPLE_TOKENS, tokenizer=text.tokenizer, **sampling
         ).text[0]
     story.comparison(bits_per_byte)
     story.code(PROMPT, written)
@@ -118,58 +165,70 @@ def read_text(options: DemoOptions, story: Story) -> Text:
     return Text(tokenizer, documents, packs, held_out_bytes, bytes_per_token)
 
 
-def tell_model(model: NemotronV3ForCausalLM, story: Story) -> None:
-    count = parameters(model.config)
+def tell_model(options: DemoOptions, story: Story) -> None:
+    config = options.model.config()
+    count = parameters(config)
     story.fact(
         "model",
-        f"{model.config.hybrid_override_pattern}, {count.total / 1e6:.1f} M parameters, "
+        f"{config.hybrid_override_pattern}, {count.total / 1e6:.1f} M parameters, "
         f"{count.active / 1e6:.1f} M a token",
     )
 
 
-def train(
-    model: NemotronV3ForCausalLM,
-    text: Text,
-    options: DemoOptions,
-    folder: Path,
-    started: float,
-    story: Story,
+def train_on(
+    text: Text, options: DemoOptions, folder: Path, started: float, story: Story
 ) -> list[Step]:
     """Train and save; after a Ctrl-C save and raise `KeyboardInterrupt`."""
-    packs = training_packs(
-        text.train, options.tokens_per_step, options.document_tokens, options.seed
-    )
-    optimization = Optimization(options.learning_rate, options.weight_decay)
-    done = schedule(options, model, text, started)
     steps: list[Step] = []
-    with (
-        (folder / METRICS).open("w", encoding="utf-8") as metrics,
-        story.training() as bar,
-        deferred_interrupt() as interrupted,
-    ):
-        for step in pretrain(model, packs, optimization, text.bytes_per_token, done):
-            steps.append(step)
-            metrics.write(json.dumps(asdict(step)) + "\n")
-            bar.show(step, done(step.step, step.seconds))
-            if interrupted():
-                break
-        save_pretrained(model, folder)
-        text.tokenizer.save(folder)
-        if interrupted():
-            raise KeyboardInterrupt
+    try:
+        train(
+            as_training(options, folder, seconds_left(options, text, started)),
+            tokenizer=text.tokenizer,
+            make_data=lambda *_: Corpus(text.train, options, text.tokenizer.vocab_size),
+            display=Display(story.console, facts=False),
+            after_step=steps.append,
+            export_if_stopped=True,
+        )
+    finally:  # a demo is not gone on with
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return steps
 
 
-def schedule(
-    options: DemoOptions, model: NemotronV3ForCausalLM, text: Text, started: float
-) -> Callable[[float, float], float]:
-    """The fraction of the training done after (steps, seconds of training)."""
+def as_training(options: DemoOptions, folder: Path, seconds: float | None) -> TrainOptions:
+    """The demo as a run of training, of so many seconds or of the steps asked for."""
+    return TrainOptions(
+        out=folder,
+        # Told in words: the corpus is made, not read from a file.
+        data=DataOptions(
+            sources=(Source("the standard library"),),
+            tokens_per_row=options.tokens_per_step,
+            rows=1,
+            seed=options.seed,
+            epochs=None,
+        ),
+        model=ModelOptions(config=options.model.config().to_dict(), dtype="float32", device="cpu"),
+        optimizer=OptimizerOptions(
+            learning_rate=options.learning_rate, weight_decay=options.weight_decay, balance=0.01
+        ),
+        schedule=ScheduleOptions(
+            steps=options.steps,
+            minutes=None if seconds is None else seconds / 60,
+            warmup=0.1,
+            shape="linear",
+        ),
+        save=SaveOptions(every=0),
+        seed=options.seed,
+    )
+
+
+def seconds_left(options: DemoOptions, text: Text, started: float) -> float | None:
+    """The time for training, where it is not counted in steps."""
     if options.steps is not None:
-        return lambda step, seconds: step / options.steps
+        return None
+    model = NemotronV3ForCausalLM(options.model.config())
     after = AFTERWARDS_SECONDS + measuring_seconds(model, text.held_out)
     # However little time is left, there is a step to take: a training that is over has none.
-    budget = max(60 * options.minutes - (time.perf_counter() - started) - after, 1.0)
-    return lambda step, seconds: seconds / budget
+    return max(60 * options.minutes - (time.perf_counter() - started) - after, 1.0)
 
 
 def measuring_seconds(model: NemotronV3ForCausalLM, packs: list[Pack]) -> float:
@@ -182,20 +241,15 @@ def measuring_seconds(model: NemotronV3ForCausalLM, packs: list[Pack]) -> float:
     return seconds / smallest.layout.num_tokens * sum(pack.layout.num_tokens for pack in packs)
 
 
-def reload(
-    model: NemotronV3ForCausalLM, text: Text, folder: Path, story: Story
-) -> NemotronV3ForCausalLM:
-    """The checkpoint as a new model, which must give the loss of the one that was saved."""
-    reloaded = from_pretrained(folder)
-    before, after = (total_loss(m, text.held_out[:1]) for m in (model, reloaded))
-    if before != after:
-        raise RuntimeError(f"the reloaded model's loss is {after}, the saved one's was {before}")
-    targets = text.held_out[0].num_targets
-    story.fact(
-        "reloaded",
-        f"held-out loss {after / targets:.6f}, before saving {before / targets:.6f}",
-    )
-    return reloaded
+@torch.inference_mode()
+def total_loss(model: NemotronV3ForCausalLM, packs: Iterable[Pack]) -> float:
+    """The nats of all predicted tokens of the packs together."""
+    model.eval()
+    nats = 0.0
+    for pack in packs:
+        loss = model(input_ids=pack.input_ids, labels=pack.input_ids, layout=pack.layout).loss
+        nats += loss.item() * pack.num_targets
+    return nats
 
 
 def measure(model: NemotronV3ForCausalLM, text: Text, folder: Path) -> dict[str, float]:

@@ -1,19 +1,24 @@
 """The loss of a run as a picture."""
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from nemotron_v3.recipes.pretrain import Step
+from nemotron_v3.train.loop import Step
 
 SMOOTHING = 0.95
 
 
-def plot_loss(steps: Sequence[Step], bits_per_byte: dict[str, float], path: Path) -> None:
+def plot_loss(
+    steps: Sequence[Step], bytes_per_token: float, bits_per_byte: dict[str, float], path: Path
+) -> None:
     """Write a PNG: the training loss over tokens in bits per byte, each step and smoothed, and the
     held-out figures as horizontal lines.
 
     Args:
         steps: at least one.
+        bytes_per_token: of the training text.
         bits_per_byte: held-out bits per byte by name, the model's first.
     """
     # Figure, not pyplot: no global state, no window system.
@@ -21,8 +26,8 @@ def plot_loss(steps: Sequence[Step], bits_per_byte: dict[str, float], path: Path
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    tokens = [step.tokens / 1e6 for step in steps]
-    losses = [step.bits_per_byte for step in steps]
+    tokens = [count / 1e6 for count in accumulate(step.tokens for step in steps)]
+    losses = [step.loss / math.log(2) / bytes_per_token for step in steps]
     axes.plot(tokens, losses, color="#76b900", alpha=0.25, linewidth=0.8)
     axes.plot(tokens, _smooth(losses), color="#76b900", linewidth=1.8, label="training")
     styles = ("-", "--", ":")

@@ -1,10 +1,10 @@
 """A run's folder, put in its place only when it is whole."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nemotron_v3.config.atomic import atomic_folder, put_in_place
 
 # A folder with this file in it was written by a run, and a later run may replace it.
 METRICS = "metrics.jsonl"
@@ -25,20 +25,14 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
     """
     _check_replaceable(out)
     _check_replaceable(interrupted(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    folder = scratch / out.name
-    folder.mkdir()
-    try:
-        yield folder
-        _replace(out, folder, scratch)
-    except KeyboardInterrupt:
-        if all((folder / name).is_file() for name in CHECKPOINT):
-            _replace(interrupted(out), folder, scratch)
-            raise KeyboardInterrupt(f"the checkpoint so far is in {interrupted(out)}") from None
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with atomic_folder(out) as folder:
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            if all((folder / name).is_file() for name in CHECKPOINT):
+                put_in_place(folder, interrupted(out))
+                raise KeyboardInterrupt(f"the checkpoint so far is in {interrupted(out)}") from None
+            raise
 
 
 def interrupted(out: Path) -> Path:
@@ -55,16 +49,3 @@ def _check_replaceable(folder: Path) -> None:
         f"{folder} exists and holds something else than an earlier run (no {METRICS} in it), which "
         "a new run would replace: give another --out"
     )
-
-
-def _replace(place: Path, folder: Path, scratch: Path) -> None:
-    """Rename `folder` to `place`; what was there goes aside first, and back if that fails."""
-    aside = scratch / "before"
-    if place.exists():
-        place.rename(aside)
-    try:
-        folder.rename(place)
-    except BaseException:
-        if aside.exists():
-            aside.rename(place)
-        raise

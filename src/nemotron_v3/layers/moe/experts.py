@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
+from nemotron_v3.layers import graph_ops
+from nemotron_v3.layers.narrow import keeping_codes, wide
 
 STACKS = ("up_proj", "down_proj")
 
@@ -136,15 +138,28 @@ class NemotronV3Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
+        up, down = wide(self.up_proj), wide(self.down_proj)
+        if up is self.up_proj and down is self.down_proj:
+            return self._compute(x, indices, weights, up, down)
+        with keeping_codes((self.up_proj, up), (self.down_proj, down)):
+            return self._compute(x, indices, weights, up, down)
+
+    def _compute(
+        self, x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
+    ) -> Tensor:
         low = self.low_rank
         if low is None or low.merged:
-            return ops.experts(x, indices, weights, self.up_proj, self.down_proj, impl=self.impl)
+            if not x.is_cuda and graph_ops.can_take(None) and not torch.is_autocast_enabled("cpu"):
+                return graph_ops.experts(
+                    x, indices, weights, up_proj, down_proj, self.impl
+                )
+            return ops.experts(x, indices, weights, up_proj, down_proj, impl=self.impl)
         return ops.grouped_low_rank(
             x,
             indices,
             weights,
-            self.up_proj,
-            self.down_proj,
+            up_proj,
+            down_proj,
             low.up_a,
             low.up_b,
             low.down_a,

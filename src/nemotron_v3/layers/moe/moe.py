@@ -12,9 +12,11 @@ from torch import Tensor
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.decode_weights import MoEWeights, Projection
+from nemotron_v3.layers.functional import moe_mixer
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
-from nemotron_v3.layers.linear import make_linear, project
+from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.mlp import NemotronV3MLP
 from nemotron_v3.layers.moe.dispatcher import ExpertDispatcher, LocalDispatcher
 from nemotron_v3.layers.moe.even_router import EvenRouter
@@ -114,16 +116,29 @@ class NemotronV3MoE(RefusesContextParallel):
                 by_token=True,
             )
         layout = context.on(hidden_states.device)
-        x = layout.pack(hidden_states)  # [T, D]
-        weights, indices = self.gate(x, layout)  # [T, K]
-        latent = x if self.fc1_latent_proj is None else project(self.fc1_latent_proj, x)  # [T, X]
-        sent, way_back = self.dispatcher.permute(latent, indices, weights)
-        routed = self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
-        if self.fc2_latent_proj is not None:
-            routed = project(self.fc2_latent_proj, routed)
-        if self.shared_experts is not None:
-            routed = routed + self.shared_experts(x)
-        return layout.unpack(routed)
+
+        def route(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.gate(x, layout)
+
+        return context.leave(moe_mixer(layout.pack(hidden_states), self, route, self._routed))
+
+    def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """`[T, X]`: the weighted sum of each token's experts, wherever they are."""
+        sent, way_back = self.dispatcher.permute(x, indices, weights)
+        return self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
+
+    def decode_weights(self) -> MoEWeights:
+        """What a decode step reads."""
+        shared, into, back = self.shared_experts, self.fc1_latent_proj, self.fc2_latent_proj
+        return MoEWeights(
+            router=self.gate,
+            experts=self.experts,
+            up_proj=self.experts.up_proj.detach(),
+            down_proj=self.experts.down_proj.detach(),
+            shared=None if shared is None else shared.decode_weights(),
+            into_latent=None if into is None else Projection.of(into),
+            from_latent=None if back is None else Projection.of(back),
+        )
 
     def init_weights(
         self,

@@ -129,17 +129,19 @@ class NemotronV3Router(KeepsFp32):
         """Whether a call that nobody watches is `ops.router` and nothing more."""
         return not self.weights_use_bias
 
+    def options(self) -> dict[str, Any]:
+        """How `ops.router` is to choose."""
+        return {
+            "top_k": self.top_k,
+            "n_group": self.n_group,
+            "topk_group": self.topk_group,
+            "norm_topk_prob": self.norm_topk_prob,
+            "scaling_factor": self.scaling_factor,
+        }
+
     def _by_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, indices = ops.router(
-            x,
-            self.weight,
-            self.e_score_correction_bias,
-            top_k=self.top_k,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            norm_topk_prob=self.norm_topk_prob,
-            scaling_factor=self.scaling_factor,
-            impl=self.impl,
+            x, self.weight, self.e_score_correction_bias, impl=self.impl, **self.options()
         )
         return (self.weights_of(x, indices) if self.weights_use_bias else weights), indices
 

@@ -1,12 +1,13 @@
 """Shapes that the tests and benchmarks of attention share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,21 @@ def make_layout(case: Case, device: torch.device | str) -> SequenceLayout:
     columns = torch.arange(max(case.lengths), device=device)
     starts = torch.tensor(case.padding, device=device)
     return SequenceLayout.from_padding_mask((columns >= starts[:, None]).long())
+
+
+def of_last_tokens(cached_attention: Callable) -> Callable:
+    """`attention`'s arguments for `cached_attention`: all but three tokens are in the cache."""
+
+    def run(
+        *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, mask: None, scale: None
+    ) -> torch.Tensor:
+        rows, held, new = layout.num_documents, layout.uniform_length - 3, 3
+        return cached_attention(
+            q.unflatten(0, (rows, -1))[:, held:].flatten(0, 1),
+            *(t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (k, v)),
+            layout=SequenceLayout.plain(rows, new, q.device),
+            starts=(held,) * rows,
+            positions=torch.full((rows,), held, device=q.device),
+        )
+
+    return run

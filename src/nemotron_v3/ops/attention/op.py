@@ -1,21 +1,75 @@
 """The public causal attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _long_attention as long
-from nemotron_v3.ops._dispatch import Kernels, checked, pick, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention import flex, portable, reference
 from nemotron_v3.ops.attention.cases import FIXED_SIZE, Case
+from nemotron_v3.ops.common import long_attention as long
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 
 WIDEST = 256  # columns of a head that the kernels take
 
 
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.attention.kernels import attention
+
+    return attention
+
+
+def _refusal(
+    dtypes: Sequence[torch.dtype],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float | None,
+    dropout_p: float,
+    masked: bool,
+) -> str | None:
+    if masked:
+        return "a 4-D attention_mask decides what is seen"
+    if dropout_p:
+        return f"attention_dropout is {dropout_p}"
+    return refuse_widths(head_dim, scale) or refuse_mixed(dtypes)
+
+
+def refuse_widths(head_dim: int, scale: float | None) -> str | None:
+    if head_dim > WIDEST:
+        return f"a head of {head_dim} columns does not fit into one program (at most {WIDEST})"
+    if scale is not None and not scale > 0:
+        return f"the scale of the scores is {scale}, and not above 0"
+    return None
+
+
+def as_called(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int) -> Case:
+    """Small documents of a call's widths, to check kernels with."""
+    return Case("as-called", lengths, heads, kv_heads, head_dim)
+
+
+def _kernels_case(heads: int, kv_heads: int, head_dim: int, *_: object) -> Case:
+    return as_called((1, 0, 5, 1, 40, 3), heads, kv_heads, head_dim)
+
+
+_OP = Op(
+    "attention",
+    reference=reference.attention,
+    portable=portable.attention,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("pack"),
+    kernels_case=_kernels_case,
+    special={"flex": flex.attention},
+)
+
+
+@_OP.public
 @without_autocast
 def attention(
     q: Tensor,
@@ -69,19 +123,8 @@ def attention(
         runs = long.runs(layout)
     if runs is not None and len(runs) == 1:
         return _at_fixed_size()(q, k, v, layout=layout, **options)
-    run = pick(
-        "attention",
-        impl,
-        reference=reference.attention,
-        portable=portable.attention,
-        triton=Kernels(
-            _kernels,
-            q.device,
-            _refusal(q, k, v, mask, scale, dropout_p),
-            as_called((1, 0, 5, 1, 40, 3), H, k.shape[1], P),
-        ),
-        flex=flex.attention,
-    )
+    sizes = (H, k.shape[1], P, scale, dropout_p, mask is not None)
+    run = _OP.pick(impl, (q, k, v), *sizes)
     if runs is None:
         return run(q, k, v, layout=layout, **options).to(q.dtype)
     parts = zip(*(t.split([r.layout.num_tokens for r in runs]) for t in (q, k, v)), strict=True)
@@ -93,42 +136,7 @@ def attention(
 
 
 def _at_fixed_size() -> Callable:
-    return checked("attention", "fixed-size", long.attention, reference.attention, FIXED_SIZE)
-
-
-def _refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-) -> str | None:
-    """Why the kernels cannot take these, or None."""
-    if mask is not None:
-        return "a 4-D attention_mask decides what is seen"
-    if dropout_p:
-        return f"attention_dropout is {dropout_p}"
-    return refuse_widths(q.shape[2], scale) or refuse_dtypes(q, k, v)
-
-
-def as_called(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int) -> Case:
-    """Small documents of a call's widths, to check kernels with."""
-    return Case("as-called", lengths, heads, kv_heads, head_dim)
-
-
-def refuse_widths(head_dim: int, scale: float | None) -> str | None:
-    if head_dim > WIDEST:
-        return f"a head of {head_dim} columns does not fit into one program (at most {WIDEST})"
-    if scale is not None and not scale > 0:
-        return f"the scale of the scores is {scale}, and not above 0"
-    return None
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.attention.kernels import attention
-
-    return attention
+    return _OP.checked("fixed-size", long.attention, FIXED_SIZE)
 
 
 def _check_mask(mask: Tensor, layout: SequenceLayout, heads: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import on_device
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def attention(

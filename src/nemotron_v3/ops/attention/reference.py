@@ -42,7 +42,7 @@ def attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     heads, head_dim = q.shape[1], q.shape[2]
     k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = float(head_dim**-0.5) if scale is None else scale
 
     if mask is None:
         lengths = list(layout.lengths)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def check_mask(mask: Tensor, q: Tensor, layout: SequenceLayout, starts: tuple[int, ...]) -> None:
@@ -52,9 +52,11 @@ def portable(
     some = attends.any(-1, keepdim=True)  # [rows or 1, 1 or H, S, 1]
     # A softmax over nothing is 0/0: let such a query attend everything, and drop what it reads.
     mask = mask | ~some if mask.dtype == torch.bool else mask.to(q.dtype).masked_fill(~some, 0)
+    length = layout.uniform_length
+    assert length is not None, "a mask over what is held needs rows of one length"
     with without_plans(q):
         out = F.scaled_dot_product_attention(
-            q.unflatten(0, (-1, layout.uniform_length)).transpose(1, 2),
+            q.unflatten(0, (-1, length)).transpose(1, 2),
             keys[:, :, :places],
             values[:, :, :places],
             attn_mask=mask,
@@ -77,7 +79,7 @@ def reference(
     """One token and one head after another, in `dtype`; 0 for a token that may attend nothing."""
     T, H, P = q.shape
     S, places = mask.shape[2:]
-    scale = P**-0.5 if scale is None else scale
+    scale = float(P**-0.5) if scale is None else scale
     bias = mask.to(dtype)
     if mask.dtype == torch.bool:
         bias = torch.zeros(mask.shape, dtype=dtype, device=q.device).masked_fill(~mask, -math.inf)

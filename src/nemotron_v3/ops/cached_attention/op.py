@@ -1,18 +1,50 @@
 """The public attention of new tokens to a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops import _long_attention as long
-from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.attention.op import as_called, refuse_widths
 from nemotron_v3.ops.cached_attention import masked, portable, reference
+from nemotron_v3.ops.common import long_attention as long
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 
 
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.attention.kernels import cached_attention
+
+    return cached_attention
+
+
+def _refusal(
+    dtypes: Sequence[torch.dtype], heads: int, kv_heads: int, head_dim: int, scale: float | None
+) -> str | None:
+    return refuse_widths(head_dim, scale) or refuse_mixed(dtypes)
+
+
+def _kernels_case(heads: int, kv_heads: int, head_dim: int, scale: float | None) -> Any:
+    return as_called((33,) * 3, heads, kv_heads, head_dim)
+
+
+_OP = Op(
+    "cached_attention",
+    reference=reference.cached_attention,
+    portable=portable.cached_attention,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("batch", cases_of="attention", adapt="of_last_tokens"),
+    kernels_case=_kernels_case,
+)
+_MASKED = Op("masked cached_attention", reference=masked.reference, portable=masked.portable)
+
+
+@_OP.public
 @without_autocast
 def cached_attention(
     q: Tensor,
@@ -68,23 +100,11 @@ def cached_attention(
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     if mask is not None:
         masked.check_mask(mask, q, layout, starts)
-        run = pick(
-            "masked cached_attention", impl, reference=masked.reference, portable=masked.portable
-        )
+        run = _MASKED.pick(impl, (q,))
         return run(q, keys, values, mask=mask, layout=layout, scale=scale).to(q.dtype)
     one_token = layout.uniform_length == 1
-    run = pick(
-        "cached_attention",
-        "portable" if impl == "auto" and one_token else impl,
-        reference=reference.cached_attention,
-        portable=portable.cached_attention,
-        triton=Kernels(
-            _kernels,
-            q.device,
-            refuse_widths(P, scale) or refuse_dtypes(q, keys, values),
-            as_called((33,) * 3, H, J, P),
-        ),
-    )
+    form = "portable" if impl == "auto" and one_token else impl
+    run = _OP.pick(form, (q, keys, values), H, J, P, scale)
     runs = None
     if impl in ("auto", "portable") and long.takes(q) and not any(starts):
         runs = long.runs(layout)
@@ -96,15 +116,9 @@ def cached_attention(
         rows = slice(r.first, r.end)
         k, v = keys[rows], values[rows]
         if r.is_long:  # one prompt, and nothing before it
-            held = (t[0, :, : len(of_q)].transpose(0, 1) for t in (k, v))
-            parts.append(long.attend(of_q, *held, scale))
+            k, v = (t[0, :, : len(of_q)].transpose(0, 1) for t in (k, v))
+            parts.append(long.attend(of_q, k, v, scale))
         else:
             given = {"starts": starts[rows], "positions": positions[rows]}
             parts.append(run(of_q, k, v, layout=r.layout, **given, scale=scale))
     return torch.cat(parts).to(q.dtype)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.cached_attention.kernels import cached_attention
-
-    return cached_attention

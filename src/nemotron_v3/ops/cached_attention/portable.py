@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import on_device
-from nemotron_v3.ops._long_attention import without_plans
+from nemotron_v3.ops.common.long_attention import without_plans
 
 
 def cached_attention(
@@ -35,8 +35,8 @@ def cached_attention(
         tokens = firsts[:, None] + torch.arange(length, device=q.device)
         places.append(tokens.flatten())
         index = on_device(rows, q.device)
-        mine = (t.index_select(0, index) for t in (keys, values))
-        parts.append(_group(q.index_select(0, places[-1]), *mine, start, length, scale))
+        k, v = keys.index_select(0, index), values.index_select(0, index)
+        parts.append(_group(q.index_select(0, places[-1]), k, v, start, length, scale))
     if not parts:
         return out
     return torch.cat(parts).index_select(0, torch.cat(places).argsort())

@@ -20,7 +20,7 @@ def cached_attention(
     """The reference: one token and one head after another, in `dtype`."""
     T, H, P = q.shape
     share = H // keys.shape[1]
-    scale = P**-0.5 if scale is None else scale
+    scale = float(P**-0.5) if scale is None else scale
     rows = []
     for row, length in enumerate(layout.lengths):
         for i in range(length):

@@ -1,15 +1,41 @@
 """The public causal depthwise convolution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes
 from nemotron_v3.ops.causal_conv1d import portable, reference
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import as_promised, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 
 
+def _kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from nemotron_v3.ops.causal_conv1d.kernels import causal_conv1d
+
+    return causal_conv1d
+
+
+def _refusal(dtypes: Sequence[torch.dtype | None], taps: int) -> str | None:
+    if not 2 <= taps <= 8:
+        return f"it is made for 2 to 8 taps, and {taps} are given"
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "causal_conv1d",
+    reference=reference.causal_conv1d,
+    portable=portable.causal_conv1d,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("pack"),
+)
+
+
+@_OP.public
 @without_autocast
 def causal_conv1d(
     x: Tensor,
@@ -24,7 +50,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """`y_t = act(bias + sum_j weight[:, j] * x_{t-W+1+j})` inside each document (Mamba-2).
 
-    Letters: T packed tokens, D documents, C channels, W taps.
+    Letters: T packed tokens, n_docs documents, C channels, W taps.
 
     Args:
         x: `[T, C]`.
@@ -32,14 +58,14 @@ def causal_conv1d(
         bias: `[C]` or None.
         layout: where the documents start; inputs before a document are its initial state.
         activation: `"silu"` or None.
-        initial_states: `[D, C, W]`, the last W inputs before each document, before activation,
+        initial_states: `[n_docs, C, W]`, the last W inputs before each document, before activation,
             newest last; zeros by default.
         return_final_states: also return the states after each document.
         impl: see `nemotron_v3.ops`.
 
     Returns:
-        `y` `[T, C]` in `x`'s dtype (sums in fp32 or wider), and the final states `[D, C, W]` in
-        `x`'s dtype, or None. Both are differentiable, also in the initial states.
+        `y` `[T, C]` in `x`'s dtype (sums in fp32 or wider), and the final states `[n_docs, C, W]`
+        in `x`'s dtype, or None. Both are differentiable, also in the initial states.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown activation.
@@ -58,13 +84,7 @@ def causal_conv1d(
             f"initial_states has shape {tuple(initial_states.shape)}, needed is (documents, "
             f"channels, taps) = {expected}"
         )
-    run = pick(
-        "causal_conv1d",
-        impl,
-        reference=reference.causal_conv1d,
-        portable=portable.causal_conv1d,
-        triton=Kernels(_kernels, x.device, _refusal(x, weight, bias, initial_states)),
-    )
+    run = _OP.pick(impl, (x, weight, bias, initial_states), width)
     results = run(
         x,
         weight,
@@ -75,21 +95,3 @@ def causal_conv1d(
         return_final_states=return_final_states,
     )
     return as_promised(results, x.dtype, x.dtype)
-
-
-def _refusal(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
-) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if not 2 <= weight.shape[1] <= 8:
-        return f"it is made for 2 to 8 taps, and {weight.shape[1]} are given"
-    for tensor in (x, weight, bias, initial_states):
-        if refusal := refuse_dtypes(tensor):
-            return refusal
-    return None
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.causal_conv1d.kernels import causal_conv1d
-
-    return causal_conv1d

@@ -1,6 +1,6 @@
 """Causal depthwise convolution in plain PyTorch.
 
-Letters: T packed tokens, D documents, C channels, W taps; u is the sum before the activation.
+Letters: T packed tokens, n_docs documents, C channels, W taps; u is the sum before the activation.
 
 The packed tokens are one stream, taken block by block; the first tokens of each document are done
 again behind its own state (`portable_borders`). The backward pass keeps the inputs and computes u
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
 from nemotron_v3.ops.causal_conv1d.portable_backward import backward
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import wide
 
 
 def causal_conv1d(
@@ -42,7 +42,7 @@ def borders_of(layout: SequenceLayout, W: int) -> Borders:
 
 
 def final_states(x: Tensor, states: Tensor | None, borders: Borders) -> Tensor:
-    """The last W inputs of each document, `[D, C, W]`, after its initial state."""
+    """The last W inputs of each document, `[n_docs, C, W]`, after its initial state."""
     D, W = borders.final_shape
     C = x.shape[1]
     if states is None:
@@ -51,7 +51,7 @@ def final_states(x: Tensor, states: Tensor | None, borders: Borders) -> Tensor:
     from_x, from_states = borders.final_tokens, borders.final_states
     rows = rows.index_copy(0, from_x.places, x.index_select(0, from_x.sources))
     if from_states.places.numel():
-        before = states.to(x.dtype).transpose(1, 2).flatten(0, 1)  # [D*W, C]
+        before = states.to(x.dtype).transpose(1, 2).flatten(0, 1)  # [n_docs*W, C]
         rows = rows.index_copy(0, from_states.places, before.index_select(0, from_states.sources))
     return rows.unflatten(0, (D, W)).transpose(1, 2).contiguous()
 
@@ -75,9 +75,9 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dx = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
-        others = backward(*saved, ctx.borders, ctx.activation, dy, dx)
+        x, weight, bias, initial_states = ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        others = backward(x, weight, bias, initial_states, ctx.borders, ctx.activation, dy, dx)
         return (dx, *others, None, None)
 
 

@@ -1,15 +1,15 @@
 """The gradients of the convolution (README.md, 'How the portable form computes the backward').
 
-Letters: T packed tokens, D documents, C channels, W taps; u is the sum before the activation.
+Letters: T packed tokens, n_docs documents, C channels, W taps; u is the sum before the activation.
 """
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import Workspace, row_blocks
-from nemotron_v3.ops._dispatch import wide
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
+from nemotron_v3.ops.common.blocks import Workspace, row_blocks
+from nemotron_v3.ops.common.precision import wide
 
 # Rows of partial sums over tokens: a pass over fewer is mostly the call.
 SUMMED = 128

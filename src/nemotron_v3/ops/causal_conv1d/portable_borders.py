@@ -1,6 +1,6 @@
 """Where a convolution over packed tokens meets the borders of documents.
 
-Letters: T packed tokens, D documents, W taps.
+Letters: T packed tokens, n_docs documents, W taps.
 
 The packed tokens are convolved as one stream, which is wrong for the first W - 1 tokens of a
 document alone: their taps reach into the document before it. These *heads* are computed apart, each
@@ -32,12 +32,13 @@ class Places:
 class Borders:
     """
     Attributes:
-        heads: the table `[D, W - 1]` of the first tokens of each document; sources are tokens, in
-            rising order.
+        heads: the table `[n_docs, W - 1]` of the first tokens of each document; sources are tokens,
+            in rising order.
         head_tokens: the same sources, on the host.
-        head_counts: how many of them lie before each document's, `[D + 1]` on the host.
-        final_tokens: the table `[D, W]` of the last W inputs of each document, from its tokens.
-        final_states: the same, from its initial state; sources are rows of `[D * W]`.
+        head_counts: how many of them lie before each document's, `[n_docs + 1]` on the host.
+        final_tokens: the table `[n_docs, W]` of the last W inputs of each document, from its
+        tokens.
+        final_states: the same, from its initial state; sources are rows of `[n_docs * W]`.
         final_shape: `(D, W)`.
     """
 
@@ -50,12 +51,18 @@ class Borders:
 
     @classmethod
     def of(cls, layout: SequenceLayout, W: int) -> "Borders":
-        heads, tokens, states, head_counts = [], [], [], [0]
+        heads, head_tokens, head_counts = [], [], [0]
+        tokens, states = [], []
         for document, (start, length) in enumerate(
             zip(layout.offsets[:-1], layout.lengths, strict=True)
         ):
             count = min(length, W - 1)
-            heads += [(document * (W - 1) + i, start + i) for i in range(count)]
+            heads += zip(
+                range(document * (W - 1), (document + 1) * (W - 1)),
+                range(start, start + count),
+                strict=False,
+            )
+            head_tokens += range(start, start + count)
             head_counts.append(len(heads))
             for k in range(W):
                 position = length - W + k
@@ -65,7 +72,7 @@ class Borders:
                     states.append((document * W + k, document * W + W + position))
         return cls(
             _places(heads, layout.device),
-            tuple(token for _, token in heads),
+            tuple(head_tokens),
             tuple(head_counts),
             _places(tokens, layout.device),
             _places(states, layout.device),
@@ -84,6 +91,6 @@ class Borders:
 
 
 def _places(pairs: list[tuple[int, int]], device: torch.device) -> Places:
-    pairs = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
-    places, sources = pairs.unbind(1)
+    table = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
+    places, sources = table.unbind(1)
     return Places(places.contiguous().to(device), sources.contiguous().to(device))

@@ -1,6 +1,7 @@
 """What forward and backward of the portable convolution share.
 
-Letters: T packed tokens, D documents, C channels, W taps; n outputs, which need n + W - 1 inputs.
+Letters: T packed tokens, n_docs documents, C channels, W taps; n outputs, which need n + W - 1
+inputs.
 """
 
 from collections.abc import Iterator
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import row_blocks
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders, Places
+from nemotron_v3.ops.common.blocks import row_blocks
 
 
 def sum_of_taps(

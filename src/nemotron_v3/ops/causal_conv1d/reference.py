@@ -1,6 +1,6 @@
 """Depthwise causal convolution, one token after another (README.md).
 
-T packed tokens, C channels, W conv width, D documents.
+T packed tokens, C channels, W conv width, n_docs documents.
 """
 
 from typing import Literal
@@ -35,12 +35,12 @@ def causal_conv1d(
         bias: `[C]` or None.
         layout: where documents start; only `layout.lengths` is read.
         activation: `"silu"` or None.
-        initial_states: `[D, C, W]`, the W inputs before each document, newest last.
+        initial_states: `[n_docs, C, W]`, the W inputs before each document, newest last.
         return_final_states: whether the second result is wanted.
         dtype: what everything is computed and returned in; float64 is the truth.
 
     Returns:
-        y `[T, C]` and the final states `[D, C, W]` or None, both in `dtype`.
+        y `[T, C]` and the final states `[n_docs, C, W]` or None, both in `dtype`.
     """
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)

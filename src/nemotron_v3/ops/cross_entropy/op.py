@@ -4,11 +4,21 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import pick, wide, without_autocast
-from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
+from nemotron_v3.ops.common.precision import wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.cross_entropy import portable, reference
+from nemotron_v3.ops.registry import Op
+
+_OP = Op(
+    "cross_entropy",
+    reference=reference.cross_entropy,
+    portable=portable.cross_entropy,
+    check=Check("some-ignored"),
+)
 
 
+@_OP.public
 @without_autocast
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, impl: str = "auto"
@@ -35,9 +45,7 @@ def cross_entropy(
             "(tokens, vocabulary) and (tokens,)"
         )
     refuse_outside(targets, logits.shape[1], ignore_index)
-    run = pick(
-        "cross_entropy", impl, reference=reference.cross_entropy, portable=portable.cross_entropy
-    )
+    run = _OP.pick(impl, (logits,))
     return run(logits, targets, ignore_index=ignore_index).to(wide(logits.dtype))
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import wide
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -24,7 +24,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         dtype = wide(logits.dtype)
         total = logits.new_zeros((), dtype=dtype)
-        for start, end in row_blocks(*logits.shape, logits.device):
+        for start, end in row_blocks(logits.shape[0], logits.shape[1], logits.device):
             total += F.cross_entropy(
                 logits[start:end].to(dtype),
                 targets[start:end],
@@ -43,7 +43,7 @@ class _Loss(torch.autograd.Function):
         weights = counts[:, None] * (dloss / count)  # [T, 1]
         targets = targets.masked_fill(~counts, 0)[:, None]
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for start, end in row_blocks(*logits.shape, logits.device):
+        for start, end in row_blocks(logits.shape[0], logits.shape[1], logits.device):
             rows = slice(start, end)
             p = torch.softmax(logits[rows].to(weights.dtype), dim=-1).mul_(weights[rows])
             dlogits[rows] = p.scatter_add_(1, targets[rows], -weights[rows])

@@ -1,21 +1,46 @@
 """The public routed experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._triton import DTYPES, refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.experts import portable, reference
-from nemotron_v3.ops.relu2.op import relu2
-
-__all__ = ["experts", "relu2"]
+from nemotron_v3.ops.registry import Op
 
 MOST_EXPERTS, MOST_ROWS = 2048, 2**26  # of the kernels
 
 
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.experts.kernels import experts
+
+    return experts
+
+
+def refuse_experts(dtypes: Sequence[torch.dtype], experts: int, rows: int) -> str | None:
+    """Why the kernels cannot take the experts' tensors, or None."""
+    if experts > MOST_EXPERTS:
+        return f"it counts the rows of at most {MOST_EXPERTS} experts, and there are {experts}"
+    if rows > MOST_ROWS:
+        return f"it numbers at most {MOST_ROWS} routed rows, and there are {rows}"
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "experts",
+    reference=reference.experts,
+    portable=portable.experts,
+    kernels=_kernels,
+    refuse=refuse_experts,
+    check=Check("idle-experts"),
+)
+
+
+@_OP.public
 def experts(
     x: Tensor,
     indices: Tensor,
@@ -56,30 +81,13 @@ def experts(
     dtype = autocast_matmul_dtype(x)
     if not x.shape[0]:
         return of_no_tokens(x.to(dtype), weights, up_proj, down_proj)
-    run = pick(
-        "experts",
-        impl,
-        reference=reference.experts,
-        portable=portable.experts,
-        triton=Kernels(_kernels, x.device, refuse_experts(dtype, weights, E)),
-    )
-    y = without_autocast(run)(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype))
-    return y.to(dtype)
+    return _run(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype), impl)
 
 
-def refuse_experts(dtype: torch.dtype, weights: Tensor, experts: int) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    rows = weights.numel()
-    if experts > MOST_EXPERTS:
-        return f"it counts the rows of at most {MOST_EXPERTS} experts, and there are {experts}"
-    if rows > MOST_ROWS:
-        return f"it numbers at most {MOST_ROWS} routed rows, and there are {rows}"
-    if dtype not in DTYPES:
-        return f"it computes in fp32, and {dtype} is asked for"
-    return refuse_dtypes(weights)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.experts.kernels import experts
-
-    return experts
+@without_autocast
+def _run(
+    x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor, impl: str
+) -> Tensor:
+    """The op in the dtype of the matmuls."""
+    run = _OP.pick(impl, (x, weights), up_proj.shape[0], max(MOST_ROWS, weights.numel()))
+    return run(x, indices, weights, up_proj, down_proj).to(x.dtype)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.precision import needs_grad, wide
 from nemotron_v3.ops.experts import portable_runs
-from nemotron_v3.ops.relu2.op import relu2
+from nemotron_v3.ops.relu2.portable import relu2
 
 # Without gradients and with at most so many rows an expert on average, each row alone is faster
 # than sorting them: a few tokens of a decode step.
@@ -103,7 +103,7 @@ def _tiled(tiles: Tensor, counts: list[int], up_proj: Tensor, down_proj: Tensor)
     # unbind, not indexing: its backward writes each expert's gradient once instead of adding E
     # zero-padded copies of the whole stack.
     parts = [
-        _TiledLinear.apply(relu2(_TiledLinear.apply(part, up), impl="portable"), down)
+        _TiledLinear.apply(relu2(_TiledLinear.apply(part, up)), down)
         for part, up, down in zip(
             tiles.split(counts), up_proj.unbind(0), down_proj.unbind(0), strict=True
         )
@@ -124,7 +124,7 @@ class _TiledLinear(torch.autograd.Function):
         return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = _TiledLinear.apply(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = None
@@ -136,5 +136,5 @@ class _TiledLinear(torch.autograd.Function):
 def _grouped(rows: Tensor, counts: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """PyTorch's grouped matmul: the counts stay on the device."""
     ends = counts.cumsum(0).to(torch.int32)
-    h = relu2(F.grouped_mm(rows, up_proj.transpose(1, 2), offs=ends), impl="portable")
+    h = relu2(F.grouped_mm(rows, up_proj.transpose(1, 2), offs=ends))
     return F.grouped_mm(h, down_proj.transpose(1, 2), offs=ends)

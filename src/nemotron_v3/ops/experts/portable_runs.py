@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import Workspace
-from nemotron_v3.ops._products import SMALLEST, onednn_works, product, rows_are_alike
+from nemotron_v3.ops.common.blocks import Workspace
+from nemotron_v3.ops.common.onednn import SMALLEST, onednn_works, product, rows_are_alike
 
 
 def takes(x: Tensor, rows: int, up_proj: Tensor) -> bool:
@@ -76,26 +76,27 @@ class _Experts(torch.autograd.Function):
         dup = torch.empty_like(up_proj) if of_up else None
         ddown = torch.empty_like(down_proj) if of_down else None
         for gradient in (dup, ddown):
-            for e in runs.empty if gradient is not None else ():
-                gradient[e] = 0
+            if gradient is not None:
+                for e in runs.empty:
+                    gradient[e] = 0
         dx_rows = x.new_empty(len(order), x.shape[1]) if of_x else None
         for (e, run, tokens), positive in zip(runs, kept, strict=True):
             dy_run = dy.index_select(0, tokens)
             scale = weight_of_row[run]
-            if of_down:
+            if ddown is not None:
                 h = torch.mul(positive, positive, out=work("h", *positive.shape)).mul_(scale)
                 torch.mm(dy_run.t(), h, out=ddown[e])
             # The gradient of h for a weight of 1; times relu(u) it gives those of both.
             dh = _product(dy_run, down_proj[e].t()).mul_(positive)
             dweight_of_row[run] = torch.linalg.vecdot(dh, positive)
-            if not (of_x or of_up):
+            if dup is None and dx_rows is None:
                 continue
             du = dh.mul_(2 * scale)
-            if of_up:
+            if dup is not None:
                 torch.mm(du.t(), x.index_select(0, tokens), out=dup[e])
-            if of_x:
+            if dx_rows is not None:
                 dx_rows[run] = _product(du, up_proj[e].t())
-        dx = runs.sums(dx_rows) if of_x else None
+        dx = None if dx_rows is None else runs.sums(dx_rows)
         dweights = None
         if of_weights:
             dweights = torch.empty_like(dweight_of_row).index_copy_(0, order, dweight_of_row)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,40 @@
 """The public gated, grouped RMS normalisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.gated_rms_norm import portable, reference
+from nemotron_v3.ops.registry import Op
 
 
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.gated_rms_norm.kernels import gated_rms_norm
+
+    return gated_rms_norm
+
+
+def _refusal(dtypes: Sequence[torch.dtype | None], group_size: int) -> str | None:
+    if group_size > 65536:
+        return f"a group must fit into one program, and has {group_size} columns"
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "gated_rms_norm",
+    reference=reference.gated_rms_norm,
+    portable=portable.gated_rms_norm,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("odd-groups"),
+)
+
+
+@_OP.public
 @without_autocast
 def gated_rms_norm(
     y: Tensor,
@@ -46,24 +72,5 @@ def gated_rms_norm(
         )
     if group_size < 1 or width % group_size:
         raise ValueError(f"group_size {group_size} does not divide the width {width}")
-    run = pick(
-        "gated_rms_norm",
-        impl,
-        reference=reference.gated_rms_norm,
-        portable=portable.gated_rms_norm,
-        triton=Kernels(_kernels, y.device, _refusal(y, z, weight, group_size)),
-    )
+    run = _OP.pick(impl, (y, z, weight), group_size)
     return run(y, z, weight, group_size, eps).to(y.dtype)
-
-
-def _refusal(y: Tensor, z: Tensor | None, weight: Tensor, group_size: int) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if group_size > 65536:
-        return f"a group must fit into one program, and has {group_size} columns"
-    return refuse_dtypes(y) or refuse_dtypes(z) or refuse_dtypes(weight)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.gated_rms_norm.kernels import gated_rms_norm
-
-    return gated_rms_norm

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
+from nemotron_v3.ops.common.precision import needs_grad, wide
 
 
 def gated_rms_norm(
@@ -55,7 +55,7 @@ def normalise(y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps:
     dtype = wide(y.dtype)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     work, weight = Workspace(y, dtype), weight.to(dtype)
-    for start, end in row_blocks(*y.shape, y.device):
+    for start, end in row_blocks(y.shape[0], y.shape[1], y.device):
         y_rows = y[start:end].to(dtype)
         v = y_rows if z is None else _silu(z[start:end].to(dtype), work).mul_(y_rows)
         groups = v.unflatten(1, (-1, group_size))
@@ -78,7 +78,7 @@ def backward(
     dtype, given = wide(y.dtype), weight.dtype
     dweight = weight.new_zeros(weight.shape, dtype=dtype)
     work, weight = Workspace(y, dtype), weight.to(dtype)
-    for start, end in row_blocks(*y.shape, y.device):
+    for start, end in row_blocks(y.shape[0], y.shape[1], y.device):
         y_rows = y[start:end].to(dtype)
         dn = dout[start:end].to(dtype)
         shape = y_rows.shape
@@ -98,7 +98,7 @@ def backward(
         dv = scaled.mul_(weight).view_as(groups)
         dv = dv.addcmul_(groups, mean.mul_(r).mul_(r), value=-1).view(shape)
         target = rows_for(dy, start, end, dtype)
-        if z is None:
+        if z is None or dz is None:
             put_rows(dy, start, target.copy_(dv))
         else:
             put_rows(dy, start, torch.mul(dv, gate, out=target))

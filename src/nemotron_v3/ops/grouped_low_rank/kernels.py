@@ -10,7 +10,7 @@ s ranks of the updates of up and down.
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._triton import register, unit_stride
+from nemotron_v3.ops.common.host import register, unit_stride
 from nemotron_v3.ops.experts.kernels import launch
 from nemotron_v3.ops.experts.kernels.launch import LowRank, Sorted
 from nemotron_v3.ops.experts.kernels.tables import Plan

@@ -6,7 +6,7 @@ Letters: E experts, O and I widths of a matrix, r rank.
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.precision import wide
 
 
 @torch.no_grad()

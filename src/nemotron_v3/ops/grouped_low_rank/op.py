@@ -4,19 +4,34 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import Kernels, autocast_matmul_dtype, pick, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops.experts.op import refuse_experts
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.experts.op import MOST_ROWS, refuse_experts
 from nemotron_v3.ops.grouped_low_rank import portable, reference
-from nemotron_v3.ops.grouped_low_rank.merge import (
-    check_low_rank,
-    merge_low_rank_,
-    unmerge_low_rank_,
+from nemotron_v3.ops.grouped_low_rank.merge import check_low_rank
+from nemotron_v3.ops.grouped_low_rank.merge import merge_low_rank_ as merge_low_rank_
+from nemotron_v3.ops.grouped_low_rank.merge import unmerge_low_rank_ as unmerge_low_rank_
+from nemotron_v3.ops.registry import Op
+
+
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.grouped_low_rank.kernels import grouped_low_rank
+
+    return grouped_low_rank
+
+
+_OP = Op(
+    "grouped_low_rank",
+    reference=reference.grouped_low_rank,
+    portable=portable.grouped_low_rank,
+    kernels=_kernels,
+    refuse=refuse_experts,
+    check=Check("idle-experts"),
 )
 
-__all__ = ["grouped_low_rank", "merge_low_rank_", "unmerge_low_rank_"]
 
-
+@_OP.public
 def grouped_low_rank(
     x: Tensor,
     indices: Tensor,
@@ -70,19 +85,14 @@ def grouped_low_rank(
     if not x.shape[0]:
         low_rank = (up_a, up_b, down_a, down_b)
         return of_no_tokens(x.to(dtype), weights, up_proj, down_proj, *low_rank)
-    run = pick(
-        "grouped_low_rank",
-        impl,
-        reference=reference.grouped_low_rank,
-        portable=portable.grouped_low_rank,
-        triton=Kernels(_kernels, x.device, refuse_experts(dtype, weights, E)),
-    )
     matrices = (m.to(dtype) for m in (up_proj, down_proj, up_a, up_b, down_a, down_b))
-    y = without_autocast(run)(x.to(dtype), indices, weights, *matrices, scale=scale)
-    return y.to(dtype)
+    return _run(x.to(dtype), indices, weights, *matrices, scale=scale, impl=impl)
 
 
-def _kernels() -> Callable:
-    from nemotron_v3.ops.grouped_low_rank.kernels import grouped_low_rank
-
-    return grouped_low_rank
+@without_autocast
+def _run(
+    x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor, scale: float, impl: str
+) -> Tensor:
+    """The op in the dtype of the matmuls."""
+    run = _OP.pick(impl, (x, weights), matrices[0].shape[0], max(MOST_ROWS, weights.numel()))
+    return run(x, indices, weights, *matrices, scale=scale).to(x.dtype)

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import needs_grad
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._triton import interpreted, nobody_looks, programs, register
+from nemotron_v3.ops import compat
+from nemotron_v3.ops.common.host import can_bypass_dispatcher, interpreted, programs, register
+from nemotron_v3.ops.common.jit import kernel
+from nemotron_v3.ops.common.precision import needs_grad
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 
@@ -295,7 +296,7 @@ def _loss_autograd(ctx, dloss, *_):
 def _nobody_needs(*saved: Tensor) -> bool:
     """Whether this is the last backward pass over the graph, in plain eager mode: what was saved
     for it may then become its results."""
-    return nobody_looks(saved) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return can_bypass_dispatcher(saved) and not compat.graph_is_kept()
 
 
 _loss_backward_op = register(

@@ -5,17 +5,46 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import (
-    Kernels,
+from nemotron_v3.ops.common.host import refuse_mixed
+from nemotron_v3.ops.common.precision import (
     as_promised,
     autocast_matmul_dtype,
-    pick,
     wide,
     without_autocast,
 )
-from nemotron_v3.ops._targets import IGNORE_INDEX, refuse_outside
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.linear_cross_entropy import portable, reference
+from nemotron_v3.ops.registry import Op
+
+
+def _loss_kernels() -> Callable[..., Any]:
+    from nemotron_v3.ops.linear_cross_entropy.kernels import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _log_probability_kernels() -> Callable[..., Any]:
+    from nemotron_v3.ops.linear_cross_entropy.kernels import linear_log_probabilities
+
+    return linear_log_probabilities
+
+
+_LOSS = Op(
+    "linear_cross_entropy",
+    reference=reference.linear_cross_entropy,
+    portable=portable.linear_cross_entropy,
+    kernels=_loss_kernels,
+    refuse=refuse_mixed,
+    check=Check("some-ignored"),
+)
+_LOG_PROBABILITIES = Op(
+    "linear_log_probabilities",
+    reference=reference.linear_log_probabilities,
+    portable=portable.linear_log_probabilities,
+    kernels=_log_probability_kernels,
+    refuse=refuse_mixed,
+)
 
 
 class TokenLosses(NamedTuple):
@@ -33,6 +62,7 @@ class TokenLosses(NamedTuple):
     log_normalizers: Tensor
 
 
+@_LOSS.public
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -67,18 +97,16 @@ def linear_cross_entropy(
         IndexError: on a CPU, a target outside the vocabulary. On a GPU nothing is read back: that
             token's log-probability is NaN, and so is the loss.
     """
-    run, hidden, weight = _prepare(
-        "linear_cross_entropy", hidden, weight, targets, ignore_index, impl
-    )
-    results = without_autocast(run)(
-        hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, per_token=per_token
-    )
+    hidden, weight = _checked(hidden, weight, targets, ignore_index)
+    options = {"ignore_index": ignore_index, "z_loss": z_loss, "per_token": per_token}
+    results = _run(hidden, weight, targets, options, _LOSS, impl)
     dtype = wide(hidden.dtype)
     if not per_token:
         return results.to(dtype)
     return TokenLosses(*as_promised(results, dtype, dtype, dtype))
 
 
+@_LOG_PROBABILITIES.public
 def linear_log_probabilities(
     hidden: Tensor,
     weight: Tensor,
@@ -102,18 +130,17 @@ def linear_log_probabilities(
     Raises:
         ValueError, IndexError: see `linear_cross_entropy`.
     """
-    run, hidden, weight = _prepare(
-        "linear_log_probabilities", hidden, weight, targets, ignore_index, impl
-    )
-    results = without_autocast(run)(hidden, weight, targets, ignore_index=ignore_index)
+    hidden, weight = _checked(hidden, weight, targets, ignore_index)
+    options = {"ignore_index": ignore_index}
+    results = _run(hidden, weight, targets, options, _LOG_PROBABILITIES, impl)
     dtype = wide(hidden.dtype)
     return as_promised(results, dtype, dtype)
 
 
-def _prepare(
-    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, impl: str
-) -> tuple[Callable[..., Any], Tensor, Tensor]:
-    """The form that runs, and what it multiplies."""
+def _checked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and weight in the dtype in which they are multiplied."""
     if (
         hidden.dim() != 2
         or weight.dim() != 2
@@ -130,19 +157,11 @@ def _prepare(
         raise ValueError(
             f"hidden is {hidden.dtype} and the weight {weight.dtype}: cast one to the other's dtype"
         )
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    kernels = Kernels(lambda: _kernels(name), hidden.device, refuse_dtypes(hidden, weight))
-    run = pick(
-        name,
-        impl,
-        reference=getattr(reference, name),
-        portable=getattr(portable, name),
-        triton=kernels,
-    )
-    return run, hidden, weight
+    return hidden.to(dtype), weight.to(dtype)
 
 
-def _kernels(name: str) -> Callable[..., Any]:
-    from nemotron_v3.ops.linear_cross_entropy import kernels
-
-    return getattr(kernels, name)
+@without_autocast
+def _run(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any], op: Op, impl: str
+) -> Any:
+    return op.pick(impl, (hidden, weight))(hidden, weight, targets, **options)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import row_blocks
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.blocks import row_blocks
+from nemotron_v3.ops.common.precision import needs_grad, wide
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 
@@ -178,7 +178,7 @@ def _softmax(
     rows: slice, logits: Tensor, targets: Tensor, counted: Tensor, log_p: Tensor, log_z: Tensor
 ) -> Iterator[_Softmax]:
     """A chunk's blocks of rows; what is found of them is written into `log_p` and `log_z` `[T]`."""
-    for start, end in row_blocks(*logits.shape, logits.device):
+    for start, end in row_blocks(logits.shape[0], logits.shape[1], logits.device):
         here = slice(rows.start + start, rows.start + end)
         of_block, on = logits[start:end], counted[here]
         x = of_block.to(log_p.dtype)
@@ -202,6 +202,6 @@ def _scaled(total: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor |
     if total.dtype == scale.dtype:
         return (total * scale).to(dtype)
     out = total.new_empty(total.shape, dtype=dtype)
-    for start, end in row_blocks(*total.shape, total.device):
+    for start, end in row_blocks(total.shape[0], total.shape[1], total.device):
         out[start:end] = total[start:end].to(scale.dtype) * scale
     return out

@@ -1,12 +1,14 @@
 """Shapes that the tests and benchmarks of mamba2 share."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 from nemotron_v3.ops.ssd.cases import draw_A, draw_dt_bias
 
 
@@ -77,3 +79,21 @@ def make_inputs(
         "layout": SequenceLayout.from_lengths(case.lengths, device),
     }
     return Inputs(tensors, options)
+
+
+def of_one_token(step: Callable) -> Callable:
+    """`mamba2`'s arguments and results for `mamba2_step`, which updates its states in place."""
+
+    def run(
+        *,
+        conv_states: torch.Tensor,
+        ssm_states: torch.Tensor,
+        layout: Any,
+        chunk_size: int,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        conv_state, ssm_state = conv_states.clone(), ssm_states.clone()
+        y = step(**arguments, conv_state=conv_state, ssm_state=ssm_state)
+        return y, conv_state, ssm_state
+
+    return run

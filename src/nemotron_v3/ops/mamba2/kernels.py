@@ -1,9 +1,9 @@
 """The mixer's core in Triton: the kernels of its parts on the packed projection, in place.
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps,
-C = H*P + 2*G*N convolved channels, J the projection's width. No part of the projection is copied:
-kernels read z, x, B, C and dt as columns of `zxbcdt`, and the backward writes the columns of one
-`dzxbcdt`, whose x columns hold dy in between (docs/design/mamba2.md).
+Letters: T packed tokens, H heads, P head width, G groups, N state, W conv taps, conv_dim =
+H*P + 2*G*N convolved channels. No part of the projection is copied: kernels read z, x, B, C and dt
+as columns of `zxbcdt`, and the backward writes the columns of one `dzxbcdt`, whose x columns hold
+dy in between (docs/design/mamba2.md).
 """
 
 from typing import NamedTuple
@@ -12,14 +12,22 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
 from nemotron_v3.ops.causal_conv1d.kernels import launch as conv
+from nemotron_v3.ops.common.host import (
+    absent,
+    contiguous,
+    empty_like,
+    gradients_of,
+    register,
+    schema,
+    unit_stride,
+)
 from nemotron_v3.ops.gated_rms_norm import kernels as norm
 from nemotron_v3.ops.ssd.kernels import launch as scan
-from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
+from nemotron_v3.ops.ssd.kernels.tables import Blocks, Tables, chunk_tables
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """A projection, or its gradient, and views of it."""
 
     zxbcdt: Tensor
@@ -43,345 +51,294 @@ class _Columns(NamedTuple):
         return self.zxbcdt.narrow(1, self.zxbcdt.shape[1] - self.heads, self.heads)
 
 
-class _Tables(NamedTuple):
-    """Device tensors made once of a layout."""
+class Arguments(NamedTuple):
+    """Of the forward op; the last six are the tables of the convolution and of the scan."""
 
+    zxbcdt: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    conv_states: Tensor | None
+    ssm_states: Tensor | None
+    groups: int
+    head_dim: int
+    state: int
+    low: float
+    high: float
+    eps: float
+    final: bool
     position: Tensor
     seq_idx: Tensor
-    start: Tensor
-    end: Tensor
-    first: Tensor
+    chunk_start: Tensor
+    chunk_end: Tensor
+    document_chunks: Tensor
     cu_seqlens: Tensor
 
     @property
-    def conv(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.position, self.seq_idx, self.cu_seqlens
+    def sizes(self) -> tuple[int, int, int]:
+        """H, P, N."""
+        return self.A_log.shape[0], self.head_dim, self.state
 
     @property
-    def scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.start, self.end, self.first, self.cu_seqlens
+    def inner(self) -> int:
+        return self.A_log.shape[0] * self.head_dim
 
+    def columns(self, zxbcdt: Tensor) -> Columns:
+        return Columns(zxbcdt, self.inner, self.A_log.shape[0])
 
-def _plan(dtype: torch.dtype, H: int, P: int, G: int, N: int, tables: _Tables) -> scan.Plan:
-    return scan.Plan(H, P, G, N, Blocks.of(dtype, P, N, H // G), *tables.scan)
+    def by_stream(self, xBC: Tensor) -> tuple[Tensor, ...]:
+        """x `[T, H*P]`, B and C `[T, G*N]`, views."""
+        group = self.groups * self.state
+        return xBC.split([self.inner, group, group], dim=1)
 
+    def conv_inputs(self, xBC: Tensor) -> conv.Inputs:
+        weight, bias, states = map(contiguous, (self.conv_weight, self.conv_bias, self.conv_states))
+        return conv.Inputs(xBC, weight, bias, states)
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    def scan_inputs(self, xBC: Tensor, dt: Tensor) -> scan.Inputs:
+        x, B, C = self.by_stream(xBC)
+        A_log, D, dt_bias, states = map(
+            contiguous, (self.A_log, self.D, self.dt_bias, self.ssm_states)
+        )
+        return scan.Inputs(x, dt, A_log, B, C, D, dt_bias, states)
+
+    @property
+    def steps(self) -> scan.Steps:
+        return scan.Steps(self.low, self.high, log_A=True)
+
+    @property
+    def conv_tables(self) -> conv.Tables:
+        return conv.Tables(self.position, self.seq_idx, self.cu_seqlens)
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(*self[-4:])
+
+    @property
+    def blocks(self) -> Blocks:
+        H, P, N = self.sizes
+        return Blocks.of(self.zxbcdt.dtype, P, N, H // self.groups)
 
 
 # --- forward --------------------------------------------------------------------------------------
 
 
-def _forward(
-    zxbcdt,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A_log,
-    D,
-    norm_weight,
-    G,
-    P,
-    N,
-    low,
-    high,
-    eps,
-    conv_states,
-    ssm_states,
-    final,
-    *tables,
-):
-    zxbcdt, tables = unit_stride(zxbcdt), _Tables(*tables)
-    H = A_log.shape[0]
-    inner, group = H * P, G * N
-    given = _Columns(zxbcdt, inner, H)
-    xBC, conv_final = conv.launch_forward(
-        given.xBC,
-        conv_weight.contiguous(),
-        _contiguous(conv_bias),
-        _contiguous(conv_states),
-        *tables.conv,
-        True,
+class Kept(NamedTuple):
+    """What the backward needs of the forward: the convolution's and the scan's outputs."""
+
+    xBC: Tensor
+    y: Tensor
+    prev_states: Tensor
+    dA_cumsum: Tensor
+
+
+class Outputs(NamedTuple):
+    """The last four are `Kept`."""
+
+    out: Tensor
+    conv_states: Tensor
+    ssm_states: Tensor
+    xBC: Tensor
+    y: Tensor
+    prev_states: Tensor
+    dA_cumsum: Tensor
+
+
+def _outputs(a: Arguments) -> Outputs:
+    given, tables = a.zxbcdt, a.tables
+    T, channels = given.shape[0], a.conv_weight.shape[0]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=given.dtype, device=given.device)
+
+    return Outputs(
+        out=empty(T, a.inner),
+        conv_states=empty(tables.documents, *a.conv_weight.shape),
+        ssm_states=scan.document_states(given, *a.sizes, tables)
+        if a.final
+        else absent(given, torch.float32),
+        xBC=empty(T, channels),
+        y=empty(T, a.inner),
+        prev_states=scan.prev_states(given, *a.sizes, tables),
+        dA_cumsum=scan.dA_cumsum(given, a.sizes[0]),
     )
-    x, B, C = xBC.split([inner, group, group], dim=1)
-    y = torch.empty(zxbcdt.shape[0], inner, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    steps = scan.Steps(given.dt, dt_bias.contiguous(), A_log.contiguous(), True, low, high)
-    ssm_final, states, running = scan.forward(
-        _plan(zxbcdt.dtype, H, P, G, N, tables),
-        steps,
-        x,
-        B,
-        C,
-        D.contiguous(),
-        _contiguous(ssm_states),
-        y,
-        final,
+
+
+def _forward(*args) -> Outputs:
+    a = Arguments(*args)
+    o, given = _outputs(a), a.columns(unit_stride(a.zxbcdt))
+    conv.forward(a.conv_inputs(given.xBC), a.conv_tables, True, conv.Outputs(o.xBC, o.conv_states))
+    final = o.ssm_states if a.final else None
+    scan.forward(
+        *(a.scan_inputs(o.xBC, given.dt), a.steps, a.tables, a.blocks),
+        scan.Outputs(o.y, final, o.prev_states, o.dA_cumsum),
     )
-    out = torch.empty_like(y)
-    norm.launch_forward(y, given.z, norm_weight.contiguous(), out, inner // G, eps)
-    if ssm_final is None:
-        ssm_final = y.new_empty(0, dtype=torch.float32)
-    return out, conv_final, ssm_final, xBC, y, states, running
-
-
-def _forward_fake(
-    zxbcdt,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A_log,
-    D,
-    norm_weight,
-    G,
-    P,
-    N,
-    low,
-    high,
-    eps,
-    conv_states,
-    ssm_states,
-    final,
-    *tables,
-):
-    tables = _Tables(*tables)
-    T, H, documents = zxbcdt.shape[0], A_log.shape[0], tables.cu_seqlens.shape[0] - 1
-    channels, W = conv_weight.shape
-
-    def empty(*shape, dtype=zxbcdt.dtype):
-        return torch.empty(shape, dtype=dtype, device=zxbcdt.device)
-
-    return (
-        empty(T, H * P),
-        empty(documents, channels, W),
-        empty(*((documents, H, P, N) if final else (0,)), dtype=torch.float32),
-        empty(T, channels),
-        empty(T, H * P),
-        empty(tables.start.shape[0], H, P, N, dtype=scan.states_dtype(zxbcdt.dtype, N)),
-        empty(H, T, 2, dtype=scan.sums_dtype(zxbcdt.dtype)),
+    norm.launch_forward(
+        *(o.y, given.z, a.norm_weight.contiguous(), o.out), a.inner // a.groups, a.eps
     )
+    return o
+
+
+def _forward_fake(*args) -> Outputs:
+    return _outputs(Arguments(*args))
 
 
 # --- backward -------------------------------------------------------------------------------------
 
 
-def _norm_backward(dout, zxbcdt, y, norm_weight, H, G, eps):
-    """dzxbcdt with dz in its z columns and dy in its x columns; dnorm_weight."""
-    zxbcdt, inner = unit_stride(zxbcdt), y.shape[1]
-    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    given, wanted = _Columns(zxbcdt, inner, H), _Columns(dzxbcdt, inner, H)
-    dweight = norm.launch_backward(
-        unit_stride(dout),
-        y,
-        given.z,
-        norm_weight.contiguous(),
-        wanted.x,
-        wanted.z,
-        inner // G,
-        eps,
+class NormArguments(NamedTuple):
+    dout: Tensor
+    zxbcdt: Tensor
+    y: Tensor
+    norm_weight: Tensor
+    heads: int
+    groups: int
+    eps: float
+
+
+class NormGradients(NamedTuple):
+    dzxbcdt: Tensor
+    dweight: Tensor
+
+
+def _norm_gradients(a: NormArguments) -> NormGradients:
+    return NormGradients(empty_like(a.zxbcdt), empty_like(a.norm_weight))
+
+
+def _norm_backward(*args) -> NormGradients:
+    """dzxbcdt with dz in its z columns and dy in its x columns, and the gradient of the weight."""
+    a = NormArguments(*args)
+    g, inner = _norm_gradients(a), a.y.shape[1]
+    given = Columns(unit_stride(a.zxbcdt), inner, a.heads)
+    wanted = Columns(g.dzxbcdt, inner, a.heads)
+    norm.launch_backward(
+        *(unit_stride(a.dout), a.y, given.z, a.norm_weight.contiguous()),
+        norm.Gradients(wanted.x, wanted.z, g.dweight),
+        *(inner // a.groups, a.eps),
     )
-    return dzxbcdt, dweight
+    return g
 
 
-def _norm_backward_fake(dout, zxbcdt, y, norm_weight, H, G, eps):
-    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    return dzxbcdt, torch.empty(norm_weight.shape, dtype=norm_weight.dtype, device=y.device)
+def _norm_backward_fake(*args) -> NormGradients:
+    return _norm_gradients(NormArguments(*args))
 
 
-def _scan_backward(
-    dzxbcdt,
-    dconv_final,
-    dssm_final,
-    zxbcdt,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A_log,
-    D,
-    G,
-    P,
-    N,
-    low,
-    high,
-    conv_states,
-    ssm_states,
-    xBC,
-    states,
-    running,
-    *tables,
-):
+class Upstream(NamedTuple):
+    """What the backward of scan and convolution is given before `Arguments`."""
+
+    dzxbcdt: Tensor
+    dconv_states: Tensor | None
+    dssm_states: Tensor | None
+    xBC: Tensor
+    prev_states: Tensor
+    dA_cumsum: Tensor
+
+
+class ScanGradients(NamedTuple):
+    dconv_weight: Tensor
+    dconv_bias: Tensor
+    ddt_bias: Tensor
+    dA_log: Tensor
+    dD: Tensor
+    dconv_states: Tensor
+    dssm_states: Tensor
+
+
+def _scan_gradients(a: Arguments) -> ScanGradients:
+    weights = (a.conv_weight, a.conv_bias, a.dt_bias, a.A_log, a.D, a.conv_states)
+    given = a.zxbcdt
+    return ScanGradients(
+        *[absent(given) if w is None else empty_like(w) for w in weights],
+        absent(given) if a.ssm_states is None else scan.document_states(given, *a.sizes, a.tables),
+    )
+
+
+def _scan_backward(*args) -> ScanGradients:
     """Turns dy in dzxbcdt's x columns into the gradients of x, B, C and dt."""
-    zxbcdt, tables = unit_stride(zxbcdt), _Tables(*tables)
-    H = A_log.shape[0]
-    inner, group = H * P, G * N
-    given, wanted = _Columns(zxbcdt, inner, H), _Columns(dzxbcdt, inner, H)
-    dxBC = torch.empty_like(xBC)
-    x, B, C = xBC.split([inner, group, group], dim=1)
-    dx, dB, dC = dxBC.split([inner, group, group], dim=1)
-    sums, dssm_states = scan.backward(
-        _plan(zxbcdt.dtype, H, P, G, N, tables),
-        scan.Steps(given.dt, dt_bias.contiguous(), A_log.contiguous(), True, low, high),
-        x,
-        B,
-        C,
-        D.contiguous(),
-        running,
-        _contiguous(ssm_states),
-        states,
+    b, a = Upstream(*args[:6]), Arguments(*args[6:])
+    g = _scan_gradients(a)
+    given, wanted = a.columns(unit_stride(a.zxbcdt)), a.columns(b.dzxbcdt)
+    dxBC = torch.empty_like(b.xBC)
+    dx, dB, dC = a.by_stream(dxBC)
+    dinitial = None if a.ssm_states is None else g.dssm_states
+    scan.backward(
+        *(a.scan_inputs(b.xBC, given.dt), a.steps, a.tables, a.blocks),
+        scan.Kept(b.prev_states, b.dA_cumsum),
         wanted.x,
-        _contiguous(dssm_final),
-        dx,
-        dB,
-        dC,
-        wanted.dt,
+        contiguous(b.dssm_states),
+        scan.Gradients(dx, wanted.dt, g.dA_log, dB, dC, g.dD, g.ddt_bias, dinitial),
     )
-    dweight, dbias, dconv_states = conv.launch_backward(
-        dxBC,
-        _contiguous(dconv_final),
-        given.xBC,
-        conv_weight.contiguous(),
-        _contiguous(conv_bias),
-        _contiguous(conv_states),
-        *tables.conv,
-        True,
-        wanted.xBC,
+    conv.backward(
+        *(dxBC, contiguous(b.dconv_states), a.conv_inputs(given.xBC), a.conv_tables, True),
+        conv.Gradients(
+            wanted.xBC,
+            g.dconv_weight,
+            None if a.conv_bias is None else g.dconv_bias,
+            None if a.conv_states is None else g.dconv_states,
+        ),
     )
-    absent = dxBC.new_empty(0)
-    return (
-        dweight,
-        absent if dbias is None else dbias,
-        *sums,
-        absent if dconv_states is None else dconv_states,
-        absent if dssm_states is None else dssm_states,
-    )
+    return g
 
 
-def _scan_backward_fake(
-    dzxbcdt,
-    dconv_final,
-    dssm_final,
-    zxbcdt,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A_log,
-    D,
-    G,
-    P,
-    N,
-    low,
-    high,
-    conv_states,
-    ssm_states,
-    xBC,
-    states,
-    running,
-    *tables,
-):
-    def like(t):
-        if t is None:
-            return xBC.new_empty(0)
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    dssm = xBC.new_empty(0)
-    if ssm_states is not None:
-        shape = (tables[-1].shape[0] - 1, *states.shape[1:])
-        dssm = torch.empty(shape, dtype=torch.float32, device=states.device)
-    given = (conv_weight, conv_bias, A_log, dt_bias, D, conv_states)
-    return *map(like, given), dssm
+def _scan_backward_fake(*args) -> ScanGradients:
+    return _scan_gradients(Arguments(*args[6:]))
 
 
 # --- registration ---------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *parameters, G, P, N, low, high, eps, conv_states, ssm_states, final = inputs[:-6]
-    _, conv_final, ssm_final, xBC, y, states, running = output
-    ctx.sizes, ctx.limits, ctx.eps = (G, P, N), (low, high), eps
-    ctx.save_for_backward(
-        y, *parameters, conv_states, ssm_states, xBC, states, running, *inputs[-6:]
-    )
-    absent = () if final else (conv_final, ssm_final)
-    ctx.mark_non_differentiable(xBC, y, states, running, *absent)
+    a, o = Arguments(*inputs), Outputs(*output)
+    kept = Kept(*o[3:])
+    ctx.options = a[9:16]
+    ctx.save_for_backward(*kept, *a[:9], *a[16:])
+    ctx.mark_non_differentiable(*kept, *(() if a.final else (o.conv_states, o.ssm_states)))
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dout, dconv_final, dssm_final, *_):
-    (
-        y,
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        norm_weight,
-        conv_states,
-        ssm_states,
-        *rest,
-    ) = ctx.saved_tensors
+def _autograd(ctx, dout, dconv_states, dssm_states, *_) -> Arguments:
+    xBC, y, prev_states, dA_cumsum, *saved = ctx.saved_tensors
+    a = Arguments(*saved[:9], *ctx.options, *saved[9:])
     if not torch.compiler.is_compiling():
         # y is needed by the norm alone: it goes before the scan's buffers come.
         ctx.maybe_clear_saved_tensors()
     if dout is None:
         dout = torch.zeros_like(y)
-    G, P, N = ctx.sizes
-    dzxbcdt, dnorm = _norm_backward_op(dout, zxbcdt, y, norm_weight, A_log.shape[0], G, ctx.eps)
+    dzxbcdt, dnorm_weight = _norm_backward_op(
+        dout, a.zxbcdt, y, a.norm_weight, a.sizes[0], a.groups, a.eps
+    )
     del y
-    dweight, dbias, dA_log, ddt_bias, dD, dconv_states, dssm_states = _scan_backward_op(
-        dzxbcdt,
-        dconv_final,
-        dssm_final,
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        G,
-        P,
-        N,
-        *ctx.limits,
-        conv_states,
-        ssm_states,
-        *rest,
+    g = ScanGradients(
+        *_scan_backward_op(dzxbcdt, dconv_states, dssm_states, xBC, prev_states, dA_cumsum, *a)
     )
-    return (
-        dzxbcdt,
-        dweight,
-        None if conv_bias is None else dbias,
-        ddt_bias,
-        dA_log,
-        dD,
-        dnorm,
-        *(None,) * 6,
-        None if conv_states is None else dconv_states,
-        None if ssm_states is None else dssm_states.to(ssm_states.dtype),
-        *(None,) * 7,
+    states = a.ssm_states
+    return gradients_of(
+        Arguments,
+        zxbcdt=dzxbcdt,
+        conv_weight=g.dconv_weight,
+        conv_bias=None if a.conv_bias is None else g.dconv_bias,
+        dt_bias=g.ddt_bias,
+        A_log=g.dA_log,
+        D=g.dD,
+        norm_weight=dnorm_weight,
+        conv_states=None if a.conv_states is None else g.dconv_states,
+        ssm_states=None if states is None else g.dssm_states.to(states.dtype),
     )
 
 
-_PARAMETERS = "Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D"
-_SIZES = "SymInt groups, SymInt head_dim, SymInt state, float low, float high"
-_TABLES = ", ".join(f"Tensor {name}" for name in _Tables._fields)
 _norm_backward_op = register(
-    "mamba2_norm_backward(Tensor dout, Tensor zxbcdt, Tensor y, Tensor norm_weight, SymInt heads, "
-    "SymInt groups, float eps) -> (Tensor, Tensor)",
-    _norm_backward,
-    _norm_backward_fake,
+    schema("mamba2_norm_backward", NormArguments, results=2), _norm_backward, _norm_backward_fake
 )
 _scan_backward_op = register(
-    "mamba2_scan_backward(Tensor(a!) dzxbcdt, Tensor? dconv_final, Tensor? dssm_final, "
-    f"Tensor zxbcdt, {_PARAMETERS}, {_SIZES}, Tensor? conv_states, Tensor? ssm_states, Tensor xBC, "
-    f"Tensor states, Tensor running, {_TABLES}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema("mamba2_scan_backward", Upstream, Arguments, results=7, mutated="dzxbcdt"),
     _scan_backward,
     _scan_backward_fake,
 )
 _forward_op = register(
-    f"mamba2(Tensor zxbcdt, {_PARAMETERS}, Tensor norm_weight, {_SIZES}, float eps, "
-    f"Tensor? conv_states, Tensor? ssm_states, bool final, {_TABLES}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema("mamba2", Arguments, results=7),
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -412,24 +369,10 @@ def mamba2(
     if conv_states is not None:
         conv_states = conv_states.to(zxbcdt.dtype)
     blocks = Blocks.of(zxbcdt.dtype, head_dim, state_size, A_log.shape[0] // n_groups)
+    tables = conv.tables(layout)
     out, conv_final, ssm_final, *_ = _forward_op(
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        norm_weight,
-        n_groups,
-        head_dim,
-        state_size,
-        *map(float, dt_limit),
-        eps,
-        conv_states,
-        ssm_states,
-        return_final_states,
-        *conv.tables(layout),
-        *chunk_tables(layout, blocks.chunk),
-        layout.cu_seqlens,
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states),
+        *(n_groups, head_dim, state_size, *map(float, dt_limit), eps, return_final_states),
+        *(tables.position, tables.seq_idx, *chunk_tables(layout, blocks.sizes.Q)),
     )
     return (out, conv_final, ssm_final) if return_final_states else (out, None, None)

@@ -1,16 +1,44 @@
 """The public fused core of a Mamba-2 mixer: everything between `in_proj` and `out_proj`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
-from nemotron_v3.ops._empty import of_no_tokens
-from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
+from nemotron_v3.ops.common.host import refuse_dtypes, refuse_state
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2 import portable, reference
+from nemotron_v3.ops.registry import Op
 
 
+def _kernels() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    from nemotron_v3.ops.mamba2.kernels import mamba2
+
+    return mamba2
+
+
+def _refusal(dtypes: Sequence[torch.dtype], taps: int, head_dim: int, state: int) -> str | None:
+    if refusal := refuse_state(dtypes[0], head_dim, state):
+        return refusal
+    if not 2 <= taps <= 8:
+        return f"it is made for 2 to 8 taps, and {taps} are given"
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "mamba2",
+    reference=reference.mamba2,
+    portable=portable.mamba2,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("pack"),
+)
+
+
+@_OP.public
 @without_autocast
 def mamba2(
     zxbcdt: Tensor,
@@ -35,20 +63,20 @@ def mamba2(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution + SiLU, scan, skip, gate and grouped norm on the packed projection.
 
-    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps,
-    C = H*P + 2*G*N convolved channels.
+    Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state, W conv
+    taps, conv_dim = H*P + 2*G*N convolved channels.
 
     Args:
         zxbcdt: `[T, 2*H*P + 2*G*N + H]`, in the order z, x, B, C, dt.
-        conv_weight: `[C, W]`. conv_bias: `[C]` or None.
+        conv_weight: `[conv_dim, W]`. conv_bias: `[conv_dim]` or None.
         dt_bias, A_log, D: `[H]`; the decay is `A = -exp(A_log)`.
         norm_weight: `[H*P]`, in G groups.
         n_groups, head_dim, state_size: G, P, N.
         chunk_size, dt_limit: see `ssd`.
         eps: of the norm.
         layout: where the documents start.
-        conv_states: `[D, C, W]`, ssm_states: `[D, H, P, N]`: the states before each document, zeros
-            by default.
+        conv_states: `[n_docs, conv_dim, W]`, ssm_states: `[n_docs, H, P, N]`: the states before
+            each document, zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 
@@ -69,17 +97,8 @@ def mamba2(
             f"{n_groups} groups of state {state_size} need (tokens, {width})"
         )
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states)
-    run = pick(
-        "mamba2",
-        impl,
-        reference=reference.mamba2,
-        portable=portable.mamba2,
-        triton=Kernels(
-            _kernels,
-            zxbcdt.device,
-            _refusal(zxbcdt, parameters, conv_weight.shape[1], head_dim, state_size),
-        ),
-    )
+    tensors = (zxbcdt, *parameters)
+    run = _OP.pick(impl, tensors, conv_weight.shape[1], head_dim, state_size)
     results = run(
         zxbcdt,
         conv_weight,
@@ -102,23 +121,3 @@ def mamba2(
     if not zxbcdt.shape[0]:
         results = (of_no_tokens(results[0], *parameters[:6]), *results[1:])
     return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))
-
-
-def _refusal(
-    zxbcdt: Tensor, parameters: tuple[Tensor | None, ...], taps: int, head_dim: int, state: int
-) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if refusal := refuse_state(zxbcdt.dtype, head_dim, state):
-        return refusal
-    if not 2 <= taps <= 8:
-        return f"it is made for 2 to 8 taps, and {taps} are given"
-    for tensor in (zxbcdt, *parameters):
-        if refusal := refuse_dtypes(tensor):
-            return refusal
-    return None
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.mamba2.kernels import mamba2
-
-    return mamba2

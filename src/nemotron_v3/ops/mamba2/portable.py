@@ -1,8 +1,8 @@
 """Everything of a Mamba-2 mixer between its projections, in plain PyTorch.
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, N state, W conv taps, C =
-H*P + 2*G*N convolved channels; the packed projection is `z [H*P] | x [H*P] | B [G*N] | C [G*N] |
-dt [H]`.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state, W conv taps,
+conv_dim = H*P + 2*G*N convolved channels; the packed projection is
+`z [H*P] | x [H*P] | B [G*N] | C [G*N] | dt [H]`.
 
 The parts are one node of autograd's graph: each writes its gradient into its own columns of that of
 the projection, which three nodes would give as pieces to be put together.
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import needs_grad, wide
-from nemotron_v3.ops._step_sizes import step_sizes
 from nemotron_v3.ops.causal_conv1d import portable as conv
 from nemotron_v3.ops.causal_conv1d import portable_backward as conv_gradients
+from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.gated_rms_norm import portable as gated
 from nemotron_v3.ops.ssd import portable as ssd
 from nemotron_v3.ops.ssd import portable_backward as ssd_gradients
@@ -64,7 +64,7 @@ class _Sizes(NamedTuple):
     N: int
 
     def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
-        """z `[T, H*P]`, xBC `[T, C]` and dt `[T, H]`, views."""
+        """z `[T, H*P]`, xBC `[T, conv_dim]` and dt `[T, H]`, views."""
         H, P, G, N = self
         return zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
 
@@ -133,7 +133,7 @@ class _Core(torch.autograd.Function):
 
         with torch.enable_grad():
             raw = [t.detach().requires_grad_() for t in (dt, dt_bias)]
-            steps = step_sizes(*raw, dt_limit)
+            steps = step_sizes(raw[0], raw[1], dt_limit)
         x, B, C = sizes.by_head(xBC)
         dxBC = torch.empty_like(xBC)
         dsteps, dA, dD, dssm = ssd_gradients.backward(

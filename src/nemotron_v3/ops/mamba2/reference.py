@@ -1,7 +1,7 @@
 """The Mamba-2 mixer between its two projections: the references of its parts, one after another.
 
-T packed tokens, H heads, P head width, G groups, N state, W conv width, C = H P + 2 G N conv
-channels, J = H P + C + H width of the input projection's result, D documents.
+T packed tokens, H heads, P head width, G groups, N state, W conv width, conv_dim = H P + 2 G N conv
+channels, J = H P + conv_dim + H width of the input projection's result, n_docs documents.
 """
 
 import math
@@ -41,8 +41,8 @@ def mamba2(
 
     Args:
         zxbcdt: `[T, J]`, the input projection: `z [HP] | x [HP] | B [GN] | C [GN] | dt [H]`.
-        conv_weight: `[C, W]` over `x | B | C`.
-        conv_bias: `[C]` or None.
+        conv_weight: `[conv_dim, W]` over `x | B | C`.
+        conv_bias: `[conv_dim]` or None.
         dt_bias, A_log, D: `[H]`; `A = -exp(A_log)`.
         norm_weight: `[HP]`; the norm's groups are HP / G wide.
         n_groups, head_dim, state_size: G, P, N.
@@ -50,8 +50,8 @@ def mamba2(
         dt_limit: smallest and largest step.
         eps: of the gated norm.
         layout: where documents start; only `layout.lengths` is read.
-        conv_states: `[D, C, W]` or None.
-        ssm_states: `[D, H, P, N]` or None.
+        conv_states: `[n_docs, conv_dim, W]` or None.
+        ssm_states: `[n_docs, H, P, N]` or None.
         return_final_states: whether the second and the third result are wanted.
         dtype: what everything is computed and returned in; float64 is the truth.
         activation_dtype: what tensors are rounded to on the way from one part to the next, which a

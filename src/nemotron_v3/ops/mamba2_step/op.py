@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2_step import portable, reference
+from nemotron_v3.ops.registry import Op
+
+_OP = Op(
+    "mamba2_step",
+    reference=reference.mamba2_step,
+    portable=portable.mamba2_step,
+    check=Check("one-token", cases_of="mamba2", adapt="of_one_token"),
+)
 
 
+@_OP.public
 @torch.no_grad()
 @without_autocast
 def mamba2_step(
@@ -29,12 +39,12 @@ def mamba2_step(
 ) -> Tensor:
     """`mamba2` for one token a row, with both states updated in place and no gradient.
 
-    Letters: rows of a batch, H heads, P head width, G groups, N state, W conv taps, C = H*P + 2*G*N
-    convolved channels.
+    Letters: rows of a batch, H heads, P head width, G groups, N state, W conv taps, conv_dim =
+    H*P + 2*G*N convolved channels.
 
     Args:
         zxbcdt: `[rows, 2*H*P + 2*G*N + H]`, in the order z, x, B, C, dt.
-        conv_state: `[rows, C, W]`, the last W inputs before activation, newest last.
+        conv_state: `[rows, conv_dim, W]`, the last W inputs before activation, newest last.
         ssm_state: `[rows, H, P, N]`.
         conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, n_groups, head_dim, state_size,
             dt_limit, eps: as in `mamba2`.
@@ -54,7 +64,7 @@ def mamba2_step(
             f"conv_state {tuple(conv_state.shape)} and ssm_state {tuple(ssm_state.shape)} do not "
             f"fit {rows} rows: {conv_shape} and {ssm_shape} are needed"
         )
-    run = pick("mamba2_step", impl, reference=reference.mamba2_step, portable=portable.mamba2_step)
+    run = _OP.pick(impl, (zxbcdt,))
     y = run(
         zxbcdt,
         conv_weight,

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
-from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
-from nemotron_v3.ops.ssm_step.op import ssm_step
+from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.gated_rms_norm.portable import gated_rms_norm
+from nemotron_v3.ops.ssm_step.portable import ssm_step
 
 
 def mamba2_step(
@@ -25,7 +25,6 @@ def mamba2_step(
     state_size: int,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     eps: float = 1e-5,
-    impl: str = "portable",
 ) -> Tensor:
     H, P, G, N = A_log.shape[0], head_dim, n_groups, state_size
     z, xBC, dt = zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
@@ -41,13 +40,12 @@ def mamba2_step(
         D=D,
         dt_bias=dt_bias,
         dt_limit=dt_limit,
-        impl=impl,
     )
-    return gated_rms_norm(y.flatten(-2), z, norm_weight, H * P // G, eps, impl=impl)
+    return gated_rms_norm(y.flatten(-2), z, norm_weight, H * P // G, eps)
 
 
 def _conv_step(xBC: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
-    """Push the newest input into the state `[rows, C, W]`; the convolution's output, after SiLU."""
+    """Push the newest input into the state `[rows, conv_dim, W]`; return the output after SiLU."""
     state.copy_(torch.cat([state[..., 1:], xBC[..., None].to(state.dtype)], dim=-1))
     dtype = wide(xBC.dtype)
     y = torch.linalg.vecdot(state.to(dtype), weight.to(dtype))

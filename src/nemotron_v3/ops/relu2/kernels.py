@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops._triton import interpreted, register
+from nemotron_v3.ops.common.host import interpreted, register
+from nemotron_v3.ops.common.jit import kernel
 
 
 @kernel

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import needs_grad
+from nemotron_v3.ops.common.precision import needs_grad
 
 
 def relu2(x: Tensor) -> Tensor:

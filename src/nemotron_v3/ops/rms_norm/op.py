@@ -1,15 +1,40 @@
 """The public RMS normalisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import Kernels, pick, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.rms_norm import portable, reference
 
 
+def _kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.gated_rms_norm.kernels import rms_norm
+
+    return rms_norm
+
+
+def _refusal(dtypes: Sequence[torch.dtype], width: int) -> str | None:
+    if width > 65536:
+        return f"a row must fit into one program, and has {width} columns"
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "rms_norm",
+    reference=reference.rms_norm,
+    portable=portable.rms_norm,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("odd-width"),
+)
+
+
+@_OP.public
 @without_autocast
 def rms_norm(
     x: Tensor,
@@ -39,24 +64,5 @@ def rms_norm(
             f"width {x.shape[-1:].numel()} does not match the norm's {weight.shape[0]}: give "
             f"hidden states of shape (..., {weight.shape[0]})"
         )
-    run = pick(
-        "rms_norm",
-        impl,
-        reference=reference.rms_norm,
-        portable=portable.rms_norm,
-        triton=Kernels(_kernels, x.device, _refusal(x, weight)),
-    )
+    run = _OP.pick(impl, (x, weight), weight.shape[0])
     return run(x, weight, eps, out_dtype).to(out_dtype or x.dtype)
-
-
-def _refusal(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if weight.shape[0] > 65536:
-        return f"a row must fit into one program, and has {weight.shape[0]} columns"
-    return refuse_dtypes(x) or refuse_dtypes(weight)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.rms_norm.kernels import rms_norm
-
-    return rms_norm

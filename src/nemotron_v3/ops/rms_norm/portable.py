@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops._blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
-from nemotron_v3.ops._dispatch import needs_grad, wide
+from nemotron_v3.ops.common.blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
+from nemotron_v3.ops.common.precision import needs_grad, wide
 
 
 def rms_norm(
@@ -30,7 +30,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         dtype = wide(x.dtype)
         out = x.new_empty(x.shape, dtype=out_dtype)
-        for start, end in row_blocks(*x.shape, x.device):
+        for start, end in row_blocks(x.shape[0], x.shape[1], x.device):
             x_rows = x[start:end].to(dtype)
             n = rows_for(out, start, end, dtype)
             torch.mul(x_rows, _inverse_rms(x_rows, eps), out=n)
@@ -47,7 +47,7 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dweight = weight.new_zeros(weight.shape, dtype=dtype)
         work = Workspace(x, dtype)
-        for start, end in row_blocks(*x.shape, x.device):
+        for start, end in row_blocks(x.shape[0], x.shape[1], x.device):
             x_rows, dn = x[start:end].to(dtype), dout[start:end].to(dtype)
             r = _inverse_rms(x_rows, ctx.eps)
             n = torch.mul(x_rows, r, out=work("n", *dn.shape))

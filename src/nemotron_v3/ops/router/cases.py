@@ -1,10 +1,12 @@
 """Shapes that the tests and benchmarks of router share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,13 @@ def make_inputs(
         "scaling_factor": case.scaling_factor,
     }
     return Inputs(tensors, options)
+
+
+def dense(router: Callable) -> Callable:
+    """A router's weights as `[T, E]`: its choices come in no particular order."""
+
+    def run(*, weight: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        weights, indices = router(weight=weight, **arguments)
+        return weights.new_zeros(len(weights), len(weight)).scatter(1, indices, weights)
+
+    return run

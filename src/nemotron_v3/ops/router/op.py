@@ -1,17 +1,46 @@
 """The public mixture-of-experts router."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes
+from nemotron_v3.ops.common.host import refuse_dtypes
+from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.router import portable, reference
 
 MOST_EXPERTS, MOST_CHOICES, MOST_GROUPS = 2048, 64, 32  # of the kernels
 
 
+def _kernels() -> Callable[..., tuple[Tensor, Tensor]]:
+    from nemotron_v3.ops.router.kernels import router
+
+    return router
+
+
+def _refusal(dtypes: Sequence[torch.dtype], experts: int, top_k: int, n_group: int) -> str | None:
+    if experts > MOST_EXPERTS or top_k > MOST_CHOICES or n_group > MOST_GROUPS:
+        return (
+            f"a token's choice must fit into one program, and {top_k} of {experts} experts in "
+            f"{n_group} groups are asked for (at most {MOST_CHOICES} of {MOST_EXPERTS} in "
+            f"{MOST_GROUPS})"
+        )
+    return refuse_dtypes(dtypes)
+
+
+_OP = Op(
+    "router",
+    reference=reference.router,
+    portable=portable.router,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("grouped-negative", adapt="dense"),
+)
+
+
+@_OP.public
 @without_autocast
 def router(
     x: Tensor,
@@ -60,13 +89,7 @@ def router(
         raise ValueError(
             f"top_k={top_k} experts cannot be chosen among {experts // n_group * topk_group}"
         )
-    run = pick(
-        "router",
-        impl,
-        reference=reference.router,
-        portable=portable.router,
-        triton=Kernels(_kernels, x.device, _refusal(x, weight, top_k, n_group)),
-    )
+    run = _OP.pick(impl, (x, weight), experts, top_k, n_group)
     results = run(
         x,
         weight,
@@ -80,19 +103,23 @@ def router(
     return as_promised(results, wide(x.dtype), torch.int64)
 
 
-def _refusal(x: Tensor, weight: Tensor, top_k: int, n_group: int) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    experts = weight.shape[0]
-    if experts > MOST_EXPERTS or top_k > MOST_CHOICES or n_group > MOST_GROUPS:
-        return (
-            f"a token's choice must fit into one program, and {top_k} of {experts} experts in "
-            f"{n_group} groups are asked for (at most {MOST_CHOICES} of {MOST_EXPERTS} in "
-            f"{MOST_GROUPS})"
-        )
-    return refuse_dtypes(x) or refuse_dtypes(weight)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.router.kernels import router
-
-    return router
+def choose_experts(
+    scores: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`router` from its scores `[T, E]` on, for a caller who has made these: in plain PyTorch."""
+    return portable.choose(
+        scores,
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm_topk_prob,
+        scaling_factor=scaling_factor,
+    )

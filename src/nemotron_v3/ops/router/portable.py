@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
+from nemotron_v3.ops.common.precision import wide
 
 
 def router(

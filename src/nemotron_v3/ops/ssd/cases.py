@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._cases import Draw, Inputs
+from nemotron_v3.ops.common.cases import Draw, Inputs
 
 
 @dataclass(frozen=True)

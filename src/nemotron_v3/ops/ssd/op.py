@@ -1,15 +1,44 @@
 """The public state-space-duality scan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._dispatch import Kernels, as_promised, pick, wide, without_autocast
-from nemotron_v3.ops._triton import refuse_dtypes, refuse_state
+from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed, refuse_state
+from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
+from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssd import portable, reference
 
 
+def _kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from nemotron_v3.ops.ssd.kernels import ssd
+
+    return ssd
+
+
+def _refusal(dtypes: Sequence[torch.dtype], head_dim: int, state: int) -> str | None:
+    """Of x, B and C, which are multiplied with each other, and then the other tensors."""
+    return (
+        refuse_state(dtypes[0], head_dim, state)
+        or refuse_dtypes(dtypes[3:])
+        or refuse_mixed(dtypes[:3])
+    )
+
+
+_OP = Op(
+    "ssd",
+    reference=reference.ssd,
+    portable=portable.ssd,
+    kernels=_kernels,
+    refuse=_refusal,
+    check=Check("small-chunks"),
+)
+
+
+@_OP.public
 @without_autocast
 def ssd(
     x: Tensor,
@@ -32,7 +61,7 @@ def ssd(
     `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T` and `y_t = S_t C_t + D x_t`, with
     `dt_t = clamp(softplus(dt_t + dt_bias), *dt_limit)`.
 
-    Letters: T packed tokens, D documents, H heads, P head width, G groups, N state.
+    Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, N state.
 
     Args:
         x: `[T, H, P]`.
@@ -44,30 +73,22 @@ def ssd(
         dt_limit: bounds of dt after the softplus.
         layout: where the documents start.
         chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
-        initial_states: `[D, H, P, N]`; zeros by default.
+        initial_states: `[n_docs, H, P, N]`; zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
         impl: see `nemotron_v3.ops`.
 
     Returns:
-        `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[D, H, P, N]` in fp32 or
-        wider (dt, decays and states are), or None. Both are differentiable in every tensor given.
+        `y` `[T, H, P]` in `x`'s dtype, and the state after each document `[n_docs, H, P, N]` in
+        fp32 or wider (dt, decays and states are), or None. Both are differentiable in every tensor
+        given.
 
     Raises:
         ValueError: shapes that do not fit, heads that the groups do not divide, a chunk size
             below 1.
     """
     _check(x, dt, A, B, C, layout, chunk_size, initial_states)
-    run = pick(
-        "ssd",
-        impl,
-        reference=reference.ssd,
-        portable=portable.ssd,
-        triton=Kernels(
-            _kernels,
-            x.device,
-            _refusal(x, B, C, (dt, A, D, dt_bias, initial_states)),
-        ),
-    )
+    tensors = (x, B, C, dt, A, D, dt_bias, initial_states)
+    run = _OP.pick(impl, tensors, x.shape[2], B.shape[2])
     results = run(
         x,
         dt,
@@ -118,19 +139,3 @@ def _check(
             f"initial_states has shape {tuple(initial_states.shape)}, needed is (documents, heads, "
             f"head width, state) = {expected}"
         )
-
-
-def _refusal(x: Tensor, B: Tensor, C: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if refusal := refuse_state(x.dtype, x.shape[2], B.shape[2]):
-        return refusal
-    for tensor in others:
-        if refusal := refuse_dtypes(tensor):
-            return refusal
-    return refuse_dtypes(x, B, C)
-
-
-def _kernels() -> Callable:
-    from nemotron_v3.ops.ssd.kernels import ssd
-
-    return ssd

@@ -1,7 +1,7 @@
 """State-space duality, tile by tile, in plain PyTorch (Mamba-2, arXiv 2405.21060, section 6).
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, R = H / G heads of a group,
-N state; n tiles of a slab, q tokens of a tile.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, R = H / G heads of a
+group, N state; n tiles of a slab, q tokens of a tile.
 
 Within a tile the recurrence is a masked matrix product; between tiles one state per head passes on.
 With `a_i` the sum of `dt A` over the tokens of the tile up to and including i,
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._blocks import Workspace, block_elements
-from nemotron_v3.ops._dispatch import needs_grad, wide
-from nemotron_v3.ops._step_sizes import step_sizes
+from nemotron_v3.ops.common.blocks import Workspace, block_elements
+from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.ssd.portable_backward import backward
 from nemotron_v3.ops.ssd.slab import (
     Decays,

@@ -1,8 +1,8 @@
 """The gradients of the tiled scan (README.md, 'How the portable form computes the backward').
 
-Letters: T packed tokens, D documents, H heads, P head width, G groups, R = H / G heads of a group,
-N state; n tiles of a slab, q tokens of a tile. `dS` is the gradient with respect to a state, of all
-that it does later: the adjoint state of the README.
+Letters: T packed tokens, n_docs documents, H heads, P head width, G groups, R = H / G heads of a
+group, N state; n tiles of a slab, q tokens of a tile. `dS` is the gradient with respect to a state,
+of all that it does later: the adjoint state of the README.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._blocks import Workspace
+from nemotron_v3.ops.common.blocks import Workspace
 from nemotron_v3.ops.ssd.slab import (
     Decays,
     Sizes,
@@ -105,7 +105,7 @@ class _Gradients:
         self.dD = None if D is None else torch.zeros_like(self.dA)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        dD = None if self.D is None else self.dD.to(self.D.dtype)
+        dD = None if self.D is None or self.dD is None else self.dD.to(self.D.dtype)
         return self.ddt, self.dA.to(self.A.dtype), dD
 
     def add(

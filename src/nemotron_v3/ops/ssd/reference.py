@@ -1,6 +1,6 @@
 """The selective state space of Mamba-2, one token after another (README.md).
 
-T packed tokens, H heads, P head width, G groups, N state, D documents.
+T packed tokens, H heads, P head width, G groups, N state, n_docs documents.
 """
 
 import math
@@ -43,12 +43,12 @@ def ssd(
         dt_limit: smallest and largest step.
         layout: where documents start; only `layout.lengths` is read.
         chunk_size: no effect: it changes the rounding of other forms, never the mathematics.
-        initial_states: `[D, H, P, N]` or None.
+        initial_states: `[n_docs, H, P, N]` or None.
         return_final_states: whether the second result is wanted.
         dtype: what everything is computed and returned in; float64 is the truth.
 
     Returns:
-        y `[T, H, P]` and the final states `[D, H, P, N]` or None, both in `dtype`.
+        y `[T, H, P]` and the final states `[n_docs, H, P, N]` or None, both in `dtype`.
     """
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     D, dt_bias, initial_states = (

@@ -113,7 +113,7 @@ def pass_on(
     """The states of documents through a slab: what each tile meets is written to `seen`.
 
     Args:
-        state: `[D, H, P, N]`, moves on in place.
+        state: `[n_docs, H, P, N]`, moves on in place.
         added: `[n, H, P, N]`, what each tile adds.
         whole: `[n, H]`, what each tile leaves of a state.
         seen: as `added`.

@@ -1,7 +1,7 @@
 """How a layout is cut into tiles, tiles into slabs, and how states pass through them.
 
-Letters: T packed tokens, D documents, Q tokens of a chunk at most, q tokens of a tile, n tiles of a
-slab.
+Letters: T packed tokens, n_docs documents, Q tokens of a chunk at most, q tokens of a tile, n tiles
+of a slab.
 
 A tile never crosses a document's border, and it starts at a multiple of Q counted from the
 document's own first token, so the arithmetic of a document does not depend on what is packed beside
@@ -13,12 +13,13 @@ the arrays of all pairs of their tokens to stay in a cache. A run is all tiles o
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.common.host import power_of_two
 
 # Rows of an array: a slice where they are evenly spaced, for then taking them is a view.
 Rows = slice | Tensor
@@ -98,38 +99,33 @@ class Tiles:
         )
 
 
-@dataclass(frozen=True)
-class _Tile:
-    size: int
+class _Tile(NamedTuple):
     document: int
     first: int
     tokens: int
 
 
 def _cut(layout: SequenceLayout, Q: int, slab_tokens: int) -> Tiles:
-    starts = layout.offsets[:-1]
-    tiles = [
-        _Tile(min(Q, _power_of_two(tokens)), document, start + step * Q, tokens)
-        for document, (start, length) in enumerate(zip(starts, layout.lengths, strict=True))
-        for step in range(-(-length // Q))
-        if (tokens := min(Q, length - step * Q))
+    by_size: dict[int, list[_Tile]] = {}  # a document's tiles in the order of its tokens
+    for document, length in enumerate(layout.lengths):
+        start = layout.offsets[document]
+        for first in range(start, start + length, Q):
+            tokens = min(Q, start + length - first)
+            size = min(Q, power_of_two(tokens))
+            by_size.setdefault(size, []).append(_Tile(document, first, tokens))
+    runs = [
+        _run(size, by_size[size], slab_tokens, layout.device)
+        for size in sorted(by_size, reverse=True)
     ]
-    tiles.sort(key=lambda tile: -tile.size)  # stable: a document's tiles stay in order
-    return Tiles(tuple(_runs(tiles, slab_tokens, layout.device)), layout.num_documents)
+    return Tiles(tuple(runs), layout.num_documents)
 
 
-def _runs(tiles: list[_Tile], slab_tokens: int, device: torch.device) -> Iterator[Run]:
-    first = 0
-    for size, group in groupby(tiles, lambda tile: tile.size):
-        count, step = len(list(group)), max(1, slab_tokens // size)
-        some = [slice(i, min(i + step, count)) for i in range(0, count, step)]
-
-        def slab(part: slice, size: int = size, first: int = first) -> Slab:
-            here = slice(first + part.start, first + part.stop)
-            return _slab(size, tiles[here], device)
-
-        yield Run(slab(slice(0, count)), tuple((part, slab(part)) for part in some))
-        first += count
+def _run(size: int, tiles: list[_Tile], slab_tokens: int, device: torch.device) -> Run:
+    whole, step = _slab(size, tiles, device), max(1, slab_tokens // size)
+    if len(tiles) <= step:
+        return Run(whole, ((slice(0, len(tiles)), whole),))
+    parts = [slice(i, min(i + step, len(tiles))) for i in range(0, len(tiles), step)]
+    return Run(whole, tuple([(part, _slab(size, tiles[part], device)) for part in parts]))
 
 
 def _slab(size: int, tiles: list[_Tile], device: torch.device) -> Slab:
@@ -169,7 +165,3 @@ def _rows(numbers: list[int], device: torch.device) -> Rows:
     if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
         return slice(numbers[0], numbers[-1] + 1, step)
     return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import pick, without_autocast
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssm_step import portable, reference
 
+_OP = Op("ssm_step", reference=reference.ssm_step, portable=portable.ssm_step)
 
+
+@_OP.public
 @torch.no_grad()
 @without_autocast
 def ssm_step(
@@ -53,6 +57,6 @@ def ssm_step(
             f"x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)} and C {tuple(C.shape)} "
             f"do not fit a state of shape {tuple(state.shape)} (rows, heads, head width, state)"
         )
-    run = pick("ssm_step", impl, reference=reference.ssm_step, portable=portable.ssm_step)
+    run = _OP.pick(impl, (state,))
     y = run(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_limit=dt_limit)
     return y.to(x.dtype)

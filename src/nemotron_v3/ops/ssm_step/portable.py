@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._dispatch import wide
-from nemotron_v3.ops._step_sizes import step_sizes
+from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.step_sizes import step_sizes
 
 
 def ssm_step(

@@ -12,8 +12,8 @@ Where a query sees few keys, dW and delta nearly cancel. In fp32 delta is theref
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.attention.kernels.tiles import keys_of, load_rows, place, store_rows
+from nemotron_v3.ops.common.jit import kernel
 
 
 @triton.jit

@@ -7,8 +7,8 @@ tile. The softmax is by powers of two, and is rescaled as its maximum grows (arX
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
 from nemotron_v3.ops.attention.kernels.tiles import keys_of, load_rows, place, store_rows
+from nemotron_v3.ops.common.jit import kernel
 
 
 @triton.jit

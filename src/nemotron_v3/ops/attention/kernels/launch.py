@@ -1,8 +1,8 @@
 """What the kernels of attention are launched with.
 
-Letters: T packed tokens, D documents, H query heads, J key/value heads, P head width, L places.
-Tensors have neighbouring elements along P; q and dout are `[T, H, P]`, k and v `[T, J, P]`, or
-`[D, J, L, P]` in a cache.
+Letters: T packed tokens, n_docs documents, H query heads, J key/value heads, P head width, L
+places. Tensors have neighbouring elements along P; q and dout are `[T, H, P]`, k and v `[T, J, P]`,
+or `[n_docs, J, L, P]` in a cache.
 """
 
 import math
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._launch import Launcher
 from nemotron_v3.ops.attention.kernels import backward, forward
 from nemotron_v3.ops.attention.kernels.tables import Blocks, Tables
+from nemotron_v3.ops.common.launch import Launcher
 
 _forward = Launcher(forward.forward_kernel)
 _dq = Launcher(backward.dq_kernel)
@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Call:
-    """One call's tensors. `held` is int64 `[D]` where k and v lie in a cache, else None."""
+    """One call's tensors. `held` is int64 `[n_docs]` where k and v lie in a cache, else None."""
 
     q: Tensor
     k: Tensor

@@ -1,13 +1,13 @@
 """Attention as ops of `torch.library`, with their autograd formula.
 
-Letters: T packed tokens, D documents, H query heads, J key/value heads, P head width, L places.
+Letters: T packed tokens, n_docs documents, H query heads, J key/value heads, P head width, L
+places.
 """
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
 from nemotron_v3.ops.attention.kernels.launch import (
     Call,
     launch_backward,
@@ -15,6 +15,7 @@ from nemotron_v3.ops.attention.kernels.launch import (
     readable,
 )
 from nemotron_v3.ops.attention.kernels.tables import Blocks, Tables, tile_tables
+from nemotron_v3.ops.common.host import register, unit_stride
 
 
 def _call(q, k, v, scale, held, cu_seqlens, *tables) -> Call:

@@ -1,7 +1,7 @@
 """How the kernels cut documents into tiles.
 
-Letters: T packed tokens, D documents, H query heads, J key/value heads, P head width, M queries and
-N keys of a tile.
+Letters: T packed tokens, n_docs documents, H query heads, J key/value heads, P head width, M
+queries and N keys of a tile.
 
 A tile starts at a multiple of M (or N) counted from its document's first token, and sizes depend on
 the dtype and the widths alone. So what a document's results round to does not depend on what is
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import interpreted, power_of_two
+from nemotron_v3.ops.common.host import interpreted, power_of_two
 
 WIDEST = 256  # head width
 
@@ -107,7 +107,7 @@ def tile_tables(
 
     Args:
         starts: keys that each document holds before its own, on the host; none by default.
-        held: int64 `[D]`, the same on the device.
+        held: int64 `[n_docs]`, the same on the device.
     """
     M, N = blocks.forward.m, blocks.dkv.n
 

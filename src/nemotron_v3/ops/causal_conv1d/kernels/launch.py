@@ -1,120 +1,146 @@
 """What the kernels are launched with: blocks, tables of a layout, outputs.
 
-Letters: T packed tokens, D documents, C channels, W taps. x, dy and dx are `[T, C]` with
+Letters: T packed tokens, n_docs documents, C channels, W taps. x, dy and dx are `[T, C]` with
 neighbouring channels: slices of a wider projection as well as tensors of their own.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._launch import Launcher
-from nemotron_v3.ops._sums import sum_partials
-from nemotron_v3.ops._triton import interpreted, power_of_two
 from nemotron_v3.ops.causal_conv1d.kernels import taps
+from nemotron_v3.ops.common.host import interpreted, power_of_two
+from nemotron_v3.ops.common.launch import Launcher
+from nemotron_v3.ops.common.sums import sum_partials
 
-_forward = Launcher(taps.forward_kernel)
-_backward = Launcher(taps.backward_kernel)
-_initial_backward = Launcher(taps.initial_backward_kernel)
+_forward = Launcher(taps.causal_conv1d_fwd_kernel)
+_backward = Launcher(taps.causal_conv1d_bwd_kernel)
+_initial_states_backward = Launcher(taps.initial_states_bwd_kernel)
 
 
-def tables(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-    """int32 `[T]` each: the place of a token in its document, and its document."""
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial_states: Tensor | None
 
-    def build(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+
+class Outputs(NamedTuple):
+    """y `[T, C]`, final states `[n_docs, C, W]`."""
+
+    y: Tensor
+    final_states: Tensor
+
+
+class Gradients(NamedTuple):
+    """Where gradients go; None where there is none."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor | None
+    dinitial_states: Tensor | None
+
+
+class Tables(NamedTuple):
+    """A token's place in its document and its document, int32 `[T]`; and `cu_seqlens`."""
+
+    position: Tensor
+    seq_idx: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def documents(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+
+class Strides(NamedTuple):
+    """From token to token."""
+
+    x: int
+    dy: int = 0
+    dx: int = 0
+
+
+class ForwardSizes(NamedTuple):
+    """What the forward kernel is compiled for; BLOCK_W is a power of two that holds W."""
+
+    W: int
+    BLOCK_T: int
+    BLOCK_C: int
+    BLOCK_W: int
+    SILU: bool
+
+
+class BackwardSizes(NamedTuple):
+    """What the backward kernels are compiled for: SEGMENT tokens a program, UNROLL at a time."""
+
+    W: int
+    SEGMENT: int
+    UNROLL: int
+    BLOCK_C: int
+    SILU: bool
+
+
+def tables(layout: SequenceLayout) -> Tables:
+    """The tables of a layout, made once."""
+
+    def build(layout: SequenceLayout) -> Tables:
         tokens = torch.arange(layout.num_tokens, dtype=torch.int64, device=layout.device)
         starts = layout.cu_seqlens.index_select(0, layout.seq_idx)
-        return (tokens - starts).to(torch.int32), layout.seq_idx
+        return Tables((tokens - starts).to(torch.int32), layout.seq_idx, layout.cu_seqlens)
 
-    return layout.derived("causal_conv1d positions", build)
+    return layout.derived("causal_conv1d tables", build)
 
 
-def _forward_blocks(element_size: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_C, warps): 16 bytes a thread and load."""
+def forward(inputs: Inputs, tables: Tables, silu: bool, outputs: Outputs) -> None:
+    """Writes the outputs."""
+    x, weight, bias, initial_states = inputs
+    (T, C), W = x.shape, weight.shape[1]
+    # 16 bytes a thread and load.
+    block_t, block_c, warps = 32, 256 // x.element_size(), 4
     if interpreted():
-        return 128, 128, 1
-    return 32, 256 // element_size, 4
-
-
-def _backward_blocks(element_size: int) -> tuple[int, int, int, int]:
-    """(BLOCK_C, SEGMENT, UNROLL, warps): 4 bytes a thread and load, for the sake of registers."""
-    return 128 // element_size, 256, 4, 1
-
-
-def launch_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    position: Tensor,
-    seq_idx: Tensor,
-    cu_seqlens: Tensor,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """y `[T, C]`, final states `[D, C, W]`."""
-    T, C = x.shape
-    W = weight.shape[1]
-    documents = cu_seqlens.shape[0] - 1
-    y = torch.empty(T, C, dtype=x.dtype, device=x.device)
-    final = torch.empty(documents, C, W, dtype=x.dtype, device=x.device)
-    block_t, block_c, warps = _forward_blocks(x.element_size())
+        block_t, block_c, warps = 128, 128, 1
     tiles = -(-T // block_t)
     _forward(
-        (tiles + documents) * -(-C // block_c),
-        (x, weight, bias, initial, y, final, position, seq_idx, cu_seqlens),
+        (tiles + tables.documents) * -(-C // block_c),
+        (x, weight, bias, initial_states, *outputs, *tables),
         (T, C, tiles),
-        (
-            *(x.stride(0), W, block_t, block_c, power_of_two(W)),
-            *(silu, bias is not None, initial is not None),
-        ),
+        (Strides(x.stride(0)), ForwardSizes(W, block_t, block_c, power_of_two(W), silu)),
         warps,
     )
-    return y, final
 
 
-def launch_backward(
+def backward(
     dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    position: Tensor,
-    seq_idx: Tensor,
-    cu_seqlens: Tensor,
+    dfinal_states: Tensor | None,
+    inputs: Inputs,
+    tables: Tables,
     silu: bool,
-    dx: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Writes dx; returns dweight, dbias, dinitial."""
-    T, C = x.shape
-    W = weight.shape[1]
-    block_c, segment, unroll, warps = _backward_blocks(x.element_size())
-    segments = -(-T // segment)
+    gradients: Gradients,
+) -> None:
+    """Writes the gradients."""
+    x, weight, bias, initial_states = inputs
+    dx, dweight, dbias, dinitial_states = gradients
+    (T, C), W = x.shape, weight.shape[1]
+    # 4 bytes a thread and load, for the sake of registers.
+    sizes = BackwardSizes(W, SEGMENT=256, UNROLL=4, BLOCK_C=128 // x.element_size(), SILU=silu)
+    segments, blocks = -(-T // sizes.SEGMENT), -(-C // sizes.BLOCK_C)
     partial = torch.empty(segments, W + 1, C, dtype=torch.float32, device=x.device)
     _backward(
-        segments * -(-C // block_c),
-        (dy, x, weight, bias, initial, dfinal, dx, partial, position, seq_idx, cu_seqlens),
+        segments * blocks,
+        (dy, x, weight, bias, initial_states, dfinal_states, dx, partial, *tables),
         (T, C),
-        (
-            *(dy.stride(0), x.stride(0), dx.stride(0), W, segment, unroll, block_c),
-            *(silu, bias is not None, initial is not None, dfinal is not None),
-        ),
-        warps,
-    )
-    wanted = [((C, W), weight.dtype)] + ([] if bias is None else [((C,), bias.dtype)])
-    dweight, dbias = (*sum_partials(partial, *wanted), None)[:2]
-    if initial is None:
-        return dweight, dbias, None
-    dinitial = torch.empty_like(initial)
-    documents = cu_seqlens.shape[0] - 1
-    _initial_backward(
-        documents * -(-C // block_c),
-        (dy, x, weight, bias, initial, dfinal, dinitial, cu_seqlens),
-        (C,),
-        (
-            *(dy.stride(0), x.stride(0), W, block_c),
-            *(silu, bias is not None, dfinal is not None),
-        ),
+        (Strides(x.stride(0), dy.stride(0), dx.stride(0)), sizes),
         1,
     )
-    return dweight, dbias, dinitial
+    sum_partials(partial, dweight, *([] if dbias is None else [dbias]))
+    if initial_states is not None:
+        _initial_states_backward(
+            tables.documents * blocks,
+            (dy, *inputs, dfinal_states, dinitial_states, tables.cu_seqlens),
+            (C,),
+            (Strides(x.stride(0), dy.stride(0)), sizes),
+            1,
+        )

@@ -1,61 +1,91 @@
 """The convolution as an op of `torch.library`, with its autograd formula."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
-from nemotron_v3.ops.causal_conv1d.kernels.launch import launch_backward, launch_forward, tables
+from nemotron_v3.ops.causal_conv1d.kernels import launch
+from nemotron_v3.ops.common.host import (
+    absent,
+    contiguous,
+    empty_like,
+    gradients_of,
+    register,
+    schema,
+    unit_stride,
+)
 
 
-def _forward(x, weight, bias, initial, position, seq_idx, cu_seqlens, silu):
-    return launch_forward(
-        unit_stride(x),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if initial is None else initial.contiguous(),
-        position,
-        seq_idx,
-        cu_seqlens,
-        silu,
+class Arguments(NamedTuple):
+    """Of the forward op: `launch.Inputs`, `launch.Tables` and the activation."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial_states: Tensor | None
+    position: Tensor
+    seq_idx: Tensor
+    cu_seqlens: Tensor
+    silu: bool
+
+    @property
+    def inputs(self) -> launch.Inputs:
+        weights = map(contiguous, (self.weight, self.bias, self.initial_states))
+        return launch.Inputs(unit_stride(self.x), *weights)
+
+    @property
+    def tables(self) -> launch.Tables:
+        return launch.Tables(*self[4:7])
+
+
+class Upstream(NamedTuple):
+    """What the backward op is given before `Arguments`."""
+
+    dy: Tensor
+    dfinal_states: Tensor | None
+
+
+def _outputs(a: Arguments) -> launch.Outputs:
+    shape = (a.tables.documents, *a.weight.shape)
+    final_states = torch.empty(shape, dtype=a.x.dtype, device=a.x.device)
+    return launch.Outputs(empty_like(a.x), final_states)
+
+
+def _forward(*args) -> launch.Outputs:
+    a = Arguments(*args)
+    outputs = _outputs(a)
+    launch.forward(a.inputs, a.tables, a.silu, outputs)
+    return outputs
+
+
+def _forward_fake(*args) -> launch.Outputs:
+    return _outputs(Arguments(*args))
+
+
+def _gradients(a: Arguments) -> launch.Gradients:
+    return launch.Gradients(
+        *[None if t is None else empty_like(t) for t in (a.x, a.weight, a.bias, a.initial_states)]
     )
 
 
-def _forward_fake(x, weight, bias, initial, position, seq_idx, cu_seqlens, silu):
-    documents = cu_seqlens.shape[0] - 1
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty((documents, *weight.shape), dtype=x.dtype, device=x.device)
+def _returned(gradients: launch.Gradients) -> list[Tensor]:
+    return [absent(gradients.dx) if g is None else g for g in gradients]
 
 
-def _backward(dy, dfinal, x, weight, bias, initial, position, seq_idx, cu_seqlens, silu):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias, dinitial = launch_backward(
-        unit_stride(dy),
-        None if dfinal is None else dfinal.contiguous(),
-        unit_stride(x),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if initial is None else initial.contiguous(),
-        position,
-        seq_idx,
-        cu_seqlens,
-        silu,
-        dx,
+def _backward(*args) -> list[Tensor]:
+    upstream, a = Upstream(*args[:2]), Arguments(*args[2:])
+    gradients = _gradients(a)
+    launch.backward(
+        *(unit_stride(upstream.dy), contiguous(upstream.dfinal_states)),
+        *(a.inputs, a.tables, a.silu, gradients),
     )
-    absent = dx.new_empty(0)
-    return (
-        dx,
-        dweight,
-        absent if dbias is None else dbias,
-        dx.new_empty(0) if dinitial is None else dinitial,
-    )
+    return _returned(gradients)
 
 
-def _backward_fake(dy, dfinal, x, weight, bias, initial, position, seq_idx, cu_seqlens, silu):
-    def like(t):
-        return x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    return like(x), like(weight), like(bias), like(initial)
+def _backward_fake(*args) -> list[Tensor]:
+    return _returned(_gradients(Arguments(*args[2:])))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -64,27 +94,25 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dy, dfinal):
-    x, weight, bias, initial, *layout = ctx.saved_tensors
+def _autograd(ctx, dy, dfinal_states) -> Arguments:
+    a = Arguments(*ctx.saved_tensors, ctx.silu)
     if dy is None:
-        dy = torch.zeros_like(x)
-    dx, dweight, dbias, dinitial = _backward_op(
-        dy, dfinal, x, weight, bias, initial, *layout, ctx.silu
+        dy = torch.zeros_like(a.x)
+    g = launch.Gradients(*_backward_op(dy, dfinal_states, *a))
+    return gradients_of(
+        Arguments,
+        x=g.dx,
+        weight=g.dweight,
+        bias=None if a.bias is None else g.dbias,
+        initial_states=None if a.initial_states is None else g.dinitial_states,
     )
-    dbias = None if bias is None else dbias
-    return dx, dweight, dbias, None if initial is None else dinitial, None, None, None, None
 
 
-_LAYOUT = "Tensor position, Tensor seq_idx, Tensor cu_seqlens"
 _backward_op = register(
-    "causal_conv1d_backward(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, "
-    f"Tensor? initial, {_LAYOUT}, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    schema("causal_conv1d_backward", Upstream, Arguments, results=4), _backward, _backward_fake
 )
 _forward_op = register(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial, "
-    f"{_LAYOUT}, bool silu) -> (Tensor, Tensor)",
+    schema("causal_conv1d", Arguments, results=2),
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -104,15 +132,6 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     if initial_states is not None:
         initial_states = initial_states.to(x.dtype)
-    position, seq_idx = tables(layout)
-    y, final = _forward_op(
-        x,
-        weight,
-        bias,
-        initial_states,
-        position,
-        seq_idx,
-        layout.cu_seqlens,
-        activation == "silu",
-    )
-    return y, final if return_final_states else None
+    inputs = launch.Inputs(x, weight, bias, initial_states)
+    y, final_states = _forward_op(*inputs, *launch.tables(layout), activation == "silu")
+    return y, final_states if return_final_states else None

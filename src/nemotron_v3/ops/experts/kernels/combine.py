@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.jit import kernel
 
 
 @kernel

@@ -7,8 +7,8 @@ step.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
-from nemotron_v3.ops.experts.kernels.products import add_product
+from nemotron_v3.ops.common.dot import add_product
+from nemotron_v3.ops.common.jit import kernel
 
 
 @triton.jit
@@ -48,7 +48,6 @@ def _weights_tile(
     o_n = first_n + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    one = tl.where(M > 0, 1.0, 0.0)
     # A step ahead of the rows it points to: what a pipelined load needs must be there already.
     b_next = tl.load(source + start + o_k, mask=start + o_k < end, other=-1)
     if end - start < BLOCK_K:
@@ -62,7 +61,7 @@ def _weights_tile(
         p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
         b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc = add_product(b_acc, tl.trans(b_a), b_b, one, PRECISION)
+        b_acc = add_product(b_acc, tl.trans(b_a), b_b, PRECISION)
     else:
         last = end - BLOCK_K
         for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
@@ -88,7 +87,7 @@ def _weights_tile(
                 b_b = dense_desc.load([first, first_n])
             else:
                 b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_acc = add_product(b_acc, tl.trans(b_a), b_b, one, PRECISION)
+            b_acc = add_product(b_acc, tl.trans(b_a), b_b, PRECISION)
     p_out = out + o_m[:, None].to(tl.int64) * N + o_n[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 

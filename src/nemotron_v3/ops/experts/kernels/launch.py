@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nemotron_v3.ops._triton import interpreted, power_of_two
+from nemotron_v3.ops.common.host import interpreted, power_of_two
 from nemotron_v3.ops.experts.kernels import combine, gradients, products, sort
 from nemotron_v3.ops.experts.kernels.tables import Plan, Tiles
 

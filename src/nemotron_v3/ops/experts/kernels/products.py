@@ -9,7 +9,8 @@ stored (`EPILOGUE`, README.md).
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.dot import add_product
+from nemotron_v3.ops.common.jit import kernel
 
 UP = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
@@ -21,17 +22,6 @@ SCALED = tl.constexpr(3)
 def _scale(b_w, FLOOR: tl.constexpr):
     """What a row's hidden values are stored times: its weight, or 1 where that is nothing."""
     return tl.where(tl.abs(b_w) < FLOOR, 1.0, b_w)
-
-
-@triton.jit
-def add_product(b_acc, b_a, b_b, one, PRECISION: tl.constexpr):
-    """`b_acc + b_a b_b`. In fp32 a step's products are summed by themselves first: one long chain
-    of additions would lose digits, and the compiler makes one unless it must multiply by `one`.
-    """
-    if PRECISION == "ieee":
-        return b_acc + tl.dot(b_a, b_b, input_precision=PRECISION) * one
-    else:
-        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -76,7 +66,6 @@ def _multiply(
     o_k = tl.arange(0, BLOCK_K)
     o_n = tl.arange(0, BLOCK_N)
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    one = tl.where(K > 0, 1.0, 0.0)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         # [BLOCK_M, BLOCK_K]
         if EVEN_K:
@@ -95,7 +84,7 @@ def _multiply(
             if not EVEN_K:
                 m_b = m_b & (k + o_k < K)[:, None]
             b_b = tl.load(p, mask=m_b, other=0.0)
-        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), one, PRECISION)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), PRECISION)
     return b_acc
 
 
@@ -121,7 +110,6 @@ def _add_low_rank(
     """
     o_k = tl.arange(0, LOW)
     o_n = i_n + tl.arange(0, BLOCK_N)
-    one = tl.where(rank > 0, 1.0, 0.0)
     for k in tl.range(0, rank, LOW, num_stages=1):
         m_k = k + o_k < rank
         # [BLOCK_M, LOW], [LOW, BLOCK_N]
@@ -132,7 +120,7 @@ def _add_low_rank(
         else:
             p_b = low_b + o_n[None, :].to(tl.int64) * stride_low + (k + o_k)[:, None]
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), one, PRECISION)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), PRECISION)
     return b_acc
 
 

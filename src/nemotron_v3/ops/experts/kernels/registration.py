@@ -6,7 +6,7 @@ Letters: T tokens, K choices a token, R = T*K routed rows, E experts, X width, F
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._triton import register, unit_stride
+from nemotron_v3.ops.common.host import register, unit_stride
 from nemotron_v3.ops.experts.kernels import launch
 from nemotron_v3.ops.experts.kernels.tables import Plan
 

@@ -6,7 +6,7 @@ rows an expert has is known to the kernels alone, the host knows only the most t
 
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.jit import kernel
 
 
 @kernel

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nemotron_v3.ops._triton import interpreted, power_of_two
+from nemotron_v3.ops.common.host import interpreted, power_of_two
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ that row alone.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops._jit import kernel
+from nemotron_v3.ops.common.jit import kernel
 
 OUT = tl.constexpr(-(2**31))  # the key of what cannot be chosen: below that of -inf
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from nemotron_v3.ops._triton import interpreted, power_of_two, register, unit_stride
+from nemotron_v3.ops.common.host import interpreted, power_of_two, register, unit_stride
 from nemotron_v3.ops.router.kernels import choose
 
 

@@ -1,4 +1,4 @@
-"""The scan in Triton: steps, state sweep, outputs, and their gradients (docs/design/mamba2.md)."""
+"""The scan in Triton: steps, states, outputs, and their gradients (docs/design/mamba2.md)."""
 
 from nemotron_v3.ops.ssd.kernels.registration import ssd
 

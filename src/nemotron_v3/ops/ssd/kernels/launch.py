@@ -1,229 +1,229 @@
 """The order of the kernels, and where each reads and writes.
 
-Letters: T packed tokens, D documents, C chunks, H heads, P head width, G groups, N state. Tensors
-are rows of tokens with neighbouring columns, x as `[T, H*P]`, B and C as `[T, G*N]`: slices of a
-wider projection as well as tensors of their own.
+Letters: T packed tokens, n_docs documents, n_chunks chunks, H heads, P head width, G groups, N
+state. Tensors are rows of tokens with neighbouring columns, x as `[T, H*P]`, B and C as `[T, G*N]`:
+slices of a wider projection as well as tensors of their own.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops._launch import Launcher
-from nemotron_v3.ops._sums import sum_partials
-from nemotron_v3.ops.ssd.kernels import edges, pairs, scan, scan_backward, states, steps
-from nemotron_v3.ops.ssd.kernels.tables import Blocks, Sweep
+from nemotron_v3.ops.common.launch import Launcher
+from nemotron_v3.ops.common.sums import sum_partials
+from nemotron_v3.ops.ssd.kernels import (
+    chunk_bwd_dcb,
+    chunk_cumsum,
+    chunk_scan_bwd,
+    chunk_scan_fwd,
+    dA_boundary,
+    state_passing,
+)
+from nemotron_v3.ops.ssd.kernels.tables import Blocks, Strides, Tables
 
-BLOCK_H = 4  # heads of a program of the steps: few, for many programs in flight
 SMALL_STATE = 32  # columns
-SHORT = 4  # chunks of a usual document: with fewer, a sweep's pipeline does not pay
+SHORT = 4  # chunks of a usual document: with fewer, the pipeline over chunks does not pay
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one call. `start`, `end`, `first` are `chunk_tables`."""
+class Inputs(NamedTuple):
+    """`dt` is `[T, H]` before bias and softplus; `A` holds log(-A) where `Steps.log_A`."""
 
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-    blocks: Blocks
-    start: Tensor
-    end: Tensor
-    first: Tensor
-    cu_seqlens: Tensor
-
-    @property
-    def chunks(self) -> int:
-        return self.start.shape[0]
-
-    @property
-    def documents(self) -> int:
-        return self.cu_seqlens.shape[0] - 1
-
-    @property
-    def sweep(self) -> Sweep:
-        long = self.chunks >= SHORT * self.documents
-        return self.blocks.sweep if long else self.blocks.short_sweep
-
-    @property
-    def heads_of_group(self) -> int:
-        return self.heads // self.groups
-
-
-@dataclass(frozen=True)
-class Steps:
-    """`raw` `[T, H]`, `bias` `[H]` or None, A `[H]` (log(-A) where `log`), limits of dt."""
-
-    raw: Tensor
-    bias: Tensor | None
+    x: Tensor
+    dt: Tensor
     A: Tensor
-    log: bool
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+
+
+class Steps(NamedTuple):
+    """Limits of dt after the softplus, and whether A comes as log(-A)."""
+
     low: float
     high: float
+    log_A: bool
 
 
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of `steps`, for activations of `dtype`."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
+class Kept(NamedTuple):
+    """What the backward needs of the forward.
 
-
-def states_dtype(dtype: torch.dtype, N: int) -> torch.dtype:
-    """Of the states between chunks and their gradients.
-
-    Over few columns the roundings of `<S, dS>` hardly average out, and the gradient of A would
-    miss the accuracy rule; there fp32 costs at most half of what x takes.
+    `prev_states` `[n_chunks, H, P, N]` are the states before the chunks; `dA_cumsum` is
+    `[H, T, 2]`.
     """
-    return torch.float32 if N <= SMALL_STATE else dtype
+
+    prev_states: Tensor
+    dA_cumsum: Tensor
 
 
-_steps = Launcher(steps.forward_kernel)
-_steps_backward = Launcher(steps.backward_kernel)
-_sweeps = Launcher(states.sweep_kernel)
-_edges = Launcher(edges.edges_kernel)
-_scan = Launcher(scan.forward_kernel)
-_pairs = Launcher(pairs.pairs_kernel)
-_gradients = Launcher(scan_backward.gradients_kernel)
+class Outputs(NamedTuple):
+    """`final_states` is None where nobody asks for them; the last two are `Kept`."""
+
+    y: Tensor
+    final_states: Tensor | None
+    prev_states: Tensor
+    dA_cumsum: Tensor
 
 
-def forward(
-    plan: Plan,
-    given: Steps,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial: Tensor | None,
-    y: Tensor,
-    wanted: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Writes y; returns the final states, if `wanted`, those before the chunks, and `steps`."""
-    T, H = given.raw.shape
-    P, N, b = plan.head_dim, plan.state, plan.blocks
-    running = torch.empty(H, T, 2, dtype=sums_dtype(x.dtype), device=x.device)
-    _steps(
-        plan.chunks * -(-H // BLOCK_H),
-        (given.raw, given.bias, given.A, running, plan.start, plan.end),
-        (T, H, given.low, given.high),
-        (given.raw.stride(0), b.chunk, BLOCK_H, given.bias is not None, given.log),
+class Gradients(NamedTuple):
+    """Where gradients go. Those of D and dt_bias have a place also where there is none of them."""
+
+    dx: Tensor
+    ddt: Tensor
+    dA: Tensor
+    dB: Tensor
+    dC: Tensor
+    dD: Tensor
+    ddt_bias: Tensor
+    dinitial_states: Tensor | None
+
+
+def prev_states(x: Tensor, H: int, P: int, N: int, tables: Tables) -> Tensor:
+    """A place for the states before the chunks, and for their gradients.
+
+    Over few columns the roundings of `<S, dS>` hardly average out, and the gradient of A would miss
+    the accuracy rule; there fp32 costs at most half of what x takes.
+    """
+    dtype = torch.float32 if N <= SMALL_STATE else x.dtype
+    return torch.empty(tables.chunks, H, P, N, dtype=dtype, device=x.device)
+
+
+def dA_cumsum(x: Tensor, H: int) -> Tensor:
+    """A place for the running sums of the log-decay."""
+    dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+    return torch.empty(H, x.shape[0], 2, dtype=dtype, device=x.device)
+
+
+def document_states(x: Tensor, H: int, P: int, N: int, tables: Tables) -> Tensor:
+    """A place for one state a document."""
+    return torch.empty(tables.documents, H, P, N, dtype=torch.float32, device=x.device)
+
+
+_chunk_cumsum = Launcher(chunk_cumsum.chunk_cumsum_fwd_kernel)
+_chunk_cumsum_bwd = Launcher(chunk_cumsum.chunk_cumsum_bwd_kernel)
+_state_passing = Launcher(state_passing.state_passing_kernel)
+_dA_boundary = Launcher(dA_boundary.dA_boundary_kernel)
+_chunk_scan = Launcher(chunk_scan_fwd.chunk_scan_fwd_kernel)
+_chunk_bwd_dcb = Launcher(chunk_bwd_dcb.chunk_bwd_dcb_kernel)
+_chunk_scan_bwd = Launcher(chunk_scan_bwd.chunk_scan_bwd_kernel)
+
+
+def _cumsum_programs(tables: Tables, H: int) -> int:
+    return tables.chunks * -(-H // chunk_cumsum.BLOCK_H.value)
+
+
+def forward(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, outputs: Outputs) -> None:
+    """Writes the outputs."""
+    x, dt, A, B, C, D, dt_bias, initial_states = inputs
+    y, final_states, prev_states, dA_cumsum = outputs
+    start, end, document_chunks, cu_seqlens = tables
+    T, H = dt.shape
+    sizes = blocks.sizes
+    _chunk_cumsum(
+        _cumsum_programs(tables, H),
+        (dt, dt_bias, A, dA_cumsum, start, end),
+        (T, H, steps.low, steps.high),
+        (dt.stride(0), sizes, steps.log_A),
     )
-    kept = states_dtype(x.dtype, N)
-    before = torch.empty(plan.chunks, H, P, N, dtype=kept, device=x.device)
-    final = None
-    if wanted:
-        final = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    widths = (x.stride(0), B.stride(0), P, N, plan.heads_of_group, b.chunk, b.p)
-    kinds = {
-        kind: ((*widths, kind.slice, kind.stages, b.precision), kind.warps)
-        for kind in (b.sweep, b.short_sweep)
-    }
-    _sweeps(
-        plan.documents * H * -(-N // plan.sweep.slice),
-        (x, B, running, initial, before, final, plan.cu_seqlens, plan.first),
+    strides = Strides(x.stride(0), B.stride(0))
+    long = tables.chunks >= SHORT * tables.documents
+    passing = blocks.passing if long else blocks.short_passing
+    _state_passing(
+        tables.documents * H * -(-sizes.N // passing.slice),
+        (x, B, dA_cumsum, initial_states, prev_states, final_states, cu_seqlens, document_chunks),
         (T, H),
-        *kinds[plan.sweep],
-        also=tuple(kinds.values()),
+        (strides, sizes, passing),
+        passing.warps,
+        also=tuple(
+            ((strides, sizes, other), other.warps)
+            for other in (blocks.passing, blocks.short_passing)
+        ),
     )
-    _scan(
-        plan.chunks * 2 * (H // b.heads),
-        (x, B, C, D, running, before, y, plan.start, plan.end),
+    _chunk_scan(
+        tables.chunks * 2 * (H // sizes.HEADS),
+        (x, B, C, D, dA_cumsum, prev_states, y, start, end),
         (T, H),
         (
-            *(x.stride(0), B.stride(0), C.stride(0), y.stride(0)),
-            *(P, N, plan.heads_of_group, b.heads, b.tile, b.p, b.n),
-            *(b.scan.stages, b.precision),
+            Strides(x.stride(0), B.stride(0), C.stride(0), y.stride(0)),
+            sizes,
+            blocks.scan.stages,
         ),
-        b.scan.warps,
+        blocks.scan.warps,
     )
-    return final, before, running
 
 
 def backward(
-    plan: Plan,
-    given: Steps,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    running: Tensor,
-    initial: Tensor | None,
-    before: Tensor,
+    inputs: Inputs,
+    steps: Steps,
+    tables: Tables,
+    blocks: Blocks,
+    kept: Kept,
     dy: Tensor,
-    dfinal: Tensor | None,
-    dx: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    draw: Tensor,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Writes dx, dB, dC, draw; returns `[dA, dbias, dD]`, each `[H]`, and dinitial or None."""
-    T, H = given.raw.shape
-    P, N, b = plan.head_dim, plan.state, plan.blocks
-    after = torch.empty_like(before)
-    dinitial = None
-    if initial is not None:
-        dinitial = torch.empty(plan.documents, H, P, N, dtype=torch.float32, device=x.device)
-    per_token = torch.empty(6, H, T, dtype=running.dtype, device=x.device)
-    rows, columns, across, from_state, to_state, skip = per_token.unbind()
-    own = torch.empty(plan.groups, T, dtype=running.dtype, device=x.device)
-    dM = torch.empty(plan.chunks, 3, plan.groups, b.tile, b.tile, dtype=x.dtype, device=x.device)
-    sweeps = plan.documents * H * -(-N // b.back_sweep.slice)
-    _pairs(
-        sweeps + plan.chunks * 3 * plan.groups,
+    dfinal_states: Tensor | None,
+    gradients: Gradients,
+) -> None:
+    """Writes the gradients."""
+    x, dt, A, B, C, D, dt_bias, initial_states = inputs
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_states = gradients
+    prev_states, dA_cumsum = kept
+    start, end, document_chunks, cu_seqlens = tables
+    T, H = dt.shape
+    G, sizes = H // blocks.sizes.HEADS_OF_GROUP, blocks.sizes
+
+    def sums(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dA_cumsum.dtype, device=x.device)
+
+    dstates = torch.empty_like(prev_states)
+    ddA_rows, ddA_columns, ddA_across, ddA_from_states, ddA_to_states, x_dot_dy = sums(6, H, T)
+    CB_diagonal = sums(G, T)
+    dM = torch.empty(tables.chunks, 3, G, sizes.TILE, sizes.TILE, dtype=x.dtype, device=x.device)
+    strides = Strides(x.stride(0), B.stride(0), C.stride(0), dy=dy.stride(0))
+    passing_programs = tables.documents * H * -(-sizes.N // blocks.back_passing.slice)
+    _chunk_bwd_dcb(
+        passing_programs + tables.chunks * 3 * G,
         (
-            *(x, B, C, running, dy, dfinal, after, dinitial, dM, rows, columns, across, own),
-            *(plan.start, plan.end, plan.cu_seqlens, plan.first),
+            *(x, B, C, dA_cumsum, dy, dfinal_states, dstates, dinitial_states, dM),
+            *(ddA_rows, ddA_columns, ddA_across, CB_diagonal),
+            *(start, end, cu_seqlens, document_chunks),
         ),
-        (T, H, sweeps),
-        (
-            *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
-            *(P, N, plan.heads_of_group, b.tile, b.p, b.n, b.back_sweep.slice),
-            *(b.back_sweep.stages, b.pairs.stages, b.precision),
-        ),
-        b.pairs.warps,
+        (T, H, passing_programs),
+        (strides, sizes, blocks.back_passing, blocks.dcb.stages),
+        blocks.dcb.warps,
     )
-    through = torch.empty(plan.chunks, H, b.p, dtype=torch.float32, device=x.device)
-    _gradients(
-        plan.chunks * 2 * (H // b.heads + 2 * plan.groups),
+    shape = (tables.chunks, H, sizes.BLOCK_P)
+    ddA_through = torch.empty(shape, dtype=torch.float32, device=x.device)
+    widths = {"dx": dx.stride(0), "dB": dB.stride(0), "dC": dC.stride(0)}
+    _chunk_scan_bwd(
+        tables.chunks * 2 * (H // sizes.HEADS + 2 * G),
         (
-            *(x, B, C, D, running, before, after, dy, dM, dx, dB, dC),
-            *(from_state, to_state, skip, through, plan.start, plan.end),
+            *(x, B, C, D, dA_cumsum, prev_states, dstates, dy, dM, dx, dB, dC),
+            *(ddA_from_states, ddA_to_states, x_dot_dy, ddA_through, start, end),
         ),
         (T, H),
-        (
-            *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
-            *(dx.stride(0), dB.stride(0), dC.stride(0)),
-            *(P, N, plan.heads_of_group, b.heads, b.tile, b.p, b.n),
-            *(D is not None, b.dx.stages, b.dB.stages, b.dC.stages, b.precision),
-        ),
-        b.dx.warps,
+        (strides._replace(**widths), sizes, blocks.gradients),
+        blocks.gradient_warps,
     )
-    if x.dtype != torch.float32 and not (initial is None and dfinal is None):
-        _edges(
-            plan.documents * H,
+    if x.dtype != torch.float32 and not (initial_states is None and dfinal_states is None):
+        _dA_boundary(
+            tables.documents * H,
             (
-                *(x, B, C, dy, running, initial, before, dfinal, after),
-                *(through, from_state, to_state, plan.start, plan.end, plan.first),
+                *(x, B, C, dy, dA_cumsum, initial_states, prev_states, dfinal_states, dstates),
+                *(ddA_through, ddA_from_states, ddA_to_states, start, end, document_chunks),
             ),
             (T, H),
-            (
-                *(x.stride(0), B.stride(0), C.stride(0), dy.stride(0)),
-                *(P, N, plan.heads_of_group, b.tile, b.p, b.n),
-            ),
+            (strides, sizes),
             8,
         )
-    sums = torch.empty(plan.chunks, 3, H, dtype=torch.float32, device=x.device)
-    _steps_backward(
-        plan.chunks * -(-H // BLOCK_H),
+    partial = torch.empty(tables.chunks, 3, H, dtype=torch.float32, device=x.device)
+    _chunk_cumsum_bwd(
+        _cumsum_programs(tables, H),
         (
-            *(given.raw, given.bias, given.A, running, rows, columns, across, own),
-            *(from_state, to_state, skip, through, draw, sums, plan.start, plan.end),
+            *(dt, dt_bias, A, dA_cumsum, ddA_rows, ddA_columns, ddA_across, CB_diagonal),
+            *(ddA_from_states, ddA_to_states, x_dot_dy, ddA_through, ddt, partial, start, end),
         ),
-        (T, H, given.low, given.high),
-        (
-            *(plan.heads_of_group, given.raw.stride(0), draw.stride(0), b.tile, b.p, BLOCK_H),
-            *(given.bias is not None, given.log),
-        ),
+        (T, H, steps.low, steps.high),
+        (dt.stride(0), ddt.stride(0), sizes, steps.log_A),
     )
-    kinds = (given.A, given.A if given.bias is None else given.bias, given.A if D is None else D)
-    return sum_partials(sums, *(((H,), t.dtype) for t in kinds)), dinitial
+    sum_partials(partial, dA, ddt_bias, dD)

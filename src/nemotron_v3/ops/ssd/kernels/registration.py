@@ -1,185 +1,173 @@
 """The scan as an op of `torch.library`, with its autograd formula.
 
-Letters: T packed tokens, D documents, C chunks, H heads, P head width, G groups, N state.
+Letters: T packed tokens, n_docs documents, n_chunks chunks, H heads, P head width, G groups, N
+state.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops._triton import register, unit_stride
+from nemotron_v3.ops.common.host import (
+    absent,
+    contiguous,
+    empty_like,
+    gradients_of,
+    register,
+    schema,
+    unit_stride,
+)
 from nemotron_v3.ops.ssd.kernels import launch
-from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
+from nemotron_v3.ops.ssd.kernels.tables import Blocks, Tables, chunk_tables
 
 
-def _flat(x: Tensor) -> Tensor:
-    """`[T, H, P]` -> `[T, H*P]`, a view where heads are neighbours."""
+class Arguments(NamedTuple):
+    """Of the forward op; the last four are `Tables`."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+    low: float
+    high: float
+    final: bool
+    chunk_start: Tensor
+    chunk_end: Tensor
+    document_chunks: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def inputs(self) -> launch.Inputs:
+        """As rows of tokens: views where heads are neighbours."""
+        x, dt, A, B, C, *others = self[:8]
+        rows = (_rows(x), unit_stride(dt), A.contiguous(), _rows(B), _rows(C))
+        return launch.Inputs(*rows, *map(contiguous, others))
+
+    @property
+    def steps(self) -> launch.Steps:
+        return launch.Steps(self.low, self.high, log_A=False)
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(*self[11:])
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, P, N."""
+        return *self.x.shape[1:], self.B.shape[2]
+
+    @property
+    def blocks(self) -> Blocks:
+        H, P, N = self.sizes
+        return Blocks.of(self.x.dtype, P, N, H // self.B.shape[1])
+
+
+class Upstream(NamedTuple):
+    """What the backward op is given before `Arguments`: gradients, and what the forward kept."""
+
+    dy: Tensor
+    dfinal_states: Tensor | None
+    prev_states: Tensor
+    dA_cumsum: Tensor
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[T, H, P]` -> `[T, H*P]`."""
     return unit_stride(x.flatten(1))
 
 
-def _plan(x: Tensor, B: Tensor, tables: list[Tensor]) -> launch.Plan:
-    _, H, P = x.shape
-    G, N = B.shape[1:]
-    return launch.Plan(H, P, G, N, Blocks.of(x.dtype, P, N, H // G), *tables)
+def _outputs(a: Arguments) -> launch.Outputs:
+    final = launch.document_states(a.x, *a.sizes, a.tables) if a.final else None
+    prev_states = launch.prev_states(a.x, *a.sizes, a.tables)
+    return launch.Outputs(empty_like(a.x), final, prev_states, launch.dA_cumsum(a.x, a.sizes[0]))
 
 
-def _steps(dt, dt_bias, A, low, high) -> launch.Steps:
-    bias = None if dt_bias is None else dt_bias.contiguous()
-    return launch.Steps(unit_stride(dt), bias, A.contiguous(), False, low, high)
+def _returned(outputs: launch.Outputs) -> launch.Outputs:
+    if outputs.final_states is None:
+        return outputs._replace(final_states=absent(outputs.y, torch.float32))
+    return outputs
 
 
-def _forward(x, dt, A, B, C, D, dt_bias, low, high, initial, final, start, end, first, cu_seqlens):
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan = _plan(x, B, [start, end, first, cu_seqlens])
-    final_states, states, running = launch.forward(
-        plan,
-        _steps(dt, dt_bias, A, low, high),
-        _flat(x),
-        _flat(B),
-        _flat(C),
-        None if D is None else D.contiguous(),
-        None if initial is None else initial.contiguous(),
-        y.flatten(1),
-        final,
+def _forward(*args) -> launch.Outputs:
+    a = Arguments(*args)
+    outputs = _outputs(a)
+    flat = outputs._replace(y=outputs.y.flatten(1))
+    launch.forward(a.inputs, a.steps, a.tables, a.blocks, flat)
+    return _returned(outputs)
+
+
+def _forward_fake(*args) -> launch.Outputs:
+    return _returned(_outputs(Arguments(*args)))
+
+
+def _gradients(a: Arguments) -> launch.Gradients:
+    D, dt_bias = (a.A if t is None else t for t in (a.D, a.dt_bias))
+    dinitial = None
+    if a.initial_states is not None:
+        dinitial = launch.document_states(a.x, *a.sizes, a.tables)
+    return launch.Gradients(*map(empty_like, (a.x, a.dt, a.A, a.B, a.C, D, dt_bias)), dinitial)
+
+
+def _returned_gradients(gradients: launch.Gradients) -> launch.Gradients:
+    if gradients.dinitial_states is None:
+        return gradients._replace(dinitial_states=absent(gradients.dx))
+    return gradients
+
+
+def _backward(*args) -> launch.Gradients:
+    upstream, a = Upstream(*args[:4]), Arguments(*args[4:])
+    gradients = _gradients(a)
+    dx, dB, dC = (t.flatten(1) for t in (gradients.dx, gradients.dB, gradients.dC))
+    launch.backward(
+        *(a.inputs, a.steps, a.tables, a.blocks),
+        launch.Kept(*upstream[2:]),
+        _rows(upstream.dy),
+        contiguous(upstream.dfinal_states),
+        gradients._replace(dx=dx, dB=dB, dC=dC),
     )
-    absent = y.new_empty(0, dtype=torch.float32)
-    return y, absent if final_states is None else final_states, states, running
+    return _returned_gradients(gradients)
 
 
-def _forward_fake(
-    x, dt, A, B, C, D, dt_bias, low, high, initial, final, start, end, first, cu_seqlens
-):
-    T, H, P = x.shape
-    N = B.shape[2]
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(
-            (cu_seqlens.shape[0] - 1, H, P, N) if final else (0,),
-            dtype=torch.float32,
-            device=x.device,
-        ),
-        torch.empty(
-            (start.shape[0], H, P, N), dtype=launch.states_dtype(x.dtype, N), device=x.device
-        ),
-        torch.empty((H, T, 2), dtype=launch.sums_dtype(x.dtype), device=x.device),
-    )
-
-
-def _backward(
-    dy,
-    dfinal,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    dt_bias,
-    low,
-    high,
-    running,
-    initial,
-    states,
-    start,
-    end,
-    first,
-    cu_seqlens,
-):
-    plan = _plan(x, B, [start, end, first, cu_seqlens])
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    sums, dinitial = launch.backward(
-        plan,
-        _steps(dt, dt_bias, A, low, high),
-        _flat(x),
-        _flat(B),
-        _flat(C),
-        None if D is None else D.contiguous(),
-        running,
-        None if initial is None else initial.contiguous(),
-        states,
-        _flat(dy),
-        None if dfinal is None else dfinal.contiguous(),
-        dx.flatten(1),
-        dB.flatten(1),
-        dC.flatten(1),
-        ddt,
-    )
-    dA, dbias, dD = sums
-    return dx, ddt, dA, dB, dC, dD, dbias, x.new_empty(0) if dinitial is None else dinitial
-
-
-def _backward_fake(
-    dy,
-    dfinal,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    dt_bias,
-    low,
-    high,
-    running,
-    initial,
-    states,
-    start,
-    end,
-    first,
-    cu_seqlens,
-):
-    def like(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    H, P, N = states.shape[1:]
-    started = initial is not None
-    shape = (cu_seqlens.shape[0] - 1, H, P, N) if started else (0,)
-    dinitial = torch.empty(shape, dtype=torch.float32 if started else x.dtype, device=x.device)
-    dD, dbias = like(A if D is None else D), like(A if dt_bias is None else dt_bias)
-    return like(x), like(dt), like(A), like(B), like(C), dD, dbias, dinitial
+def _backward_fake(*args) -> launch.Gradients:
+    return _returned_gradients(_gradients(Arguments(*args[4:])))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high, initial, final, *tables = inputs
-    _, final_states, states, running = output
-    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, running, initial, states, *tables)
-    absent = () if final else (final_states,)
-    ctx.mark_non_differentiable(states, running, *absent)
+    a, outputs = Arguments(*inputs), launch.Outputs(*output)
+    kept = outputs.prev_states, outputs.dA_cumsum
+    ctx.save_for_backward(*kept, *a[:8], *a.tables)
+    ctx.options = a.low, a.high, a.final
+    ctx.mark_non_differentiable(*kept, *(() if a.final else (outputs.final_states,)))
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dy, dfinal, *_):
-    x, dt, A, B, C, D, dt_bias, running, initial, *rest = ctx.saved_tensors
+def _autograd(ctx, dy, dfinal_states, *_) -> Arguments:
+    saved = ctx.saved_tensors
+    a = Arguments(*saved[2:10], *ctx.options, *saved[10:])
     if dy is None:
-        dy = torch.zeros_like(x)
-    dx, ddt, dA, dB, dC, dD, dbias, dinitial = _backward_op(
-        dy,
-        dfinal,
-        *(x, dt, A, B, C, D, dt_bias, ctx.low, ctx.high),
-        running,
-        initial,
-        *rest,
+        dy = torch.zeros_like(a.x)
+    g = launch.Gradients(*_backward_op(dy, dfinal_states, *saved[:2], *a))
+    initial = a.initial_states
+    return gradients_of(
+        Arguments,
+        **{"x": g.dx, "dt": g.ddt, "A": g.dA, "B": g.dB, "C": g.dC},
+        D=None if a.D is None else g.dD,
+        dt_bias=None if a.dt_bias is None else g.ddt_bias,
+        initial_states=None if initial is None else g.dinitial_states.to(initial.dtype),
     )
-    dD = None if D is None else dD
-    dbias = None if dt_bias is None else dbias
-    dinitial = None if initial is None else dinitial.to(initial.dtype)
-    return dx, ddt, dA, dB, dC, dD, dbias, None, None, dinitial, None, None, None, None, None
 
 
-_INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
-    "float low, float high"
-)
-_TABLES = "Tensor start, Tensor end, Tensor first, Tensor cu_seqlens"
 _backward_op = register(
-    f"ssd_backward(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor running, Tensor? initial, "
-    f"Tensor states, {_TABLES}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    schema("ssd_backward", Upstream, Arguments, results=8), _backward, _backward_fake
 )
 _forward_op = register(
-    f"ssd({_INPUTS}, Tensor? initial, bool final, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema("ssd", Arguments, results=4),
     _forward,
     _forward_fake,
     setup_context=_setup_context,
@@ -203,19 +191,9 @@ def ssd(
     return_final_states: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     blocks = Blocks.of(x.dtype, x.shape[2], B.shape[2], x.shape[1] // B.shape[1])
-    tables = chunk_tables(layout, blocks.chunk)
-    y, final, *_ = _forward_op(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        *map(float, dt_limit),
-        initial_states,
-        return_final_states,
-        *tables,
-        layout.cu_seqlens,
+    low, high = map(float, dt_limit)
+    y, final_states, *_ = _forward_op(
+        *(x, dt, A, B, C, D, dt_bias, initial_states, low, high, return_final_states),
+        *chunk_tables(layout, blocks.sizes.Q),
     )
-    return y, final if return_final_states else None
+    return y, final_states if return_final_states else None

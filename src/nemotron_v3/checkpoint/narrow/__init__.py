@@ -1,0 +1,5 @@
+"""Weights that a checkpoint holds in 8 or 4 bits: found, checked, and given their values."""
+
+from nemotron_v3.checkpoint.narrow.layouts import Narrow, NarrowWeight, find_narrow
+
+__all__ = ["Narrow", "NarrowWeight", "find_narrow"]

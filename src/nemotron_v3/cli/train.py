@@ -1,0 +1,113 @@
+"""`nemotron-v3 train`: one's own data, from a configuration to a checkpoint."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nemotron_v3.cli.threads import settle_threads
+from nemotron_v3.data.options import DataOptions, Source
+from nemotron_v3.train.options import TrainOptions
+
+CONFIG = "train.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train on one's own text or chats: from scratch, further, or adapters alone.
+
+    RECIPE is a TOML file, or the folder of a run, whose configuration is taken; what is given
+    beside it goes over it. Under torchrun all processes share the model.
+    """
+
+    recipe: tyro.conf.Positional[Path | None] = None
+    """a TOML file, or the folder of a run"""
+    files: tuple[str, ...] = ()
+    """what to train on, in place of the recipe's sources: files, folders or globs of text, JSONL or
+    Parquet"""
+    resume: bool = False
+    """go on with the run in --out, or in the folder that is given in the recipe's place"""
+    dry_run: bool = False
+    """show what the run would take, and do nothing"""
+    mfu: float = 0.4
+    """of a dry run: the part of the device's peak that is reached"""
+    threads: int | None = None
+    """of a CPU; else all cores"""
+    options: Annotated[TrainOptions, tyro.conf.arg(name="")]
+
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> "Train":
+        """What holds where nothing else is given: the recipe that is named in the arguments.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        from nemotron_v3.train.config_file import read_config
+
+        recipe, files = _named(args)
+        over: dict[str, Any] = {}
+        if files:
+            over = {"data": {"sources": [{"path": path} for path in files]}}
+        if recipe is None:
+            sources = tuple(Source(path) for path in files or ["FILE"])
+            data = DataOptions(sources=sources, tokens_per_row=1024, rows=8)
+            return cls(options=TrainOptions(data=data))
+        if recipe.is_dir():
+            options = read_config(recipe / CONFIG, TrainOptions, over)
+            return cls(options=replace(options, out=recipe))
+        return cls(options=read_config(recipe, TrainOptions, over))
+
+    def run(self) -> None:
+        """Train, or show the plan."""
+        if self.recipe is None and not self.files:
+            raise ValueError("there is nothing to train on: give a recipe, or --files")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads is {self.threads}: give at least 1")
+        settle_threads(self.threads)
+        if self.dry_run:
+            from nemotron_v3.train.plan import show_plan
+
+            show_plan(self.options, self.mfu)
+            return
+        from nemotron_v3.train.interrupts import Stopped
+        from nemotron_v3.train.run import train
+
+        try:
+            train(self.options, resume=self.resume, adapters=_adapters(self.options))
+        except Stopped as stopped:
+            print(f"nemotron-v3: interrupted: {stopped}", file=sys.stderr)
+            sys.exit(128 + stopped.number)
+
+
+def _named(args: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The recipe and the files that stand in the arguments, before they are read for good."""
+    files: list[str] = []
+    recipe = None
+    for i, arg in enumerate(args):
+        before = args[i - 1] if i else ""
+        if arg == "--files":
+            given = args[i + 1 :]
+            stop = next((n for n, each in enumerate(given) if each.startswith("--")), len(given))
+            files = list(given[:stop])
+        elif recipe is None and arg.endswith(".toml") and not before.startswith("--"):
+            recipe = Path(arg)
+    if recipe is None and args and not args[0].startswith("-") and os.path.isdir(args[0]):
+        recipe = Path(args[0])
+    return recipe, files
+
+
+def _adapters(options: TrainOptions) -> Any:
+    """Who puts LoRA on a model; None where none is asked for."""
+    if not options.lora.rank:
+        return None
+    try:
+        from nemotron_v3.hf import lora
+    except ImportError as error:
+        raise ValueError(
+            f"LoRA needs PEFT and transformers ({error}): pip install 'nemotron-v3[hf]'"
+        ) from None
+    return lora

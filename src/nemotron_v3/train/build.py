@@ -1,0 +1,115 @@
+"""The model of a run: loaded or fresh, adapted, spread over the processes."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from nemotron_v3.checkpoint import from_pretrained
+from nemotron_v3.config import PRESETS, NemotronV3Config
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.parallel import shard_model
+from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
+from nemotron_v3.train.processes import World
+
+
+class Adapters(Protocol):
+    """Who puts LoRA on a model and saves it: handed in, since this room knows no PEFT."""
+
+    def add(self, model: NemotronV3ForCausalLM, options: LoraOptions) -> None:
+        """Freeze the model and put adapters beside its weights."""
+
+    def save(
+        self, model: NemotronV3ForCausalLM, options: LoraOptions, folder: Path, base: str | None
+    ) -> None:
+        """Write the adapters of a model, whose state dict holds whole tensors, as PEFT does."""
+
+
+def read_model_config(options: ModelOptions, device: torch.device) -> NemotronV3Config:
+    """The config of the model that is asked for, in the dtype that it is trained in.
+
+    Raises:
+        ValueError: neither a released model's name nor a config.json; fields that no config has.
+    """
+    if options.path is not None:
+        config = NemotronV3Config.from_json(options.path)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        return config.replace(dtype=dtype) if dtype else config
+    default = "bfloat16" if device.type == "cuda" else "float32"
+    changes = {"dtype": getattr(torch, options.dtype or default)} | options.config
+    if options.preset is None:
+        return NemotronV3Config.from_dict(changes)
+    if options.preset in PRESETS or not Path(options.preset).exists():
+        return NemotronV3Config.preset(options.preset, **changes)
+    return NemotronV3Config.from_json(options.preset).replace(**changes)
+
+
+def build_model(
+    options: TrainOptions, world: World, adapters: Adapters | None
+) -> tuple[NemotronV3ForCausalLM, nn.Module]:
+    """The model, and what is called in its place: itself, or DDP around it.
+
+    Sharded, its weights are read or drawn by the first process alone, which sends each its part:
+    they are those that one process has.
+    """
+    sharded = world.size > 1 and options.parallel == "fsdp"
+    if not sharded:
+        model = _whole(options, world.device, world.device)
+    elif world.first:
+        model = _whole(options, torch.device("cpu"), world.device)
+    else:
+        with torch.device("meta"):
+            model = NemotronV3ForCausalLM(read_model_config(options.model, world.device))
+    if options.lora.rank:
+        _adapt(model, options.lora, options.seed, adapters)
+    if options.memory.checkpoint_every:
+        model.gradient_checkpointing_enable(every=options.memory.checkpoint_every)
+    if sharded:
+        _shard(model, world)
+    if options.memory.compile:
+        for block in model.model.layers:
+            block.compile()
+    if sharded or world.size == 1:
+        return model, model
+    ids = [world.device] if world.device.type == "cuda" else None
+    return model, DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def _whole(
+    options: TrainOptions, place: torch.device, device: torch.device
+) -> NemotronV3ForCausalLM:
+    asked = options.model
+    if asked.path is not None:
+        dtype = asked.dtype and getattr(torch, asked.dtype)
+        return from_pretrained(asked.path, dtype, place)
+    torch.manual_seed(options.seed)
+    with place:
+        return NemotronV3ForCausalLM(read_model_config(asked, device))
+
+
+def _adapt(
+    model: NemotronV3ForCausalLM, options: LoraOptions, seed: int, adapters: Adapters | None
+) -> None:
+    if adapters is None:
+        raise ValueError(
+            "LoRA is put on by PEFT: run `nemotron-v3 train` with the extra [hf] installed, or "
+            "hand in nemotron_v3.hf.lora"
+        )
+    torch.manual_seed(seed)
+    adapters.add(model, options)
+
+
+def _shard(model: NemotronV3ForCausalLM, world: World) -> None:
+    whole = model.state_dict() if world.first else {}
+    if world.first:
+        whole = {name: tensor.detach().clone() for name, tensor in whole.items()}
+        model.to("meta")
+    # Sums of gradients are made in fp32, whatever the weights are.
+    shard_model(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    model.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)

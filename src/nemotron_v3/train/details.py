@@ -1,0 +1,70 @@
+"""What a step tells about the inside of a model: gradients by kind of block, experts' loads."""
+
+import re
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.train.loop import Trainer
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.mixer\.(.*)")
+
+
+def kind_of(name: str, config: NemotronV3Config) -> str:
+    """The kind of block that a parameter belongs to; a moe block is router, experts and shared."""
+    if match := _LAYER.fullmatch(name):
+        block = config.layers_block_type[int(match[1])]
+        if block != "moe":
+            return block
+        part = match[2].partition(".")[0]
+        return {"gate": "router", "experts": "experts", "shared_experts": "shared"}.get(part, "moe")
+    return next((kind for kind in ("embeddings", "lm_head") if kind in name), "norms")
+
+
+def look(trainer: Trainer) -> dict[str, float]:
+    """Of the gradients and counts at hand, on all processes: each has to call it."""
+    told = {f"gradient_norm/{k}": v for k, v in gradient_norms(trainer.model).items()}
+    if trainer.load is not None:
+        told |= _loads(trainer)
+    return told | {"memory_bytes": memory_in_use(trainer.world.device)}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The norm of the gradients of each kind of block, before clipping."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            kinds.setdefault(kind_of(name, model.config), []).append(parameter.grad)
+    norms = {kind: nn.utils.get_total_norm(grads) for kind, grads in kinds.items()}
+    return {k: (n.full_tensor() if isinstance(n, DTensor) else n).item() for k, n in norms.items()}
+
+
+def _loads(trainer: Trainer) -> dict[str, float]:
+    """Evenness of the experts' loads: mean over the routers of the entropy (1 is even), the worst
+    of the most loaded expert's excess, and all idle experts."""
+    load, world = trainer.load, trainer.world
+    counts = torch.stack([load.counts[name] for name in sorted(load.counts)])
+    share = world.sum_(counts.clone()).double()
+    share /= share.sum(1, keepdim=True).clamp(min=1)
+    experts = share.shape[1]
+    even = torch.tensor(float(max(experts, 2)), dtype=torch.float64).log().item()
+    return {
+        "experts/entropy": (torch.special.entr(share).sum(1) / even).mean().item(),
+        "experts/max_violation": (share.max() * experts - 1).item(),
+        "experts/idle": float((share == 0).sum().item()),
+    }
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most bytes at once so far: on the GPU, or resident ones of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,137 @@
+"""What a run has measured, a line of JSON a step, and where else it is shown."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.model.cost import training_flops
+from nemotron_v3.train.loop import Step
+from nemotron_v3.train.options import LogOptions
+
+METRICS = "metrics.jsonl"
+
+# Dense bf16 TFLOP/s as their makers state them, by a part of the name that torch gives.
+PEAK_TFLOPS = {
+    "H200": 989.5, "H100 PCIe": 756.0, "H100": 989.5, "H20": 148.0, "B200": 2250.0, "GB200": 2250.0,
+    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A10": 125.0, "RTX 4090": 165.2,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str, told: float | None) -> float | None:
+    """FLOP/s of one device; None where nobody knows them."""
+    if told is not None:
+        return told * 1e12
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return None if peak is None else peak * 1e12
+
+
+class Recorder:
+    """Writes metrics.jsonl, and to TensorBoard and Weights & Biases where that is asked for.
+
+    Args:
+        folder: of the run.
+        options: what to write.
+        config: of the model, for its FLOPs.
+        step: that the run goes on from: later lines, of steps that were lost, are taken out.
+        peak: FLOP/s of all devices together, or None.
+        about: of the run, for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: LogOptions,
+        config: NemotronV3Config,
+        step: int,
+        peak: float | None,
+        about: Mapping[str, Any],
+    ):
+        self._options, self._config, self._peak = options, config, peak
+        self._file = _reopened(folder / METRICS, step)
+        self._board = _tensorboard(folder / "tensorboard", step) if options.tensorboard else None
+        self._wandb = _wandb(options.wandb, folder, about) if options.wandb else None
+
+    def step(self, step: Step, position: Mapping[str, Any]) -> None:
+        """Of a finished step; `position` is where the data stands."""
+        if step.step % self._options.every and not step.details:
+            return
+        line = {
+            "step": step.step,
+            "tokens": step.total_tokens,
+            "targets": step.targets,
+            "seconds": step.seconds,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "gradient_norm": step.gradient_norm,
+            "tokens_per_second": step.tokens / step.seconds,
+        }
+        if (used := self.utilisation(step)) is not None:
+            line["mfu"] = used
+        if step.details:
+            line |= step.details | {"data": dict(position)}
+        self.write(line)
+
+    def utilisation(self, step: Step) -> float | None:
+        """Model FLOPs utilisation: a forward pass and two for the backward, by the peak."""
+        if self._peak is None:
+            return None
+        flops = training_flops(self._config, max(step.length, 1.0)) * step.tokens
+        return flops / step.seconds / self._peak
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """A line that names its step."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _reopened(path: Path, step: int) -> TextIO:
+    """The file with the lines up to a step, opened to be gone on with."""
+    kept = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue  # the kill came while it was written
+            if isinstance(line, dict) and line.get("step", 0) <= step:
+                kept.append(text)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("log.tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _wandb(project: str, folder: Path, about: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("log.wandb needs wandb: pip install wandb") from None
+    name = folder.resolve().name
+    return wandb.init(
+        project=project, name=name, id=name, resume="allow", dir=str(folder), config=dict(about)
+    )

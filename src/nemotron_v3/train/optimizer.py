@@ -1,0 +1,168 @@
+"""AdamW for weights in fp32 and in bfloat16, and with moments of 8 bits."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from nemotron_v3.model.optim import parameter_groups
+from nemotron_v3.train.options import OptimizerOptions
+from nemotron_v3.train.rounding import round_stochastically_, rounding_key
+
+BUCKET = 2**26  # elements that are updated at once: 256 MiB in fp32 beside the weights
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> torch.optim.Optimizer:
+    """The optimiser of a model's trainable parameters; made after they were sharded.
+
+    Raises:
+        ValueError: moments of 8 bits with fp32 masters, or without torchao.
+    """
+    groups = parameter_groups(model, options.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    common: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
+    narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    if options.moments == "8bit":
+        return _eight_bit(groups, options, narrow, common)
+    if not narrow:
+        return torch.optim.AdamW(groups, **common, eps=options.eps, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return RoundedAdamW(
+        groups, **common, eps=options.eps, rounding=options.bf16_weights, names=names, seed=seed
+    )
+
+
+def _eight_bit(
+    groups: list[dict[str, Any]], options: OptimizerOptions, narrow: bool, common: dict[str, Any]
+) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "moments of 8 bits need torchao: pip install torchao, or give optimizer.moments = "
+            "'float32'"
+        ) from None
+    if narrow and options.bf16_weights == "master":
+        raise ValueError(
+            "optimizer.moments = '8bit' saves memory and bf16_weights = 'master' spends it: give "
+            "bf16_weights = 'stochastic'"
+        )
+    # torchao draws the bits of its rounding from torch's generator, which a step seeds anew.
+    stochastic = narrow and options.bf16_weights == "stochastic"
+    return AdamW8bit(groups, **common, eps=options.eps, bf16_stochastic_round=stochastic)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) whose arithmetic and moments are fp32
+    where weights are bfloat16.
+
+    Args:
+        params: as every optimiser takes them.
+        rounding: how an updated weight becomes bfloat16 again. "stochastic" rounds at random, keyed
+            by `names`, element and step; "nearest" loses small updates; "master" keeps the weights
+            in fp32 too and rounds a copy of them.
+        names: of the parameters.
+        seed: another one rounds otherwise.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        rounding: str,
+        names: dict[nn.Parameter, str],
+        seed: int = 0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.rounding, self.seed = rounding, seed
+        self._names = names
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
+                self._update(group, bucket)
+
+    def _update(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
+        states = [self._state_of(p) for p in bucket]
+        weights = [
+            _local(state.get("master", p)).float() for p, state in zip(bucket, states, strict=True)
+        ]
+        adamw(
+            weights,
+            [_local(p.grad).float() for p in bucket],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+        for p, weight in zip(bucket, weights, strict=True):
+            self._write(p, weight)
+
+    def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            # Counted on the host too, for the key: the other one is on the device.
+            state["count"] = 0
+            if self.rounding == "master" and p.dtype == torch.bfloat16:
+                state["master"] = p.detach().float()
+        state["count"] += 1
+        return state
+
+    def _write(self, p: nn.Parameter, weight: Tensor) -> None:
+        local = _local(p)
+        if self.rounding != "stochastic" or p.dtype != torch.bfloat16:
+            if weight is not local and weight.data_ptr() != local.data_ptr():
+                local.copy_(weight)
+            return
+        key = rounding_key(self._names[p], self.state[p]["count"], self.seed)
+        round_stochastically_(local, weight, key, _first_element(p))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        numel = _local(parameter).numel()
+        if bucket and size + numel > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += numel
+    if bucket:
+        yield bucket
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _first_element(p: Tensor) -> int:
+    """The number of the first element that this process holds, in the whole tensor's order."""
+    if not isinstance(p, DTensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    assert not any(offset[1:]), "a tensor is sharded along its first dimension alone"
+    return offset[0] * (p.numel() // max(1, p.shape[0]))

@@ -1,0 +1,228 @@
+"""What a training run is asked to do: one typed configuration, spelt by a TOML file.
+
+Nothing is imported here but the data's options, so that a command line knows its help at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nemotron_v3.data.options import DataOptions, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is trained."""
+
+    path: Path | None = None
+    """checkpoint to go on from; without one the model is fresh"""
+    preset: str | None = None
+    """sizes of a fresh model: the name of a released one, or a config.json"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """fields of a fresh model's config, over those of the preset (in the file alone)"""
+    tokenizer: Path | None = None
+    """folder with a tokenizer.json; else the checkpoint's, or one trained on the data"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the weights; else the checkpoint's, and fp32 for a fresh model on a CPU"""
+    device: str | None = None
+    """else a GPU where there is one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters in place of training all weights."""
+
+    rank: int = 0
+    """0 trains the whole model"""
+    alpha: float | None = None
+    """the updates are scaled by alpha / rank; else 2 rank"""
+    groups: tuple[str, ...] = ()
+    """weights to adapt: attention, mamba, mlp, shared, latent, routed, head; else all of them but
+    routed and head"""
+    dropout: float = 0.0
+    """of the input of the projections' adapters"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW."""
+
+    learning_rate: float = 1e-4
+    """the highest, after the warm-up"""
+    weight_decay: float = 0.1
+    """of matrices; norms, biases, A_log, D and dt_bias have none"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """longest gradient of all parameters together"""
+    moments: Literal["float32", "8bit"] = "float32"
+    """8bit is torchao's AdamW"""
+    bf16_weights: Literal["stochastic", "master", "nearest"] = "stochastic"
+    """how updated bf16 weights are rounded: at random, from an fp32 copy, or to the nearest"""
+    balance: float = 0.0
+    """how far the routers' biases move in a step towards experts with too few tokens, 1e-3 in the
+    paper (arXiv 2408.15664); it falls with the learning rate, and 0 leaves them alone"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """How long, and the learning rate's course. Without a length it ends with the data."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    """in place of steps"""
+    minutes: float | None = None
+    """in place of steps: by the clock, so that no two runs are equal"""
+    warmup: float = 0.05
+    """part of the training over which the rate rises"""
+    shape: Literal["cosine", "linear", "stable-decay", "constant"] = "cosine"
+    decay: float = 0.2
+    """part of the training over which stable-decay falls, at its end"""
+    least: float = 0.01
+    """the rate never falls below this part of the highest"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What is traded for memory."""
+
+    rows_per_pass: int = 1
+    """rows of a step that pass the model at once on a process; the rest of its rows follow"""
+    checkpoint_every: int = 0
+    """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all"""
+    compile: bool = False
+    """torch.compile the blocks"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """What can be gone on from."""
+
+    every: int = 500
+    """steps between saves; 0 saves at the end alone"""
+    minutes: float | None = None
+    """also save when so long has passed since the last save"""
+    keep: int = 2
+    """so many of the last ones stay"""
+    keep_best: bool = True
+    """the one with the least validation loss stays as well"""
+    background: bool = True
+    """write while the training goes on"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Text that is not trained on."""
+
+    sources: tuple[Source, ...] = ()
+    every: int = 500
+    """steps between measurements; there is one at the end in any case"""
+    rows: int = 64
+    """at most so many rows, the same ones each time"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What is told, beside metrics.jsonl."""
+
+    every: int = 1
+    """steps between lines"""
+    details: int = 10
+    """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
+    tensorboard: bool = False
+    wandb: str | None = None
+    """project in Weights & Biases"""
+    peak_tflops: float | None = None
+    """of one device, for the model FLOPs utilisation; known for common GPUs"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """A training run."""
+
+    out: Path = Path("runs/train")
+    """folder of the run"""
+    data: DataOptions
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """how several processes share the model: sharded, or a copy each"""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError, naming every option that cannot be."""
+        problems = [told for told, fine in _rules(self) if not fine]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
+    """What has to hold, each with what is said where it does not."""
+    lengths = [n for n in ("steps", "tokens", "minutes") if getattr(o.schedule, n) is not None]
+    fresh = o.model.path is None
+    s, p = o.schedule, o.optimizer
+    rules = [
+        (
+            f"schedule.{' and schedule.'.join(lengths)} are lengths of one training: give one",
+            len(lengths) < 2,
+        ),
+        (
+            "model.path names a checkpoint, whose sizes are settled: leave model.preset and "
+            "model.config out",
+            fresh or not (o.model.preset or o.model.config),
+        ),
+        (
+            "there is no model: give model.path, model.preset or a table [model.config]",
+            not fresh or bool(o.model.preset or o.model.config),
+        ),
+        (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
+        (f"lora.dropout is {o.lora.dropout}: give 0 to 1", 0 <= o.lora.dropout < 1),
+        (
+            f"optimizer.betas are {p.betas}: give two numbers from 0 to 1",
+            all(0 <= beta < 1 for beta in p.betas),
+        ),
+    ]
+    finite = math.isfinite
+    positive = {
+        "schedule.steps": s.steps,
+        "schedule.tokens": s.tokens,
+        "schedule.minutes": s.minutes,
+        "optimizer.learning_rate": p.learning_rate,
+        "optimizer.eps": p.eps,
+        "optimizer.clip_norm": p.clip_norm,
+        "schedule.decay": s.decay,
+        "schedule.least": s.least,
+        "memory.rows_per_pass": o.memory.rows_per_pass,
+        "save.minutes": o.save.minutes,
+        "save.keep": o.save.keep,
+        "validation.every": o.validation.every,
+        "validation.rows": o.validation.rows,
+        "log.every": o.log.every,
+        "log.peak_tflops": o.log.peak_tflops,
+        "lora.alpha": o.lora.alpha,
+    }
+    rules += [
+        (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)
+        for name, value in positive.items()
+    ]
+    not_negative = {
+        "optimizer.weight_decay": p.weight_decay,
+        "optimizer.balance": p.balance,
+        "memory.checkpoint_every": o.memory.checkpoint_every,
+        "save.every": o.save.every,
+        "log.details": o.log.details,
+    }
+    rules += [
+        (f"{name} is {value}: give 0 or more", finite(value) and value >= 0)
+        for name, value in not_negative.items()
+    ]
+    parts = {"schedule.warmup": s.warmup, "schedule.decay": s.decay, "schedule.least": s.least}
+    rules += [(f"{n} is {v}: give a part, 0 to 1", 0 <= v <= 1) for n, v in parts.items()]
+    return rules

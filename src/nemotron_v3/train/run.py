@@ -1,0 +1,327 @@
+"""A run from its configuration to its checkpoint."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemotron_v3.data.options import DataOptions
+from nemotron_v3.data.packed import PackedData
+from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.layers.moe.load_balancing import ExpertLoad
+from nemotron_v3.model.cost import parameters
+from nemotron_v3.train.build import Adapters, build_model
+from nemotron_v3.train.checkpoints import Checkpoints
+from nemotron_v3.train.details import look
+from nemotron_v3.train.display import Display
+from nemotron_v3.train.export import export
+from nemotron_v3.train.finite import first_not_finite
+from nemotron_v3.train.folder import check_folder, write_about
+from nemotron_v3.train.interrupts import Stopped, noted_signals
+from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
+from nemotron_v3.train.metrics import Recorder, peak_flops
+from nemotron_v3.train.optimizer import make_optimizer
+from nemotron_v3.train.options import TrainOptions
+from nemotron_v3.train.processes import World, processes, rank_and_size
+from nemotron_v3.train.schedule import make_scheduler
+from nemotron_v3.train.tokenizer import read_tokenizer, with_template
+
+MakeData = Callable[[DataOptions, Any, int, int], Data]
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a training is: `steps`, or `seconds` of steps by the clock."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def before(self, step: int, seconds: float) -> float:
+        """The part that is behind the middle of the step after `step` ones, as far as the clock
+        lets it be foreseen."""
+        if self.steps is not None:
+            return (step + 0.5) / self.steps
+        return seconds * (step + 0.5) / max(step, 1) / self.seconds
+
+    def done(self, progress: Progress) -> float:
+        """The part that is behind us."""
+        if self.steps is not None:
+            return progress.step / self.steps
+        return progress.seconds / self.seconds
+
+
+def train(
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    adapters: Adapters | None = None,
+    tokenizer: Any = None,
+    make_data: MakeData = PackedData,
+    display: Display | None = None,
+    after_step: Callable[[Step], None] | None = None,
+    export_if_stopped: bool = False,
+) -> Progress:
+    """Train what `options` ask for, and leave a checkpoint in `options.out`.
+
+    Under torchrun every process calls it. The first SIGINT or SIGTERM lets the step at hand finish
+    and saves.
+
+    Args:
+        options: the whole configuration.
+        resume: go on with the run in `options.out`.
+        adapters: who puts LoRA on a model: `nemotron_v3.hf.lora`.
+        tokenizer: in place of the one that the options name.
+        make_data: rows of (options, tokenizer, rank, processes).
+        display: who tells the user; None speaks on stderr.
+        after_step: told of every step, on every process.
+        export_if_stopped: leave a checkpoint also where a signal came.
+
+    Raises:
+        ValueError: options that cannot be, before anything is written; a step without targets.
+        NotFinite: a step made NaN; what was good is saved, and the message names the module.
+        Stopped (a KeyboardInterrupt): a signal came; the run is saved.
+        OSError: the disk refuses; the saves before are as they were.
+    """
+    options.check()
+    rank, size = rank_and_size()
+    check_folder(options.out, resume)
+    tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
+    options = with_template(options)
+    # Before the processes meet: the first one tokenises, which may take longer than they wait.
+    data = make_data(options.data, tokenizer, rank, size)
+    held_out = _validation(options, tokenizer, make_data, rank, size)
+    length = length_of(options, data)
+    with processes(options.model.device) as world, noted_signals() as signal:
+        display = Display() if display is None else display
+        display.speaks = world.first
+        run = _Run(options, world, data, held_out, length, display, adapters)
+        run.prepare(resume, signal)
+        progress = run.go(after_step)
+        stopped = run.trainer.signalled
+        if export_if_stopped or not stopped:
+            export(run.trainer.model, options, world, adapters, tokenizer)
+        if stopped:
+            where = f"saved after step {progress.step:,} in {options.out}: --resume goes on"
+            raise Stopped(stopped, where)
+        display.say(f"saved: {options.out}")
+        return progress
+
+
+def _validation(
+    options: TrainOptions, tokenizer: Any, make_data: MakeData, rank: int, size: int
+) -> list[list[PackedRow]]:
+    """The rows of this process, by passes that all processes make together."""
+    asked = options.validation
+    if not asked.sources:
+        return []
+    rows = min(options.data.rows, asked.rows)
+    held_out = replace(options.data, sources=asked.sources, epochs=1.0, rows=rows)
+    steps: list[list[PackedRow]] = []
+    for step in make_data(held_out, tokenizer, rank, size):
+        steps.append(step)
+        if len(steps) * rows >= asked.rows:
+            break
+    if not steps:
+        raise ValueError("validation.sources hold nothing to measure")
+    return steps
+
+
+def length_of(options: TrainOptions, data: Data | None) -> Length:
+    """How long a training is; without `data` as its schedule alone says.
+
+    Raises:
+        ValueError: a training without an end, or one that is longer than its data.
+    """
+    schedule = options.schedule
+    if schedule.minutes is not None:
+        return Length(seconds=60 * schedule.minutes)
+    there = None if data is None else data.total_steps()
+    steps = schedule.steps
+    if schedule.tokens is not None:
+        steps = math.ceil(schedule.tokens / (options.data.tokens_per_row * options.data.rows))
+    if steps is None and there is None:
+        raise ValueError(
+            "the training has no end: give schedule.steps, tokens or minutes, or data.epochs"
+        )
+    if steps is not None and there is not None and there < steps:
+        raise ValueError(
+            f"the data ends after {there:,} steps (data.epochs = {options.data.epochs:g}), before "
+            f'the {steps:,} of the schedule: give fewer, or data.epochs = "none" for no end'
+        )
+    return Length(steps=steps if steps is not None else there)
+
+
+class _Run:
+    """The parts of a run, and the order of their work."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        world: World,
+        data: Data,
+        held_out: list[list[PackedRow]],
+        length: Length,
+        display: Display,
+        adapters: Adapters | None,
+    ):
+        self.options, self.world, self.data = options, world, data
+        self.held_out, self.length = held_out, length
+        self.display, self.adapters = display, adapters
+        self._saved = time.monotonic()
+
+    def prepare(self, resume: bool, signal: Callable[[], int]) -> None:
+        """Model, optimiser and what was saved."""
+        options, world = self.options, self.world
+        model, called = build_model(options, world, self.adapters)
+        if self.data.largest_token >= model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {self.data.largest_token}, and the model has "
+                f"{model.config.vocab_size}: they do not belong together"
+            )
+        optimizer = make_optimizer(model, options.optimizer, options.seed)
+        self.checkpoints = Checkpoints(
+            options.out, model, optimizer, world, options.save, self._identity(model)
+        )
+        progress = (self.checkpoints.load() if resume else None) or Progress()
+        if progress.step:
+            self.data.load_state_dict(progress.data)
+        if world.first:  # only now, when nothing refuses any more
+            about = write_about(options, resume)
+        progress.data = self.data.state_dict()
+        length = self.length
+        scheduler = make_scheduler(
+            optimizer,
+            options.schedule,
+            options.optimizer.learning_rate,
+            lambda step: length.before(step, progress.seconds),
+            progress.step,
+        )
+        load = None
+        if options.log.details or options.optimizer.balance:
+            load = ExpertLoad(model) if model.config.has_experts else None
+        self.trainer = Trainer(
+            options, world, model, called, optimizer, scheduler, load, progress, look, signal
+        )
+        self.recorder = None
+        if world.first:
+            name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+            peak = peak_flops(name, options.log.peak_tflops)
+            peak = None if peak is None else peak * world.size
+            self.recorder = Recorder(
+                options.out, options.log, model.config, progress.step, peak, about
+            )
+        self._introduce(model, progress)
+
+    def _identity(self, model: nn.Module) -> dict[str, str]:
+        """What a run that goes on has to share with the one that it goes on with."""
+        sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+        lora, asked = self.options.lora, self.options.optimizer
+        return {
+            "the model's config": hashlib.sha256(sizes.encode()).hexdigest()[:16],
+            "the weights' dtype": str(model.model.embeddings.weight.dtype),
+            "lora": json.dumps(asdict(lora)),
+            "the optimiser's state": f"{asked.moments} moments, {asked.bf16_weights} bf16 weights",
+            "the trained parameters": f"{sum(p.numel() for p in _trained(model)):,}",
+        }
+
+    def _introduce(self, model: nn.Module, progress: Progress) -> None:
+        count = parameters(model.config)
+        trained = sum(parameter.numel() for parameter in _trained(model))
+        say = self.display.say
+        say(f"model    {count.total:,} parameters, {count.active:,} a token, {trained:,} trained")
+        length = self.length
+        told = f"{length.steps:,} steps" if length.steps else f"{length.seconds / 60:g} minutes"
+        say(f"length   {told} of {self.options.data.rows} rows")
+        if progress.step:
+            say(f"resumed  after step {progress.step:,}")
+
+    def go(self, after_step: Callable[[Step], None] | None) -> Progress:
+        """The loop; ends with a save."""
+        trainer, progress = self.trainer, self.trainer.progress
+        with ExitStack() as stack:
+            if self.recorder is not None:
+                stack.callback(self.recorder.close)
+            if trainer.load is not None:
+                stack.enter_context(trainer.load)
+            stack.enter_context(self.display.training())
+            try:
+                for step in self._steps():
+                    if after_step is not None:
+                        after_step(step)
+            except NotFinite as error:
+                self._stop_at_nan(error)
+            except BaseException:
+                # A save that was under way counts; other processes that it needs may be dead.
+                with suppress(Exception):
+                    self.checkpoints.finish(seconds=60)
+                raise
+            if not trainer.signalled:
+                self._validate()
+            self.checkpoints.save(progress)
+            self.checkpoints.finish()
+        self.world.wait()
+        return progress
+
+    def _steps(self) -> Iterator[Step]:
+        trainer, progress = self.trainer, self.trainer.progress
+        for step in trainer.steps(self.data, lambda: self.length.done(progress) >= 1):
+            mfu = None
+            if self.recorder is not None:
+                self.recorder.step(step, progress.data)
+                mfu = self.recorder.utilisation(step)
+            self.display.step(step, self.length.done(progress), progress.seconds, mfu)
+            self.checkpoints.poll()
+            if step.step % self.options.validation.every == 0:
+                self._validate()
+            if self._saves_at(step.step):
+                self.checkpoints.save(progress)
+                self._saved = time.monotonic()
+            yield step
+
+    def _saves_at(self, step: int) -> bool:
+        save = self.options.save
+        if save.every and step % save.every == 0:
+            return True
+        if save.minutes is None:
+            return False
+        return self.world.told(time.monotonic() - self._saved > 60 * save.minutes)
+
+    def _validate(self) -> None:
+        progress = self.trainer.progress
+        if not self.held_out or progress.validated == progress.step:
+            return
+        rows = self.options.memory.rows_per_pass
+        loss = validation_loss(self.trainer.model, self.held_out, rows, self.world)
+        progress.validated = progress.step
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step = loss, progress.step
+            if self.options.save.keep_best:
+                self.checkpoints.save(progress)
+        if self.recorder is not None:
+            self.recorder.write({"step": progress.step, "validation_loss": loss})
+        self.display.say(f"step {progress.step:,}  validation loss {loss:.4f}")
+
+    def _stop_at_nan(self, error: NotFinite) -> None:
+        """Save what is good, and say which module made what is not."""
+        trainer = self.trainer
+        self.checkpoints.save(trainer.progress)
+        self.checkpoints.finish()
+        made = first_not_finite(
+            trainer.model, trainer.called, error.batches, error.items, self.world
+        )
+        error.args = (
+            f"{error.args[0]}; the first that is not finite is {made}. Nothing was updated with "
+            f"it: step {trainer.progress.step} is saved in {self.options.out}",
+        )
+        raise error
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,84 @@
+"""The configuration's file: read with every mistake named, written whole."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemotron_v3.train.config_file import config_text, read_config
+from nemotron_v3.train.options import (
+    LogOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    TrainOptions,
+)
+from tests.train.fakes import made_up_options
+
+OPTIONS = TrainOptions(
+    out=Path('a "run" \\ here'),
+    data=made_up_options(epochs=None),
+    model=ModelOptions(preset="nemotron-3-nano-4b", config={"hidden_size": 64, "dtype": "float32"}),
+    optimizer=OptimizerOptions(betas=(0.8, 0.9)),
+    schedule=ScheduleOptions(minutes=3.5),
+    log=LogOptions(details=0, wandb="mine"),
+)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    return tmp_path / "run.toml"
+
+
+@pytest.mark.parametrize(
+    "options", [OPTIONS, replace(OPTIONS, data=made_up_options(epochs=2.5), seed=7)]
+)
+def test_what_is_written_reads_the_same(options, tmp_path):
+    assert read_config(written(tmp_path, config_text(options)), TrainOptions) == options
+
+
+MINIMAL = '[data]\nsources = [{ path = "a.txt" }]\ntokens_per_row = 64\nrows = 2\n'
+
+
+def test_what_is_absent_has_its_default_and_values_can_be_put_over(tmp_path):
+    path = written(tmp_path, MINIMAL)
+    options = read_config(path, TrainOptions)
+    assert options.data.rows == 2 and options.optimizer == OptimizerOptions()
+    over = {"data": {"sources": [{"path": "b.jsonl"}]}}
+    assert read_config(path, TrainOptions, over).data.sources[0].path == "b.jsonl"
+
+
+def test_every_mistake_is_named_with_the_nearest_key(tmp_path):
+    text = (
+        MINIMAL
+        + 'epohcs = 2\nworkers = -1.5\n[optimizer]\nlearning_rat = 1\nclip_norm = "1"\n'
+        + 'moments = "4bit"\nbetas = [0.9]\n[optimiser]\n'
+    )
+    with pytest.raises(ValueError) as refused:
+        read_config(written(tmp_path, text), TrainOptions)
+    told = str(refused.value)
+    for part in (
+        "data.epohcs is no option: did you mean epochs",
+        "data.workers is -1.5: an integer is needed",
+        "optimizer.learning_rat is no option: did you mean learning_rate",
+        "optimizer.clip_norm is '1': a number is needed",
+        "optimizer.moments is '4bit': 'float32' or '8bit' is needed",
+        "optimizer.betas is [0.9]: a list is needed",
+        "optimiser is no option: did you mean optimizer",
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data\n", "is no TOML"),
+        ("seed = 1\n", "lacks data"),
+        ("data = 3\n", "data is 3: a table is needed"),
+        (MINIMAL.replace("rows = 2", "rows = 0"), "data: rows is 0"),
+        (MINIMAL.replace('path = "a.txt"', 'path = "a", weight = -1'), r"data.sources\[0\]: a: w"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(written(tmp_path, text), TrainOptions)

@@ -1,0 +1,111 @@
+"""AdamW on weights of both dtypes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from nemotron_v3.train.optimizer import RoundedAdamW, make_optimizer
+from nemotron_v3.train.options import OptimizerOptions
+from tests.models import tiny_model, tokens
+
+OPTIONS = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)
+
+
+def models(dtype: torch.dtype) -> nn.Module:
+    return tiny_model("M*E", dtype=dtype)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> float:
+    ids = tokens(2, 20, seed=seed)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def test_weights_in_fp32_have_pytorchs_own():
+    optimizer = make_optimizer(models(torch.float32), OPTIONS, 0)
+    assert type(optimizer) is torch.optim.AdamW
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.1, 0.0] and all(g["fused"] for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "master", "nearest"])
+def test_an_update_of_bf16_weights_is_pytorchs_in_fp32_then_rounded(rounding):
+    model = models(torch.bfloat16)
+    before = {name: p.detach().float() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, replace(OPTIONS, bf16_weights=rounding), 0)
+    assert type(optimizer) is RoundedAdamW
+    ids = tokens(2, 20)
+    model(ids, labels=ids).loss.backward()
+    wide = {n: nn.Parameter(before[n].clone()) for n in before}
+    for name, p in model.named_parameters():
+        wide[name].grad = p.grad.float()
+    groups = [
+        {"params": [wide[n] for p in g["params"] for n, q in model.named_parameters() if q is p]}
+        | {"weight_decay": g["weight_decay"]}
+        for g in optimizer.param_groups
+    ]
+    truth = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIONS.betas, fused=True)
+    optimizer.step()
+    truth.step()
+    for name, p in model.named_parameters():
+        if p.dtype != torch.bfloat16:
+            assert torch.equal(p, wide[name])
+        elif rounding == "stochastic":
+            bits = (p.float() - wide[name]).abs()
+            assert (bits <= torch.finfo(torch.bfloat16).eps * wide[name].abs()).all()
+            assert not torch.equal(p, wide[name].bfloat16()) or p.numel() < 64
+        else:
+            assert torch.equal(p, wide[name].bfloat16())
+        if rounding == "master" and p.dtype == torch.bfloat16:
+            assert torch.equal(optimizer.state[p]["master"], wide[name])
+
+
+def test_frozen_parameters_have_no_state():
+    model = models(torch.bfloat16)
+    model.model.embeddings.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, OPTIONS, 0)
+    one_step(model, optimizer)
+    assert model.model.embeddings.weight not in optimizer.state
+
+
+@pytest.mark.integration
+def test_300_steps_of_bf16_weights_end_where_fp32_does():
+    """Within 0.5 % of fp32's loss, where rounding to the nearest is further away."""
+    ends = {}
+    for name, dtype, rounding in (
+        ("fp32", torch.float32, "stochastic"),
+        ("stochastic", torch.bfloat16, "stochastic"),
+        ("nearest", torch.bfloat16, "nearest"),
+    ):
+        model = models(dtype)
+        options = replace(OPTIONS, learning_rate=2e-4, bf16_weights=rounding)
+        optimizer = make_optimizer(model, options, 0)
+        losses = [one_step(model, optimizer, seed=i % 8) for i in range(300)]
+        ends[name] = sum(losses[-8:]) / 8
+    print(ends)
+    away = {n: abs(ends[n] / ends["fp32"] - 1) for n in ("stochastic", "nearest")}
+    assert away["stochastic"] <= 0.005 < away["nearest"], ends
+
+
+@pytest.mark.integration
+def test_moments_of_8_bits_learn_as_those_of_32(monkeypatch):
+    pytest.importorskip("torchao")
+    ends = {}
+    for moments in ("float32", "8bit"):
+        model = models(torch.float32)
+        optimizer = make_optimizer(model, replace(OPTIONS, moments=moments), 0)
+        losses = [one_step(model, optimizer, seed=i % 4) for i in range(30)]
+        ends[moments] = losses[-1]
+    assert ends["8bit"] == pytest.approx(ends["float32"], rel=0.05)
+
+
+def test_8_bits_and_masters_contradict_each_other():
+    pytest.importorskip("torchao")
+    options = replace(OPTIONS, moments="8bit", bf16_weights="master")
+    with pytest.raises(ValueError, match="give bf16_weights = 'stochastic'"):
+        make_optimizer(models(torch.bfloat16), options, 0)

@@ -1,0 +1,228 @@
+"""A run in one process: what it writes, how it goes on, and what it refuses."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nemotron_v3 import from_pretrained
+from nemotron_v3.data.options import Source
+from nemotron_v3.train import run
+from nemotron_v3.train.build import build_model
+from nemotron_v3.train.checkpoints import FOLDER, saved_steps
+from nemotron_v3.train.config_file import read_config
+from nemotron_v3.train.display import Display
+from nemotron_v3.train.interrupts import Stopped
+from nemotron_v3.train.loop import NotFinite
+from nemotron_v3.train.options import (
+    MemoryOptions,
+    ModelOptions,
+    OptimizerOptions,
+    SaveOptions,
+    ScheduleOptions,
+    TrainOptions,
+    ValidationOptions,
+)
+from nemotron_v3.train.run import train
+from tests.train.fakes import MadeUp, made_up_options
+
+SILENT = {"make_data": MadeUp, "display": Display(Console(file=open(os.devnull, "w")))}  # noqa: SIM115
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = (from_pretrained(path).state_dict() for path in (first, second))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_after(step: int):
+    def crash(told) -> None:
+        if told.step == step:
+            raise Crash
+
+    return crash
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_and_what_it_was_asked(options, base):
+    asked = options()
+    progress = train(asked, **SILENT)
+    assert progress.step == 8 and progress.tokens == 8 * 4 * 30
+    told = losses(asked.out)
+    assert list(told) == list(range(1, 9)) and told[8] < 0.8 * told[1]
+    assert read_config(asked.out / "train.toml", TrainOptions) == asked
+    (about,) = json.loads((asked.out / "run.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__
+    # Everything that generation needs.
+    names = {path.name for path in asked.out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not same_weights(asked.out, base)
+
+
+def test_the_last_saves_stay_and_the_best(options):
+    held_out = ValidationOptions(sources=(Source("held out"),), every=2, rows=4)
+    asked = options(save=SaveOptions(every=1, keep=2), validation=held_out)
+    asked = replace(asked, optimizer=OptimizerOptions(learning_rate=3e-2))
+    progress = train(asked, **SILENT)
+    assert set(saved_steps(asked.out)) == {7, 8, progress.best_step}
+    measured = {x["step"]: x["validation_loss"] for x in lines(asked.out) if "loss" not in x}
+    assert list(measured) == [2, 4, 6, 8]
+    assert min(measured, key=measured.get) == progress.best_step
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("crash", [1, 4])
+def test_a_crashed_run_goes_on_to_the_bit(options, tmp_path, crash, background):
+    whole = options(out=tmp_path / "whole")
+    train(whole, **SILENT)
+    asked = options(save=SaveOptions(every=3, background=background))
+    with pytest.raises(Crash):
+        train(asked, **SILENT, after_step=crash_after(crash))
+    assert train(asked, resume=True, **SILENT).step == 8
+    assert losses(asked.out) == losses(whole.out)
+    assert same_weights(asked.out, whole.out)
+    assert len(json.loads((asked.out / "run.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("bf16_weights", ["stochastic", "master", "nearest"])
+def test_bf16_weights_go_on_to_the_bit(options, tmp_path, base, bf16_weights):
+    changes = {
+        "model": ModelOptions(path=base, dtype="bfloat16", device="cpu"),
+        "optimizer": OptimizerOptions(learning_rate=1e-2, bf16_weights=bf16_weights),
+        "schedule": ScheduleOptions(steps=5),
+    }
+    whole = options(out=tmp_path / "whole", **changes)
+    train(whole, **SILENT)
+    asked = options(**changes)
+    with pytest.raises(Crash):
+        train(asked, **SILENT, after_step=crash_after(3))
+    train(asked, resume=True, **SILENT)
+    assert losses(asked.out) == losses(whole.out)
+    assert same_weights(asked.out, whole.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(options, number):
+    asked = options()
+
+    def press(step) -> None:
+        if step.step == 4:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="saved after step 4") as stopped:
+        train(asked, **SILENT, after_step=press)
+    assert stopped.value.number == number and signal.getsignal(number) is before
+    assert saved_steps(asked.out)[-1] == 4
+    assert train(asked, resume=True, **SILENT).step == 8
+
+
+def test_nan_stops_with_the_module_that_made_it_after_saving_what_was_good(options, monkeypatch):
+    asked = options(save=SaveOptions(every=0))
+    models = []
+
+    def build(*args):
+        models.append(build_model(*args)[0])
+        return models[-1], models[-1]
+
+    monkeypatch.setattr(run, "build_model", build)
+
+    def spoil(step) -> None:
+        if step.step == 3:
+            layer = models[0].model.layers[2].mixer
+            layer.v_proj.register_forward_hook(lambda m, args, out: out * float("nan"))
+
+    with pytest.raises(NotFinite, match=r"step 4.*output of model\.layers\.2\.mixer\.v_proj"):
+        train(asked, **SILENT, after_step=spoil)
+    assert saved_steps(asked.out) == [3]
+    assert train(asked, resume=True, **SILENT).step == 8
+
+
+def test_accumulation_over_uneven_parts_is_one_large_batch(options, tmp_path):
+    told = {}
+    for rows in (1, 3, 4):
+        asked = options(out=tmp_path / f"{rows}", memory=MemoryOptions(rows_per_pass=rows))
+        train(replace(asked, schedule=ScheduleOptions(steps=1)), **SILENT)
+        (told[rows],) = lines(asked.out)[:1]
+    for rows in (1, 3):
+        for name in ("loss", "gradient_norm"):
+            assert told[rows][name] == pytest.approx(told[4][name], rel=1e-6)
+
+
+def test_recomputing_blocks_changes_nothing(options, tmp_path):
+    told = []
+    for every in (0, 1, 2):
+        asked = options(out=tmp_path / f"{every}", memory=MemoryOptions(checkpoint_every=every))
+        train(replace(asked, schedule=ScheduleOptions(steps=3)), **SILENT)
+        told.append(losses(asked.out))
+    assert told[0] == told[1] == told[2]
+
+
+def test_another_model_or_a_folder_in_use_is_refused_and_nothing_changes(options, base, tmp_path):
+    asked = options()
+    train(asked, **SILENT)
+    before = {path: path.read_bytes() for path in asked.out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="--resume goes on with it"):
+        train(asked, **SILENT)
+    other = replace(asked, model=ModelOptions(path=base, dtype="bfloat16", device="cpu"))
+    with pytest.raises(ValueError, match="is of another run: the weights' dtype was torch.float32"):
+        train(other, resume=True, **SILENT)
+    assert {p: p.read_bytes() for p in asked.out.rglob("*") if p.is_file()} == before
+    with pytest.raises(ValueError, match="no run to resume"):
+        train(options(out=tmp_path / "nothing"), resume=True, **SILENT)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="something else"):
+        train(options(out=tmp_path / "home"), **SILENT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": ScheduleOptions(steps=8, minutes=1)}, "give one"),
+        ({"schedule": ScheduleOptions()}, "has no end"),
+        ({"schedule": ScheduleOptions(steps=50), "data": made_up_options(epochs=1.0)}, "ends aft"),
+        ({"model": ModelOptions()}, "there is no model"),
+        ({"optimizer": OptimizerOptions(learning_rate=0.0)}, "learning_rate is 0.0"),
+        ({"model": ModelOptions(path="x", device="cuda:7")}, "tokenizer.json|nothing can be"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(options, changes, message):
+    asked = options(**changes)
+    with pytest.raises(ValueError, match=message):
+        train(asked, **SILENT)
+    assert not asked.out.exists()
+
+
+def test_a_full_disk_leaves_the_saves_before(options, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    asked = options(save=SaveOptions(every=2, background=False))
+    save = dcp.save
+
+    def full(*args, **kwargs):
+        if saved_steps(asked.out) == [2]:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(OSError, match="No space left") as refused:
+        train(asked, **SILENT)
+    assert refused.value.filename
+    assert saved_steps(asked.out) == [2]
+    assert [path.name for path in (asked.out / FOLDER).iterdir()] == ["step-00000002"]
