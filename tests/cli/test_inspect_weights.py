@@ -6,7 +6,7 @@ import torch
 
 from nemotron_v3.checkpoint import from_pretrained, open_checkpoint
 from nemotron_v3.checkpoint.plan import tensors_of
-from nemotron_v3.cli.inspect import inspect
+from nemotron_v3.cli.inspect import Inspect
 from nemotron_v3.cli.inspect_weights import memory_bytes, part_of, stored_bytes
 from nemotron_v3.layers.narrow import NarrowWeight
 from tests.checkpoint.files import released_tensors, write_checkpoint
@@ -19,7 +19,7 @@ def test_the_bits_of_each_part_and_the_memory_of_each_choice(tmp_path, capsys, m
     monkeypatch.setenv("COLUMNS", "200")
     tensors, _ = narrow_tensors()
     write(tmp_path, tensors, QUANTISED)
-    inspect(str(tmp_path))
+    Inspect(str(tmp_path)).run()
     text = capsys.readouterr().out
     head = tensors["lm_head.weight"], tensors["lm_head.weight_scale"]
     bits = 8 * (sum(t.nbytes for t in head) + 4) / (64 * 128)
@@ -59,7 +59,7 @@ def test_a_wide_checkpoint_has_one_choice(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     tensors = released_tensors(CONFIG)
     write_checkpoint(tmp_path, tensors, CONFIG)
-    inspect(str(tmp_path), dtype="float32")
+    Inspect(str(tmp_path), dtype="float32").run()
     text = capsys.readouterr().out
     assert "loaded in float32" in text and "held as stored" not in text
     checkpoint = open_checkpoint(tmp_path)
@@ -71,7 +71,7 @@ def test_blocks_of_several_sizes_have_a_row_each(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     config = puzzle(1, "EM-E*-E")
     config.to_json(tmp_path / "config.json")
-    inspect(str(tmp_path))
+    Inspect(str(tmp_path)).run()
     text = capsys.readouterr().out
     for layer in (0, 3, 6):
         one = config.of_block(layer)
