@@ -76,5 +76,5 @@ def test_blocks_of_several_sizes_have_a_row_each(tmp_path, capsys, monkeypatch):
     for layer in (0, 3, 6):
         one = config.of_block(layer)
         told = f"{one.num_experts_per_tok} of {one.n_routed_experts} experts"
-        assert re.search(rf"moe {layer} +│ +{told}", text)
-    assert len(re.findall(r"│ moe +│ +1 │", text)) == 3
+        assert re.search(rf"moe {layer} +{told}", text)
+        assert re.search(rf"moe {layer} +1 ", text)

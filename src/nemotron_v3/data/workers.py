@@ -28,7 +28,7 @@ def run_in_order(
         task: can be pickled; it is sent once to each process.
 
     Raises:
-        Whatever `task` raises, with its message.
+        Exception: whatever `task` raises, with its message.
         RuntimeError: a process ended without a word, as one that is out of memory.
     """
     if workers == 0:
