@@ -12,10 +12,10 @@ too many, and a recurrent state cannot be unfed: its cache is taken from a copy 
 segment began, and fed the tokens that count.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def stream(
     *,
     past_key_values: NemotronHybridCache | None = None,
     **options: Any,
-) -> Iterator[StreamedToken]:
+) -> Generator[StreamedToken, None, None]:
     """Like `generate`, token by token as they come: in each step one for every row not yet ended.
 
     Arguments and errors are `generate`'s. Errors come at the call, but for logits that are not
@@ -184,19 +184,18 @@ class _Run:
                 model.config, len(self.prompts), embedding.dtype, self.device
             )
         self.unfed = self._check_cache(cache, embedding.dtype)
-        self.cache = cache
+        self.cache: NemotronHybridCache = cache
         copies = range(options.num_return_sequences)
         self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
         eos = options.eos(config)
         self.rows = [
-            Row(eos, options.max_new_tokens, options.tokenizer, options.stops)
-            for _ in self.row_prompts
+            Row(eos, options.limit, options.tokenizer, options.stops) for _ in self.row_prompts
         ]
         self.sampler = Sampler(options, self.row_prompts, vocab_size, embedding)
         self.active = list(range(len(self.rows)))
         self.complete: list[tuple[list[int], NemotronHybridCache]] = []
         self.can_stop = bool(eos or options.stops)
-        self.steps_at_once = options.max_new_tokens
+        self.steps_at_once = options.limit
         if self.can_stop:
             self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
 
@@ -222,13 +221,13 @@ class _Run:
                 )
             unfed.append(prompt[held:])
         # The last new token is never fed.
-        fed = [len(tokens) + self.options.max_new_tokens - 1 for tokens in unfed]
+        fed = [len(tokens) + self.options.limit - 1 for tokens in unfed]
         cache.check(self.model.config, dtype, SequenceLayout.from_lengths(fed, self.device))
         return unfed
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def tokens(self) -> Iterator[StreamedToken]:
+    def tokens(self) -> Generator[StreamedToken, None, None]:
         """Run to the end; every new token, step by step. Left early, the cache is put in order."""
         logits = self._prefill()
         self._step = self._make_step()
@@ -237,7 +236,7 @@ class _Run:
         told: _Segment | None = None  # whose tokens the caller is being given
         try:
             while self.active:
-                steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
+                steps = min(self.steps_at_once, self.options.limit - produced)
                 base = self.cache.select(self.places) if steps > 1 and self.can_stop else None
                 segment = self._segment(steps, logits, pending)
                 told = segment
@@ -272,8 +271,8 @@ class _Run:
         self.active, self.cache = active, cache
         if going_on:
             self._step = self._make_step()
-            if self._in_place:
-                self.given.withhold(
+            if (target := self._target) is not None:
+                target.withhold(
                     "a stream over the cache is still open, and the cache behind what it has "
                     "yielded: exhaust or close() the iterator first"
                 )
@@ -336,7 +335,7 @@ class _Run:
                 segment.logprobs.append(logprob)
         return segment
 
-    def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:
+    def _read(self, segment: "_Segment") -> Generator[StreamedToken, None, None]:
         """Give the rows their tokens, each until it ends."""
         logprobs = torch.stack(segment.logprobs).tolist() if segment.logprobs else None
         for step, tokens in enumerate(segment.values):
@@ -385,6 +384,7 @@ class _Run:
             all_of_them = len(on_time) == len(self.active)
             self._keep(on_time, self.cache if all_of_them else self.cache.select(on_time))
         if early:
+            assert base is not None, "rows that end early have been asked for"
             rewound = base.select(early)
             fed = [segment.fed(place, counts[place]) for place in early]
             if any(map(len, fed)):
@@ -395,9 +395,9 @@ class _Run:
         self.complete.append(([self.active[place] for place in places], cache))
 
     @property
-    def _in_place(self) -> bool:
-        """Whether the caller's cache is to hold what comes out."""
-        return self.given is not None and self.options.num_return_sequences == 1
+    def _target(self) -> NemotronHybridCache | None:
+        """The caller's cache, where it is to hold what comes out."""
+        return self.given if self.options.num_return_sequences == 1 else None
 
     @ordinary
     @torch.no_grad()
@@ -407,11 +407,12 @@ class _Run:
         With rows still active the run was left: between two tokens of the segment that is `told`,
         if it has one step, the cache holds what the caller knows, and otherwise it does not.
         """
+        target = self._target
         if self.active:
-            if not self._in_place:
+            if target is None:
                 return  # nobody will ask for it
             if self.cache.withheld or told is None or len(told.drawn) > 1:
-                self.given.withhold(self.cache.withheld or _STOPPED)
+                target.withhold(self.cache.withheld or _STOPPED)
                 return
             self._keep(self.places, self.cache)
         numbers = [number for rows, _ in self.complete for number in rows]
@@ -421,9 +422,9 @@ class _Run:
         if numbers != sorted(numbers):
             place = {number: place for place, number in enumerate(numbers)}
             self.cache = self.cache.select([place[number] for number in sorted(numbers)])
-        if self._in_place and self.cache is not self.given:
-            self.given.restore(self.cache.snapshot())
-            self.cache = self.given
+        if target is not None and self.cache is not target:
+            target.restore(self.cache.snapshot())
+            self.cache = target
 
     # --- the result -----------------------------------------------------------------------------
 
@@ -450,7 +451,7 @@ class _Run:
             attention_mask=mask.to(self.device, torch.int64),
             prompt_lengths=tuple(len(prompt) for prompt in self.row_prompts),
             lengths=tuple(lengths.tolist()),
-            finish_reason=tuple(row.finish_reason for row in self.rows),
+            finish_reason=tuple(cast(str, row.finish_reason) for row in self.rows),  # all ended
             logprobs=logprobs,
             text=tuple(row.text for row in self.rows) if with_text else None,
             cache=self.cache,
