@@ -47,14 +47,14 @@ def _mamba_state(sizes: Sizes) -> MambaState:
     config, rows, window = sizes.config, sizes.rows, sizes.window
     conv = (config.conv_dim, config.conv_kernel)
     ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    kind = {"dtype": sizes.dtype, "device": sizes.device}
+    factory_kwargs = {"dtype": sizes.dtype, "device": sizes.device}
     exact = sizes.dtype == torch.float64  # a model in fp64 is there to be exact
-    ssm_kind = kind | {"dtype": sizes.dtype if exact else config.mamba_ssm_cache_dtype}
+    ssm_kwargs = factory_kwargs | {"dtype": sizes.dtype if exact else config.mamba_ssm_cache_dtype}
     return MambaState(
-        torch.zeros(rows, *conv, **kind),
-        torch.zeros(rows, *ssm, **ssm_kind),
-        torch.zeros(rows, window, *conv, **kind),
-        torch.zeros(rows, window, *ssm, **ssm_kind),
+        torch.zeros(rows, *conv, **factory_kwargs),
+        torch.zeros(rows, *ssm, **ssm_kwargs),
+        torch.zeros(rows, window, *conv, **factory_kwargs),
+        torch.zeros(rows, window, *ssm, **ssm_kwargs),
     )
 
 

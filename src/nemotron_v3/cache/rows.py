@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemotron_v3.cache.checks import at_least, check_alike, row_numbers
 from nemotron_v3.cache.states import LayerState, join
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import outside_inference_mode
 
 
 class Rows:
@@ -39,7 +39,7 @@ class Rows:
         return [self.select([row]) for row in range(self.batch_size)]
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def cat(cls, caches: Sequence[Self]) -> Self:
         """The rows of several caches as one new cache.
 
@@ -74,11 +74,11 @@ class Rows:
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
-    @ordinary
+    @outside_inference_mode
     def _map(self, function: Callable[[Tensor], Tensor]) -> dict[int, LayerState]:
         return {layer: state.map(function) for layer, state in self.states.items()}
 
-    @ordinary
+    @outside_inference_mode
     def _with(
         self,
         function: Callable[[Tensor], Tensor],
