@@ -14,6 +14,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.cache.checks import check_keys, no_state_error
 from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
+from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
 from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
@@ -61,11 +62,11 @@ class NemotronV3Attention(RefusesContextParallel):
 
         query_width = self.num_attention_heads * self.head_dim
         key_width = self.num_key_value_heads * self.head_dim
-        kind = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
-        self.q_proj = make_linear(self.hidden_size, query_width, **kind)
-        self.k_proj = make_linear(self.hidden_size, key_width, **kind)
-        self.v_proj = make_linear(self.hidden_size, key_width, **kind)
-        self.o_proj = make_linear(query_width, self.hidden_size, **kind)
+        factory_kwargs = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
+        self.q_proj = make_linear(self.hidden_size, query_width, **factory_kwargs)
+        self.k_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.v_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.o_proj = make_linear(query_width, self.hidden_size, **factory_kwargs)
         self.core = make_te_attention(config) if chosen.attn == "te" else ops.attention
         self.impl = "flex" if chosen.attn == "flex" else chosen.impl
         if not on_meta(self):
@@ -126,13 +127,17 @@ class NemotronV3Attention(RefusesContextParallel):
             if context.cache is not None:
                 check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
                 return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
+            dropout_p = self.attention_dropout if self.training else 0.0
+            plain = self.core is ops.attention and self.impl != "flex"
+            if plain and not dropout_p and context.mask is None and graph_ops.can_take(layout):
+                return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
             return self.core(
                 q,
                 k,
                 v,
                 layout=layout,
                 mask=context.mask,
-                dropout_p=self.attention_dropout if self.training else 0.0,
+                dropout_p=dropout_p,
                 impl=self.impl,
             )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3 import ops as eager_ops
+from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.linear import project as call_projection
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules as call_modules
 from nemotron_v3.layout import SequenceLayout
@@ -165,7 +166,9 @@ def mamba2_mixer(
             "layout": layout,
         }
         if weights is not None:
-            return ops.mamba2(tokens, *weights, eps=sizes.eps, **settings, **states)
+            as_node = state is None and ops is eager_ops and graph_ops.can_take(layout)
+            run = graph_ops.mamba2 if as_node else ops.mamba2
+            return run(tokens, *weights, eps=sizes.eps, **settings, **states)
         return by_modules(
             tokens,
             layer.conv1d,

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nemotron_v3.layout import handles
 from nemotron_v3.layout.checks import (
     agreed,
     check_mask_agrees,
@@ -57,6 +58,7 @@ class SequenceLayout:
         cu_seqlens: int64 `[n_docs + 1]`, where each document starts among the packed tokens.
         token_index: int64 `[T]`, the flat grid position of each packed token; None where the grid
             has no padding, so that packing is a reshape.
+        handle: the number by which a compiled graph finds it (`layout/handles.py`).
     """
 
     shape: tuple[int, ...]
@@ -64,6 +66,7 @@ class SequenceLayout:
     cu_seqlens: Tensor
     token_index: Tensor | None
     device: torch.device
+    handle: int
 
     def __init__(
         self,
@@ -79,6 +82,11 @@ class SequenceLayout:
         put(self, "token_index", token_index)
         # A pytree's structure is a layout of no tensors, which are nowhere.
         put(self, "device", getattr(cu_seqlens, "device", None))
+        put(self, "handle", handles.UNKNOWN if torch.compiler.is_compiling() else handles.new(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layout, and has a number of its own."""
+        self.__dict__.update(state | {"handle": handles.new(self)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a SequenceLayout does not change: build another for a new {name}")
@@ -361,7 +369,9 @@ class SequenceLayout:
     @once
     def num_tokens(self) -> int:
         """Real tokens, T."""
-        return sum(self.lengths)
+        if self.token_index is not None:
+            return self.token_index.shape[0]
+        return grid_size(self.shape)
 
     @once
     def offsets(self) -> tuple[int, ...]:
@@ -376,7 +386,10 @@ class SequenceLayout:
     @once
     def packed(self) -> "SequenceLayout":
         """The layout of the packed tokens themselves: grid `(T,)`, no padding."""
-        return SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
+        packed = SequenceLayout((self.num_tokens,), self.lengths, self.cu_seqlens, None)
+        if torch.compiler.is_compiling():
+            object.__setattr__(packed, "handle", handles.of_packed(self.handle))
+        return packed
 
     @once
     def seq_idx(self) -> Tensor:

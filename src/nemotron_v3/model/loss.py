@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3 import ops
+from nemotron_v3.layers import graph_ops
 from nemotron_v3.layout import SequenceLayout
 
 IGNORE_INDEX = -100
@@ -27,7 +28,8 @@ def targets_of(labels: Tensor, layout: SequenceLayout) -> Tensor:
         labels: integers on the layout's grid.
         layout: where the documents lie.
     """
-    targets = ops.shift_labels(labels, layout)
+    of_graph = graph_ops.can_take(layout)
+    targets = (graph_ops if of_graph else ops).shift_labels(labels, layout)
     if layout.token_index is None:
         return targets
     return _with_padding(labels, layout, targets)[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
+from nemotron_v3.layers import graph_ops
 
 STACKS = ("up_proj", "down_proj")
 
@@ -31,12 +32,12 @@ class LowRankUpdates(nn.Module):
     ):
         super().__init__()
         E, F, X = up_proj.shape
-        kind = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
+        factory_kwargs = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
         self.scale = alpha / rank
-        self.up_a = nn.Parameter(torch.empty(E, rank, X, **kind))
-        self.up_b = nn.Parameter(torch.empty(E, F, rank, **kind))
-        self.down_a = nn.Parameter(torch.empty(E, rank, F, **kind))
-        self.down_b = nn.Parameter(torch.empty(E, X, rank, **kind))
+        self.up_a = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
+        self.up_b = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
+        self.down_a = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
+        self.down_b = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
         self._kept: list[tuple[Tensor, int | None]] = []  # each stack's old values, and its version
         self.register_state_dict_pre_hook(_refuse_merged)
         self.init_weights()
@@ -138,6 +139,10 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         low = self.low_rank
         if low is None or low.merged:
+            if not x.is_cuda and graph_ops.can_take(None) and not torch.is_autocast_enabled("cpu"):
+                return graph_ops.experts(
+                    x, indices, weights, self.up_proj, self.down_proj, self.impl
+                )
             return ops.experts(x, indices, weights, self.up_proj, self.down_proj, impl=self.impl)
         return ops.grouped_low_rank(
             x,
