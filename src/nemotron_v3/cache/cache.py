@@ -27,7 +27,7 @@ from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState, M
 from nemotron_v3.cache.step import Transaction
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import capturing, ordinary
+from nemotron_v3.layout.modes import capturing, outside_inference_mode
 
 _HALF_WRITTEN = (
     "an operation on the cache was stopped half-way, with some of its tensors written and others "
@@ -59,7 +59,7 @@ class NemotronHybridCache(OutsideView, Rows):
         ValueError: fewer than one row, a negative window, a length below 1.
     """
 
-    @ordinary
+    @outside_inference_mode
     def __init__(
         self,
         config: Any,
@@ -186,7 +186,7 @@ class NemotronHybridCache(OutsideView, Rows):
 
     # --- moving in time -------------------------------------------------------------------------
 
-    @ordinary
+    @outside_inference_mode
     def snapshot(self) -> CacheSnapshot:
         """A copy of all it holds."""
         self._settle()

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_v3.cache.checks import at_least, check_alike, row_numbers
 from nemotron_v3.cache.data import CacheData
 from nemotron_v3.cache.states import LayerState, join
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import outside_inference_mode
 
 
 class Rows(CacheData):
@@ -40,7 +40,7 @@ class Rows(CacheData):
         return [self.select([row]) for row in range(self.batch_size)]
 
     @classmethod
-    @ordinary
+    @outside_inference_mode
     def cat(cls, caches: Sequence[Self]) -> Self:
         """The rows of several caches as one new cache.
 
@@ -75,11 +75,11 @@ class Rows(CacheData):
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
-    @ordinary
+    @outside_inference_mode
     def _map(self, function: Callable[[Tensor], Tensor]) -> dict[int, LayerState]:
         return {layer: state.map(function) for layer, state in self.states.items()}
 
-    @ordinary
+    @outside_inference_mode
     def _with(
         self,
         function: Callable[[Tensor], Tensor],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemotron_v3.cache.tokens import Step
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import kept, ordinary
+from nemotron_v3.layout.modes import kept, outside_inference_mode
 
 SMALLEST_BUFFER = 64  # tokens; below it a doubling buffer would be copied at every other step
 
@@ -107,7 +107,7 @@ class KeyValueState(LayerState):
     def make_room(self, other: Self, length: int) -> None:
         self.reserve(min(length, other.capacity))  # of a layer that was left out
 
-    @ordinary
+    @outside_inference_mode
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a row."""
         if length > self.capacity:

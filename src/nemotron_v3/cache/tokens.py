@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import outside_inference_mode
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Step:
         return next(iter(pairs)) if len(pairs) == 1 else None
 
     @cached_property
-    @ordinary  # layers of one step may be called in several modes
+    @outside_inference_mode  # layers of one step may be called in several modes
     def places(self) -> tuple[Tensor, Tensor]:
         """int64 `[T]` each: the row of every new token, and its position in the row."""
         rows = self.layout.seq_idx.long()
@@ -54,7 +54,7 @@ class Step:
         return rows, tokens - first.index_select(0, rows)
 
     @cached_property
-    @ordinary
+    @outside_inference_mode
     def pieces(self) -> tuple["Piece", ...]:
         """The step cut for a rollback window: the bulk of each row, then the last tokens singly."""
         heads = [max(0, length - self.window) for length in self.lengths]
@@ -66,7 +66,7 @@ class Step:
         return tuple(pieces)
 
     @cached_property
-    @ordinary
+    @outside_inference_mode
     def piece_order(self) -> Tensor:
         """int64 `[T]`: the place of each token among the pieces' tokens."""
         return torch.cat([piece.tokens for piece in self.pieces]).argsort()

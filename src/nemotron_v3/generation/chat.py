@@ -131,7 +131,7 @@ class Chat:
             return
         close = list(self.tokenizer.encode(CLOSE_THOUGHT))
         options = GenerationOptions.of(self.options, self.model.generation_config)
-        most = options.fitted(len(prompt)).max_new_tokens
+        most = options.fitted(len(prompt)).limit
         if thinking and most - budget - len(close) < 1:
             raise ValueError(
                 f"a thinking_budget of {budget} and the {len(close)} tokens that end a thought "

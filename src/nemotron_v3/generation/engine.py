@@ -15,10 +15,10 @@ smaller graph.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def stream(
     *,
     past_key_values: NemotronHybridCache | None = None,
     **options: Any,
-) -> Iterator[StreamedToken]:
+) -> Generator[StreamedToken, None, None]:
     """Like `generate`, token by token as they come: in each step one for every row not yet ended.
 
     Arguments and errors are `generate`'s. Errors come at the call, but for logits that are not
@@ -142,19 +142,18 @@ class _Run:
                 model.config, len(self.prompts), embedding.dtype, self.device
             )
         self.unfed = self._check_cache(cache, embedding.dtype)
-        self.cache = cache
+        self.cache: NemotronHybridCache = cache
         copies = range(options.num_return_sequences)
         self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
         self.eos = eos = options.eos(config)
         self.rows = [
-            Row(eos, options.max_new_tokens, options.tokenizer, options.stops)
-            for _ in self.row_prompts
+            Row(eos, options.limit, options.tokenizer, options.stops) for _ in self.row_prompts
         ]
         self.sampler = Sampler(options, self.row_prompts, vocab_size, embedding)
         self.active = list(range(len(self.rows)))
         self.complete: list[tuple[list[int], NemotronHybridCache]] = []
         self.can_stop = bool(eos or options.stops)
-        self.steps_at_once = options.max_new_tokens
+        self.steps_at_once = options.limit
         if self.can_stop:
             self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
         self._step: Callable[[Tensor], Tensor] | None = None
@@ -181,13 +180,13 @@ class _Run:
                 )
             unfed.append(prompt[held:])
         # The last new token is never fed.
-        fed = [len(tokens) + self.options.max_new_tokens - 1 for tokens in unfed]
+        fed = [len(tokens) + self.options.limit - 1 for tokens in unfed]
         cache.check(self.model.config, dtype, SequenceLayout.from_lengths(fed, self.device))
         return unfed
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def tokens(self) -> Iterator[StreamedToken]:
+    def tokens(self) -> Generator[StreamedToken, None, None]:
         """Run to the end; every new token, step by step. Left early, the cache is put in order."""
         logits = self._prefill()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
@@ -238,13 +237,13 @@ class _Run:
         self.active, self.cache = active, cache
         if going_on:
             self._make_step(produced + len(segment.drawn))
-            if self._in_place:
-                self.given.withhold(_OPEN)
+            if (target := self._target) is not None:
+                target.withhold(_OPEN)
         return pending
 
     def _steps(self, produced: int) -> int:
         """How many steps the next segment has; a graph that has no room for them is replaced."""
-        steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
+        steps = min(self.steps_at_once, self.options.limit - produced)
         if not isinstance(self._step, GraphStep):
             return steps
         if self.options.stops:  # which the host alone can see
@@ -315,7 +314,7 @@ class _Run:
         layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
         self._step = lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
         ends = sorted(self.eos)
-        steps = self.options.max_new_tokens - produced
+        steps = self.options.limit - produced
         if not self.options.graph or steps < 2 or len(ends) > MOST_ENDS or why_not(model, cache):
             return
         try:
@@ -323,8 +322,8 @@ class _Run:
         except torch.cuda.OutOfMemoryError as error:
             _log.warning("generation: no memory for a CUDA graph, forward decodes: %s", error)
             return
-        if self._in_place:
-            self.given.withhold(_OPEN)
+        if (target := self._target) is not None:
+            target.withhold(_OPEN)
 
     @ordinary
     @torch.no_grad()
@@ -341,7 +340,7 @@ class _Run:
                 segment.logprobs.append(logprob)
         return segment
 
-    def _read(self, segment: "_Segment") -> Iterator[StreamedToken]:
+    def _read(self, segment: "_Segment") -> Generator[StreamedToken, None, None]:
         """Give the rows their tokens, each until it ends."""
         logprobs = torch.stack(segment.logprobs).tolist() if segment.logprobs else None
         for step, tokens in enumerate(segment.values):
@@ -392,6 +391,7 @@ class _Run:
             all_of_them = len(on_time) == len(self.active)
             self._keep(on_time, self.cache if all_of_them else self.cache.select(on_time))
         if early:
+            assert base is not None, "rows that end early have been asked for"
             rewound = base.select(early)
             fed = [segment.fed(place, counts[place]) for place in early]
             if any(map(len, fed)):
@@ -402,9 +402,9 @@ class _Run:
         self.complete.append(([self.active[place] for place in places], cache))
 
     @property
-    def _in_place(self) -> bool:
-        """Whether the caller's cache is to hold what comes out."""
-        return self.given is not None and self.options.num_return_sequences == 1
+    def _target(self) -> NemotronHybridCache | None:
+        """The caller's cache, where it is to hold what comes out."""
+        return self.given if self.options.num_return_sequences == 1 else None
 
     @ordinary
     @torch.no_grad()
@@ -414,13 +414,13 @@ class _Run:
         With rows still active the run was left: between two tokens of the segment that is `told`,
         if it has one step, the cache holds what the caller knows, and otherwise it does not.
         """
+        target = self._target
         if self.active:
             stopped = None if self.cache.withheld == _OPEN else self.cache.withheld
-            known = stopped is None and told is not None and len(told.drawn) == 1
-            if not (self._in_place and known):
+            if target is None or stopped or told is None or len(told.drawn) > 1:
                 self._close()
-                if self._in_place:
-                    self.given.withhold(stopped or _STOPPED)
+                if target is not None:
+                    target.withhold(stopped or _STOPPED)
                 return  # nobody will ask for it
             self._settle()
             self._keep(self.places, self.cache)
@@ -431,9 +431,9 @@ class _Run:
         if numbers != sorted(numbers):
             place = {number: place for place, number in enumerate(numbers)}
             self.cache = self.cache.select([place[number] for number in sorted(numbers)])
-        if self._in_place and self.cache is not self.given:
-            self.given.restore(self.cache.snapshot())
-            self.cache = self.given
+        if target is not None and self.cache is not target:
+            target.restore(self.cache.snapshot())
+            self.cache = target
 
     # --- the result -----------------------------------------------------------------------------
 
@@ -460,7 +460,7 @@ class _Run:
             attention_mask=mask.to(self.device, torch.int64),
             prompt_lengths=tuple(len(prompt) for prompt in self.row_prompts),
             lengths=tuple(lengths.tolist()),
-            finish_reason=tuple(row.finish_reason for row in self.rows),
+            finish_reason=tuple(cast(str, row.finish_reason) for row in self.rows),  # all ended
             logprobs=logprobs,
             text=tuple(row.text for row in self.rows) if with_text else None,
             cache=self.cache,

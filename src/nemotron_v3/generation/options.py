@@ -171,10 +171,16 @@ class GenerationOptions:
         return replace(self, max_new_tokens=self.max_length - longest, max_length=None)
 
     @property
+    def limit(self) -> int:
+        """The most new tokens of a row, of options that are `fitted`."""
+        assert self.max_new_tokens is not None
+        return self.max_new_tokens
+
+    @property
     def _given_seeds(self) -> Sequence[int]:
         if self.seed is None:
             return ()
-        return [self.seed] if isinstance(self.seed, Integral) else self.seed
+        return [int(self.seed)] if isinstance(self.seed, int | Integral) else self.seed
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -192,7 +198,7 @@ class GenerationOptions:
         ids = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
         if ids is None:
             return frozenset()
-        ids = frozenset([ids] if isinstance(ids, Integral) else ids)
+        ids = frozenset([int(ids)] if isinstance(ids, int | Integral) else ids)
         for token in ids if self.eos_token_id is not None else ():
             if not 0 <= token < config.vocab_size:
                 raise ValueError(
@@ -216,8 +222,8 @@ class GenerationOptions:
         """
         if self.seed is None:
             return None
-        if isinstance(self.seed, Integral):
-            _check_seed(self.seed + rows - 1)
+        if isinstance(self.seed, int | Integral):
+            _check_seed(int(self.seed) + rows - 1)
             return [int(self.seed) + row for row in range(rows)]
         if len(self.seed) != rows:
             raise ValueError(

@@ -171,6 +171,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> Tensor:
         options = self.options
+        assert self._uniform is not None, "there are numbers where something is drawn"
         probabilities, tokens = candidates(
             divide(logits, options.temperature), options.top_k, options.top_p, options.min_p
         )

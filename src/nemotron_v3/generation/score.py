@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import outside_inference_mode
 from nemotron_v3.model.checks import token_grid
 from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.protocol import CausalLM
@@ -16,7 +16,7 @@ from nemotron_v3.model.protocol import CausalLM
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
 
-@ordinary
+@outside_inference_mode
 def score(
     model: CausalLM,
     input_ids: Tensor,

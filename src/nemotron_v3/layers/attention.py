@@ -62,11 +62,11 @@ class NemotronV3Attention(RefusesContextParallel):
 
         query_width = self.num_attention_heads * self.head_dim
         key_width = self.num_key_value_heads * self.head_dim
-        kind = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
-        self.q_proj = make_linear(self.hidden_size, query_width, **kind)
-        self.k_proj = make_linear(self.hidden_size, key_width, **kind)
-        self.v_proj = make_linear(self.hidden_size, key_width, **kind)
-        self.o_proj = make_linear(query_width, self.hidden_size, **kind)
+        factory_kwargs = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
+        self.q_proj = make_linear(self.hidden_size, query_width, **factory_kwargs)
+        self.k_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.v_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.o_proj = make_linear(query_width, self.hidden_size, **factory_kwargs)
         self.core = make_te_attention(config) if chosen.attn == "te" else ops.attention
         self.impl = "flex" if chosen.attn == "flex" else chosen.impl
         if not on_meta(self):

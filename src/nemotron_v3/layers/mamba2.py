@@ -63,8 +63,8 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         self.time_step_floor = config.time_step_floor
         self.initializer_range = config.initializer_range
 
-        kind = {"bias": config.use_bias, "backend": self.backend, "dtype": config.dtype}
-        self.in_proj = make_linear(self.hidden_size, config.in_proj_size, **kind)
+        factory_kwargs = {"bias": config.use_bias, "backend": self.backend, "dtype": config.dtype}
+        self.in_proj = make_linear(self.hidden_size, config.in_proj_size, **factory_kwargs)
         self.conv1d = nn.Conv1d(
             self.conv_dim,
             self.conv_dim,
@@ -83,7 +83,7 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             self.intermediate_size // self.n_groups,
             config.layer_norm_epsilon,
         ).to(config.dtype)
-        self.out_proj = make_linear(self.intermediate_size, self.hidden_size, **kind)
+        self.out_proj = make_linear(self.intermediate_size, self.hidden_size, **factory_kwargs)
         if not on_meta(self):
             self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
 

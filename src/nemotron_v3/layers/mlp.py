@@ -50,9 +50,9 @@ class NemotronV3MLP(RefusesContextParallel):
         self.initializer_range = initializer_range
         backend = BackendConfig.from_any(backend, "mlp")
         self.impl = backend.impl
-        kind = {"bias": bias, "backend": backend, "dtype": dtype}
-        self.up_proj = make_linear(hidden_size, intermediate_size, **kind)
-        self.down_proj = make_linear(intermediate_size, hidden_size, **kind)
+        factory_kwargs = {"bias": bias, "backend": backend, "dtype": dtype}
+        self.up_proj = make_linear(hidden_size, intermediate_size, **factory_kwargs)
+        self.down_proj = make_linear(intermediate_size, hidden_size, **factory_kwargs)
         if draw and not on_meta(self):
             self.init_weights(num_hidden_layers, rescale_prenorm_residual)
 

@@ -7,15 +7,17 @@ experts see, F expert width.
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache, Transaction
+from nemotron_v3.cache.states import KeyValueState, MambaState
 from nemotron_v3.generation.cpu_decode.parts import MLP, Form, Linear, Norm, WeightedRows, starts
+from nemotron_v3.layers.decode_weights import AttentionWeights, Mamba2Weights, MoEWeights
 from nemotron_v3.ops.common.onednn import PackedWeight
 
 # With more choices an expert on average the op for many tokens is as fast.
@@ -31,7 +33,7 @@ class Step(Protocol):
 
 
 class _MLPBlock:
-    def __init__(self, step: Step, block: nn.Module, layer: int):
+    def __init__(self, step: Step, block: Any, layer: int):
         form = step.form
         self._norm = Norm(form, block.norm.decode_weights(), folded=True)
         self._mlp = MLP(form, block.mixer.decode_weights(), self._norm)
@@ -41,8 +43,9 @@ class _MLPBlock:
 
 
 class _AttentionBlock:
-    def __init__(self, step: Step, block: nn.Module, layer: int):
-        weights, form = block.mixer.decode_weights(), step.form
+    def __init__(self, step: Step, block: Any, layer: int):
+        weights: AttentionWeights = block.mixer.decode_weights()
+        form = step.form
         self._step, self._layer = step, layer
         self._norm = Norm(form, block.norm.decode_weights(), folded=True)
         projections = (weights.q_proj, weights.k_proj, weights.v_proj)
@@ -55,6 +58,7 @@ class _AttentionBlock:
         self._qkv.write(self._norm(stream, hidden))
         q, k, v = self._heads
         state = self._step.transaction.begin(self._layer)
+        assert isinstance(state, KeyValueState)
         tokens = state.step
         keys, values = state.append(k, v)
         y = ops.cached_attention(
@@ -70,8 +74,10 @@ class _AttentionBlock:
 
 
 class _MambaBlock:
-    def __init__(self, step: Step, block: nn.Module, layer: int):
-        weights, state, form = block.mixer.decode_weights(), step.cache.states[layer], step.form
+    def __init__(self, step: Step, block: Any, layer: int):
+        weights: Mamba2Weights = block.mixer.decode_weights()
+        state, form = step.cache.states[layer], step.form
+        assert isinstance(state, MambaState)
         B, H, P = form.rows, len(weights.A_log), weights.head_dim
         G, N = weights.n_groups, weights.state_size
         self._step, self._layer = step, layer
@@ -118,7 +124,9 @@ class _MambaBlock:
         self._y_groups = self._y.view(self._yz.shape)
 
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
-        self._step.transaction.begin(self._layer).in_place()
+        state = self._step.transaction.begin(self._layer)
+        assert isinstance(state, MambaState)
+        state.in_place()
         self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()
@@ -150,19 +158,21 @@ class _MambaBlock:
 
 
 class _MoEBlock:
-    def __init__(self, step: Step, block: nn.Module, layer: int):
-        weights, form = block.mixer.decode_weights(), step.form
-        self._norm, self._router = Norm(form, block.norm.decode_weights()), weights.router
+    def __init__(self, step: Step, block: Any, layer: int):
+        weights: MoEWeights = block.mixer.decode_weights()
+        form = step.form
+        self._norm = Norm(form, block.norm.decode_weights())
+        self._router: Any = weights.router
         shared = weights.shared
         self._shared = None if shared is None else MLP(form, shared, self._norm)
         self._into = self._back = None
-        if weights.into_latent is not None:
+        if weights.into_latent is not None and weights.from_latent is not None:
             self._into = Linear.of(form, weights.into_latent)
             self._back = Linear.of(form, weights.from_latent)
             self._latent_sum = torch.empty_like(self._into.result)
         self._experts, up, down = weights.experts, weights.up_proj, weights.down_proj
         E, F_, X = up.shape
-        B, K = form.rows, weights.router.top_k
+        B, K = form.rows, self._router.top_k
         self._streams = form.streams
         # Where the choices reach most experts anyway, all of them are two products.
         self._all = form.packs and B * K >= E
@@ -189,7 +199,7 @@ class _MoEBlock:
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         x = self._norm(stream, hidden)
         weights, indices = self._choose(x)  # [B, K]
-        if self._into is None:
+        if self._into is None or self._back is None:
             self._route(hidden, x, weights, indices)
         else:
             routed = self._latent_sum.zero_()
@@ -253,7 +263,7 @@ class _MoEBlock:
 
 
 # By block type.
-BLOCKS: dict[str, Callable[[Step, nn.Module, int], Callable[[Tensor], None]]] = {
+BLOCKS: dict[str, Callable[[Step, Any, int], Callable[[Tensor, Tensor], None]]] = {
     "mamba": _MambaBlock,
     "attention": _AttentionBlock,
     "mlp": _MLPBlock,

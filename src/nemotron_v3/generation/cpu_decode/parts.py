@@ -6,9 +6,10 @@ Letters: B rows, one token each; D hidden size; n inputs, m outputs of a project
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3.layers.decode_weights import MLPWeights, NormWeights, Projection
+from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.common.onednn import PackedWeight, onednn_works
 
 # Rows of a batch, and elements of a model, whose weights are laid out a second time.
@@ -26,7 +27,7 @@ class Form:
         packs: a few rows by products with packed copies of the weights.
     """
 
-    def __init__(self, model: nn.Module, like: Tensor, rows: int):
+    def __init__(self, model: CausalLM, like: Tensor, rows: int):
         self.rows, self._like = rows, like
         small = sum(p.numel() for p in model.parameters()) <= LAID_OUT
         copies = small and like.dtype == torch.float32

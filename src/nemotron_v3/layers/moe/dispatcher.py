@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 
-class Sent(NamedTuple):
+class Dispatched(NamedTuple):
     """Rows where their experts are.
 
     Attributes:
@@ -24,30 +24,34 @@ class Sent(NamedTuple):
     weights: Tensor
 
 
+Sent = Dispatched  # its former name
+
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertDispatcher(Protocol):
-    """Permute, compute, combine: what lies between a router and the sum over a token's experts.
+    """Dispatch, compute, combine: what lies between a router and the sum over a token's experts.
 
     The layer calls the three in this order, once a forward pass, and knows nothing of where the
-    experts are. `permute` brings tokens to their experts, `compute` applies those, `combine` brings
-    the results back and adds up what a token has from several places. All are differentiable in
-    `x` and `weights`. The sum over a token's experts is fp32 or wider.
+    experts are. `dispatch` brings tokens to their experts, `compute` applies those, `combine`
+    brings the results back and adds up what a token has from several places. All are differentiable
+    in `x` and `weights`. The sum over a token's experts is fp32 or wider. An object that knows
+    `dispatch` by its former name, `permute`, is a dispatcher too.
     """
 
-    def permute(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Sent, Any]:
-        """`[T, X]`, `[T, K]`, `[T, K]` -> what the experts here compute, and the way back."""
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Dispatched, Any]:
+        """`[T, X]`, `[T, K]`, `[T, K]` -> what the experts here compute, and what
+        `combine` needs to bring it back."""
         ...
 
-    def compute(self, sent: Sent, experts: Experts) -> Tensor:
+    def compute(self, dispatched: Dispatched, experts: Experts) -> Tensor:
         """`[R, X]`: for each row the weighted sum of its experts' outputs.
 
         `experts` is the layer's module of the experts, called so that adapters and hooks on it act.
         """
         ...
 
-    def combine(self, y: Tensor, way_back: Any) -> Tensor:
+    def combine(self, y: Tensor, metadata: Any) -> Tensor:
         """`[R, X]` -> `[T, X]`, each token's sum over all its experts."""
         ...
 
@@ -55,11 +59,15 @@ class ExpertDispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here: gathering, products and the weighted sum are one op, `ops.experts`."""
 
-    def permute(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Sent, None]:
-        return Sent(x, indices, weights), None
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Dispatched, None]:
+        return self.permute(x, indices, weights)
 
-    def compute(self, sent: Sent, experts: Experts) -> Tensor:
-        return experts(*sent)
+    def permute(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Dispatched, None]:
+        """The former name of `dispatch`, which a subclass may have in its own way."""
+        return Dispatched(x, indices, weights), None
 
-    def combine(self, y: Tensor, way_back: None) -> Tensor:
+    def compute(self, dispatched: Dispatched, experts: Experts) -> Tensor:
+        return experts(*dispatched)
+
+    def combine(self, y: Tensor, metadata: None) -> Tensor:
         return y

@@ -33,12 +33,12 @@ class LowRankUpdates(nn.Module):
     ):
         super().__init__()
         E, F, X = up_proj.shape
-        kind = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
+        factory_kwargs = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
         self.scale = alpha / rank
-        self.up_a = nn.Parameter(torch.empty(E, rank, X, **kind))
-        self.up_b = nn.Parameter(torch.empty(E, F, rank, **kind))
-        self.down_a = nn.Parameter(torch.empty(E, rank, F, **kind))
-        self.down_b = nn.Parameter(torch.empty(E, X, rank, **kind))
+        self.up_a = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
+        self.up_b = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
+        self.down_a = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
+        self.down_b = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
         self._kept: list[tuple[Tensor, int | None]] = []  # each stack's old values, and its version
         self.register_state_dict_pre_hook(_refuse_merged)
         self.init_weights()

@@ -69,7 +69,7 @@ class NemotronV3MoE(RefusesContextParallel):
         router = EvenRouter if self.backend.fake_balanced_gate else NemotronV3Router
         self.gate = router(config, dtype, self.backend.impl)
         self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
-        kind = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
+        factory_kwargs = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
         self.shared_experts: NemotronV3MLP | None = None
         if config.n_shared_experts:
             self.shared_experts = NemotronV3MLP(
@@ -77,12 +77,12 @@ class NemotronV3MoE(RefusesContextParallel):
                 config.n_shared_experts * config.shared_expert_inter_dim,
                 initializer_range=initializer_range,
                 draw=False,
-                **kind,
+                **factory_kwargs,
             )
         self.fc1_latent_proj = self.fc2_latent_proj = None
         if config.moe_latent_size is not None:
-            self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **kind)
-            self.fc2_latent_proj = make_linear(config.moe_latent_size, config.dim, **kind)
+            self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **factory_kwargs)
+            self.fc2_latent_proj = make_linear(config.moe_latent_size, config.dim, **factory_kwargs)
         if not on_meta(self):
             self.init_weights(num_hidden_layers, rescale_prenorm_residual)
 
@@ -124,8 +124,11 @@ class NemotronV3MoE(RefusesContextParallel):
 
     def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """`[T, X]`: the weighted sum of each token's experts, wherever they are."""
-        sent, way_back = self.dispatcher.permute(x, indices, weights)
-        return self.dispatcher.combine(self.dispatcher.compute(sent, self.experts), way_back)
+        dispatcher: Any = self.dispatcher
+        # A dispatcher from elsewhere may know `dispatch` by its former name alone.
+        dispatch = getattr(dispatcher, "dispatch", None) or dispatcher.permute
+        dispatched, metadata = dispatch(x, indices, weights)
+        return dispatcher.combine(dispatcher.compute(dispatched, self.experts), metadata)
 
     def decode_weights(self) -> MoEWeights:
         """What a decode step reads."""

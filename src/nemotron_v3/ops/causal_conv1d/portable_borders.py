@@ -37,7 +37,7 @@ class Borders:
         head_tokens: the same sources, on the host.
         head_counts: how many of them lie before each document's, `[n_docs + 1]` on the host.
         final_tokens: the table `[n_docs, W]` of the last W inputs of each document, from its
-        tokens.
+            tokens.
         final_states: the same, from its initial state; sources are rows of `[n_docs * W]`.
         final_shape: `(D, W)`.
     """
