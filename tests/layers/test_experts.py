@@ -8,7 +8,7 @@ import torch
 from nemotron_v3 import report
 from nemotron_v3.checkpoint import CheckpointError, from_pretrained, save_pretrained
 from nemotron_v3.layers import NemotronV3Experts
-from nemotron_v3.layers import experts as experts_module
+from nemotron_v3.layers.moe import experts as experts_module
 from tests.accuracy import relative_error
 from tests.models import tiny_model, tokens
 
