@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def are_equal(lengths: tuple[int, ...]) -> bool:
+    """Not by their hashes: to a compiler a hash is a fixed number."""
+    return all(length == lengths[0] for length in lengths[1:])
+
+
 def grid_rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 2 else 1
 
