@@ -151,6 +151,30 @@ def test_the_peak_of_a_narrow_load_is_the_wide_model_and_a_shard(tmp_path):
     assert peak < wide + shard + 20e6
 
 
+RUN = """
+ids = torch.arange(64)[None]
+with torch.inference_mode():
+    model(input_ids=ids)
+"""
+
+
+@pytest.mark.heavy
+def test_the_peak_of_a_model_held_narrow_is_the_file_and_a_layer(tmp_path):
+    config = nano(experts=64, hidden_size=512, vocab_size=4096, moe_intermediate_size=1024)
+    config.replace(dtype="bfloat16").to_json(tmp_path / "config.json")
+    run(NARROW, str(tmp_path / "made"), str(tmp_path / "config.json"), "20000000")
+    size = size_of(tmp_path / "made")
+    layer = 2 * 2 * 64 * 512 * 1024
+    script = "import nemotron_v3.layers.narrow as n; n.AT_ONCE = 2**20\n" + LOAD + RUN + TOLD
+    made = str(tmp_path / "made")
+    (wide, _), (peak, _) = (run(script, made, "", f"{{'narrow': {n}}}") for n in (False, True))
+    # What a forward pass takes beside weights, code that is loaded for it included.
+    rest = wide - 2 * parameters(config).total
+    told = {"file": size, "layer": layer, "a forward pass of any model": rest, "peak": peak}
+    print({name: f"{count / 1e9:.3f} GB" for name, count in told.items()})
+    assert peak < size + layer + rest + 20e6
+
+
 @pytest.mark.heavy
 def test_3_gb_of_nanos_layout_load_and_save_with_a_peak_below_the_model_and_a_shard(tmp_path):
     config = nano(experts=128, vocab_size=24576)

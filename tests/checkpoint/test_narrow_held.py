@@ -198,6 +198,23 @@ def test_rows_are_looked_up_without_the_others():
         assert torch.equal(F.embedding(ids, held), stored.by_definition(torch.bfloat16)[ids])
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 2000, 5000])
+def test_values_made_in_pieces_are_the_same(monkeypatch, at_once):
+    generator = torch.Generator().manual_seed(1)
+    stored = [fp8(256, 128, generator, kind) for kind in ("tensor", "row", "block")]
+    held = [weight(), weight(stack=3)]
+    for s in stored:
+        scale = s.tensors["weight_scale"]
+        scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+        held.append(
+            NarrowWeight(NarrowParts(s.tensors["weight"], scale, None), False, torch.bfloat16)
+        )
+    whole = [one.values() for one in held]
+    monkeypatch.setattr(narrow, "AT_ONCE", at_once)
+    for one, values in zip(held, whole, strict=True):
+        assert torch.equal(bits(one.values()), bits(values))
+
+
 def test_an_expert_of_a_stack_stays_narrow():
     stack = weight(stack=3)
     assert isinstance(stack[1], NarrowWeight)

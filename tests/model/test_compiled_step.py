@@ -42,37 +42,37 @@ def gradients(model, loss):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("pattern", ["M*-E", "*M"])
-def test_twenty_packs_are_two_compilations(pattern):
-    model = tiny_model(pattern)
+def test_twenty_packs_are_two_compilations():
+    model = tiny_model("M*-E")
     run, step, counter = compiled(model)
     for n, layout in enumerate(packs(seed=0)):
         ids = tokens(TOKENS, seed=n)
-        loss = run(ids, ids, layout)
-        found, expected = gradients(model, loss), None
-        eager = step(ids, ids, layout)
-        expected = gradients(model, eager)
+        loss, eager = run(ids, ids, layout), step(ids, ids, layout)
         torch.testing.assert_close(loss, eager)
+        if n not in (0, 1, STEPS - 1):
+            continue
+        found, expected = gradients(model, loss), gradients(model, eager)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, msg=name)
     assert counter.frame_count <= 3 and len({layout.num_documents for layout in packs(0)}) > 3
 
 
+@pytest.mark.integration
 def test_padding_is_left_out_in_a_graph_too():
     model = tiny_model("M*-E")
-    run, step, counter = compiled(model)
-    for n in range(6):
+    run, step, _ = compiled(model)
+    for n in range(2):
         mask = torch.ones(3, 12, dtype=torch.int64)
-        for row in range(3):
-            mask[row, : (n + 3 * row) % 7] = 0
+        mask[1, : 3 + n], mask[2, -2:] = 0, 0
         layout = SequenceLayout.from_padding_mask(mask)
         ids = tokens(3, 12, seed=n)
         labels = labels_of(ids, mask)
         loss, eager = run(ids, labels, layout), step(ids, labels, layout)
         torch.testing.assert_close(loss, eager)
-        assert torch.equal(torch.isfinite(loss), torch.tensor(True))
-    assert counter.frame_count <= 3
+        found, expected = gradients(model, loss), gradients(model, eager)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, msg=name)
 
 
 def test_a_layout_is_found_until_its_backward_pass():

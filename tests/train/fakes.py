@@ -7,6 +7,7 @@ import torch
 
 from nemotron_v3.data.options import DataOptions, Source
 from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.report import DataReport
 
 VOCAB = 97
 
@@ -46,6 +47,9 @@ class MadeUp:
     def empty(self) -> PackedRow:
         ids = torch.zeros(self.options.tokens_per_row, dtype=torch.int64)
         return PackedRow(ids, torch.full_like(ids, -100), [0], [])
+
+    def report(self) -> DataReport:
+        return DataReport(())
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.step * self.options.rows}

@@ -90,5 +90,6 @@ def test_a_plan_of_a_large_model_needs_no_memory(options):
     )
     plan = make_plan(asked, 0.4, room=80 * 2**30)
     assert plan.total > 30e9 and plan.memory.weights == pytest.approx(2 * plan.total, rel=0.01)
-    assert plan.memory.optimizer == pytest.approx(12 * plan.total, rel=0.01)
+    largest = 128 * 1856 * 2688  # a stack of experts, which is updated as one
+    assert plan.memory.optimizer == 12 * plan.total + 12 * largest
     assert [line.strip().partition(":")[0] for line in plan.advice][-1] == "lora.rank = 16"

@@ -93,17 +93,28 @@ def test_a_crashed_run_goes_on_to_the_bit(options, tmp_path, crash, background):
     asked = options(save=SaveOptions(every=3, background=background))
     with pytest.raises(Crash):
         train(asked, **SILENT, after_step=crash_after(crash))
+    assert saved_steps(asked.out) == [3] * (crash > 3)
     assert train(asked, resume=True, **SILENT).step == 8
     assert losses(asked.out) == losses(whole.out)
     assert same_weights(asked.out, whole.out)
     assert len(json.loads((asked.out / "run.json").read_text())) == 2
 
 
-@pytest.mark.parametrize("bf16_weights", ["stochastic", "master", "nearest"])
-def test_bf16_weights_go_on_to_the_bit(options, tmp_path, base, bf16_weights):
+@pytest.mark.parametrize(
+    ("bf16_weights", "moments"),
+    [
+        ("stochastic", "float32"),
+        ("master", "float32"),
+        pytest.param("stochastic", "8bit", marks=pytest.mark.integration),
+    ],
+)
+def test_bf16_weights_go_on_to_the_bit(options, tmp_path, base, bf16_weights, moments):
+    if moments == "8bit":
+        pytest.importorskip("torchao")
+    optimizer = OptimizerOptions(learning_rate=1e-2, bf16_weights=bf16_weights, moments=moments)
     changes = {
         "model": ModelOptions(path=base, dtype="bfloat16", device="cpu"),
-        "optimizer": OptimizerOptions(learning_rate=1e-2, bf16_weights=bf16_weights),
+        "optimizer": optimizer,
         "schedule": ScheduleOptions(steps=5),
     }
     whole = options(out=tmp_path / "whole", **changes)
@@ -111,6 +122,7 @@ def test_bf16_weights_go_on_to_the_bit(options, tmp_path, base, bf16_weights):
     asked = options(**changes)
     with pytest.raises(Crash):
         train(asked, **SILENT, after_step=crash_after(3))
+    assert saved_steps(asked.out) == [3]
     train(asked, resume=True, **SILENT)
     assert losses(asked.out) == losses(whole.out)
     assert same_weights(asked.out, whole.out)

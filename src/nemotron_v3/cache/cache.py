@@ -1,6 +1,6 @@
 """The hybrid cache: states of every layer that has one, and a position on each row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -23,9 +23,8 @@ from nemotron_v3.cache.file import read_snapshot, write_snapshot
 from nemotron_v3.cache.make import Sizes, fresh_states
 from nemotron_v3.cache.outside import OutsideView
 from nemotron_v3.cache.rows import Rows
-from nemotron_v3.cache.states import CacheSnapshot, LayerState, MambaState
-from nemotron_v3.cache.step import HALF_WAY, Transaction
-from nemotron_v3.cache.tokens import Step
+from nemotron_v3.cache.states import CacheSnapshot, KeyValueState, LayerState, MambaState
+from nemotron_v3.cache.step import Transaction
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing, ordinary
@@ -79,31 +78,18 @@ class NemotronHybridCache(OutsideView, Rows):
         self.max_length = max_length
         self.rollback_window = rollback_window
         self._lengths = [0] * batch_size
-        self._floors = [0] * batch_size  # the earliest position whose mamba state is kept, or 0
-        self._step: Step | None = None
-        self._updated: set[int] = set()
-        self._behind: frozenset[int] = frozenset()  # layers that a step has passed by
-        self.withheld: str | None = None
+        self._floors = [0] * batch_size
+        self._step = None
+        self._updated = set()
+        self._behind = frozenset()
+        self.withheld = None
         self._one_token: SequenceLayout | None = None
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.states: dict[int, LayerState] = fresh_states(
+        self.states = fresh_states(
             Sizes(self.config, batch_size, self.dtype, device, max_length, rollback_window)
         )
 
     # --- what it holds --------------------------------------------------------------------------
-
-    @property
-    def batch_size(self) -> int:
-        return self.positions.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.positions.device
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens each row holds, on the host; `positions` is the same on the device."""
-        return tuple(self._lengths) if self._step is None else self._step.ends
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Tokens of the longest row, whatever layers the model has."""
@@ -150,29 +136,6 @@ class NemotronHybridCache(OutsideView, Rows):
         """
         return Transaction(self, layout)
 
-    def finish(self, layout: SequenceLayout | None = None) -> None:
-        """End the forward pass, of `layout` where no layer has a state: the positions move on."""
-        if self._step is None and not self.states and layout is not None:
-            self._step = Step(layout.packed, tuple(self._lengths), self.positions)
-        step = self._step
-        if step is None:
-            return
-        lengths, floors = list(step.ends), list(step.ends)
-        if self.rollback_window:
-            reach = [end - self.rollback_window for end in lengths]
-            floors = list(map(max, self._floors, reach))
-        moved = step.layout.uniform_length
-        moved = step.layout.cu_seqlens.diff() if moved is None else moved
-        behind = self._behind
-        if any(step.lengths):
-            behind = behind | (self.states.keys() - self._updated)
-        withheld, self.withheld = self.withheld, self.withheld or HALF_WAY
-        self.positions.add_(moved)
-        self._lengths, self._floors, self._behind = lengths, floors, behind
-        self._step = None
-        self._updated.clear()
-        self.withheld = withheld
-
     def one_token_layout(self, shape: tuple[int, ...]) -> SequenceLayout:
         """The layout of one token a row on a grid `(rows, 1)`, the same one step after step."""
         layout, device = self._one_token, self.positions.device
@@ -201,7 +164,9 @@ class NemotronHybridCache(OutsideView, Rows):
         k, v = (layout.pack(t.transpose(1, 2)) for t in (key_states, value_states))
         check_keys(self.states.get(layer_idx), layer_idx, k, v)
         with self.step(layout) as step:
-            return step.begin(layer_idx).append(k, v)
+            state = step.begin(layer_idx)
+            assert isinstance(state, KeyValueState)
+            return state.append(k, v)
 
     def update_conv_state(
         self, layer_idx: int, new_conv_state: Tensor, cache_position: LongTensor | None = None
@@ -213,6 +178,7 @@ class NemotronHybridCache(OutsideView, Rows):
         """
         check_conv(self.states.get(layer_idx), layer_idx, new_conv_state)
         state = self.states[layer_idx]
+        assert isinstance(state, MambaState)
         if new_conv_state.dim() == 2 or new_conv_state.shape[-1] == 1:
             column = new_conv_state.reshape(*state.conv.shape[:2], 1).to(state.conv.dtype)
             new_conv_state = torch.cat([state.conv[..., 1:], column], -1)
@@ -303,16 +269,36 @@ class NemotronHybridCache(OutsideView, Rows):
         """Cut the states from the graph that made them: truncated backpropagation through time."""
         self.states.update(self._map(Tensor.detach))
 
+    @torch.no_grad()
+    def take_over(
+        self, lengths: Sequence[int], write: Callable[[int, LayerState], None]
+    ) -> None:
+        """Hold other tokens than before: `write` puts a layer's state, by its number, in place.
+
+        For whoever moved the rows on elsewhere. Stopped half-way, the cache is withheld.
+
+        Args:
+            lengths: tokens that each row holds now.
+        """
+        states = self._without_graph()
+        with self._writing(states):
+            for layer, state in states.items():
+                write(layer, state)
+            self._step = None
+            self._updated.clear()
+            self._set_lengths(lengths)
+            self._floors = [max(0, n - self.rollback_window) for n in lengths]
+
     # --- rows -----------------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put rows in another order, in place (beam search)."""
-        beam_idx = torch.as_tensor(beam_idx)
-        if tuple(beam_idx.shape) != (self.batch_size,):
+        order = torch.as_tensor(beam_idx)
+        if tuple(order.shape) != (self.batch_size,):
             raise ValueError(
-                f"beam_idx has shape {tuple(beam_idx.shape)}, the cache {self.batch_size} rows"
+                f"beam_idx has shape {tuple(order.shape)}, the cache {self.batch_size} rows"
             )
-        reordered = self.select(beam_idx)
+        reordered = self.select(order)
         states = self._without_graph()
         with torch.no_grad(), self._writing(states):
             for layer, state in states.items():
@@ -339,19 +325,6 @@ class NemotronHybridCache(OutsideView, Rows):
         self.restore(read_snapshot(path, self.states, self._kind(), *sizes))
 
     # --- inside ---------------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Close a forward pass that is complete; one that is not cannot be read."""
-        if self.withheld is not None:
-            raise RuntimeError(self.withheld)
-        if self._step is not None and len(self._updated) < len(self.states):
-            raise RuntimeError(
-                f"the cache is in the middle of a forward pass ({len(self._updated)} of "
-                f"{len(self.states)} layers updated): restore a snapshot if a pass failed, or call "
-                "finish() if layers were called one by one"
-            )
-        if self._step is not None:
-            self.finish()
 
     @contextmanager
     def _writing(self, states: dict[int, LayerState]) -> Iterator[None]:

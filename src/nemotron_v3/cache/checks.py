@@ -155,17 +155,17 @@ def check_snapshot(
         state.check_like(snapshot.states[layer], layer)
 
 
-def check_layer(layer: int | None, states: Mapping[int, LayerState]) -> None:
+def no_state_error(layer: int | None, states: Mapping[int, LayerState]) -> ValueError:
+    """What to raise for a layer that is not among `states`."""
     if layer is None:
-        raise ValueError(
+        return ValueError(
             "layer None holds no keys or states: give layer_idx, the layer's number in the config "
             f"that the cache was made from, one of {list(states)}"
         )
-    if layer not in states:
-        raise ValueError(
-            f"layer {layer} has no state in this cache, whose layers are {list(states)}: give the "
-            "layer_idx it has in the config"
-        )
+    return ValueError(
+        f"layer {layer} has no state in this cache, whose layers are {list(states)}: give the "
+        "layer_idx it has in the config"
+    )
 
 
 def check_no_step_missed(layer: int, behind: Collection[int], held: Sequence[int]) -> None:

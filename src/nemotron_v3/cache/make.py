@@ -47,14 +47,13 @@ def _mamba_state(sizes: Sizes) -> MambaState:
     config, rows, window = sizes.config, sizes.rows, sizes.window
     conv = (config.conv_dim, config.conv_kernel)
     ssm = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    kind = {"dtype": sizes.dtype, "device": sizes.device}
     exact = sizes.dtype == torch.float64  # a model in fp64 is there to be exact
-    ssm_kind = kind | {"dtype": sizes.dtype if exact else config.mamba_ssm_cache_dtype}
+    ssm_dtype = sizes.dtype if exact else config.mamba_ssm_cache_dtype
     return MambaState(
-        torch.zeros(rows, *conv, **kind),
-        torch.zeros(rows, *ssm, **ssm_kind),
-        torch.zeros(rows, window, *conv, **kind),
-        torch.zeros(rows, window, *ssm, **ssm_kind),
+        torch.zeros(rows, *conv, dtype=sizes.dtype, device=sizes.device),
+        torch.zeros(rows, *ssm, dtype=ssm_dtype, device=sizes.device),
+        torch.zeros(rows, window, *conv, dtype=sizes.dtype, device=sizes.device),
+        torch.zeros(rows, window, *ssm, dtype=ssm_dtype, device=sizes.device),
     )
 
 

@@ -4,22 +4,16 @@ Letters: rows of the batch, J key/value heads, S tokens held, P head width.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from nemotron_v3.cache.data import CacheData
 from nemotron_v3.cache.states import KeyValueState, MambaState
-from nemotron_v3.cache.step import Stepped
 
 
-class Held(Stepped, Protocol):
-    """What of a cache is read from outside."""
-
-    _lengths: list[int]
-
-
-def held_by(cache: Held, layer_idx: int | None) -> tuple[int, ...]:
+def held_by(cache: CacheData, layer_idx: int | None) -> tuple[int, ...]:
     """Tokens that a layer has of each row, in a pass that may have come to it already or not.
 
     A layer without a state has none of the present pass.
@@ -29,7 +23,7 @@ def held_by(cache: Held, layer_idx: int | None) -> tuple[int, ...]:
     return cache._step.ends if layer_idx in cache._updated else cache._step.starts
 
 
-class OutsideView:
+class OutsideView(CacheData):
     """What a cache offers to code that was written for another one."""
 
     @property
@@ -80,12 +74,12 @@ class _ByLayer(Mapping[int, Tensor]):
 
     kind: type
 
-    def __init__(self, cache: Held, name: str):
+    def __init__(self, cache: CacheData, name: str):
         self._cache, self._name = cache, name
 
     def _state(self, layer: int) -> MambaState | KeyValueState:
         state = self._cache.states.get(layer)
-        if not isinstance(state, self.kind):
+        if not isinstance(state, MambaState | KeyValueState) or type(state) is not self.kind:
             raise KeyError(f"layer {layer!r} has no such state: the layers are {list(self)}")
         return state
 
@@ -110,6 +104,7 @@ class MambaStates(_ByLayer, MutableMapping[int, Tensor]):
     def __setitem__(self, layer: int, value: Tensor) -> None:
         """Raises KeyError for a layer without the state, ValueError for another shape."""
         state = self._state(layer)
+        assert isinstance(state, MambaState)
         mine = getattr(state, self._name)
         if not isinstance(value, Tensor):
             raise TypeError(f"a state is a {type(value).__name__}: give a tensor")

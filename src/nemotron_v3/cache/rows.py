@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.cache.checks import at_least, check_alike, row_numbers
+from nemotron_v3.cache.data import CacheData
 from nemotron_v3.cache.states import LayerState, join
 from nemotron_v3.layout.modes import ordinary
 
 
-class Rows:
+class Rows(CacheData):
     """What of a `NemotronHybridCache` makes another one, and leaves this one as it is."""
 
     def select(self, rows: Tensor | Sequence[int]) -> Self:

@@ -5,8 +5,8 @@ mamba heads, N state; L tokens held, w tokens of the rollback window.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,12 @@ class LayerState:
         overwritten: whether something was written in this step that `undo` cannot take back.
     """
 
-    # No fields: not among the tensors.
-    step: ClassVar[Step]
-    overwritten: ClassVar[bool] = False
+    step: Step = field(init=False, repr=False, compare=False)
+    overwritten: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields that the constructor takes, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A state of this kind whose tensors are `function` of these."""
@@ -284,11 +284,12 @@ class MambaState(LayerState):
 
 def join(states: Sequence[LayerState]) -> LayerState:
     """States of several batches as one, row after row."""
-    if isinstance(states[0], KeyValueState):
-        capacity = max(state.capacity for state in states)
+    buffers = [state for state in states if isinstance(state, KeyValueState)]
+    if buffers:  # all are of one kind
+        capacity = max(state.capacity for state in buffers)
         states = [
             state.map(lambda t, more=capacity - state.capacity: F.pad(t, (0, 0, 0, more)))
-            for state in states
+            for state in buffers
         ]
     parts = [state.tensors() for state in states]
     return type(states[0])(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})

@@ -1,42 +1,17 @@
 """One forward pass over a cache as a transaction: `with cache.step(layout) as step:`."""
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from nemotron_v3.cache.checks import check_layer, check_no_step_missed, check_rows
+from nemotron_v3.cache.checks import check_no_step_missed, check_rows, no_state_error
+from nemotron_v3.cache.data import HALF_WAY, CacheData
 from nemotron_v3.cache.states import LayerState
 from nemotron_v3.cache.tokens import Step
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import kept
-
-HALF_WAY = (
-    "a forward pass failed half-way: layers of the cache hold its tokens, though nobody has its "
-    "result; restore a snapshot, or make a new cache"
-)
-
-
-class Stepped(Protocol):
-    """What of a cache a forward pass reads and moves on."""
-
-    states: dict[int, LayerState]
-    positions: Tensor
-    max_length: int | None
-    rollback_window: int
-    withheld: str | None
-    _step: Step | None
-    _updated: set[int]
-    _behind: frozenset[int]
-
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def finish(self) -> None: ...
 
 
 class Transaction:
@@ -52,7 +27,7 @@ class Transaction:
         layout: the new tokens, one document a row.
     """
 
-    def __init__(self, cache: Stepped, layout: SequenceLayout):
+    def __init__(self, cache: CacheData, layout: SequenceLayout):
         self._cache, self._layout = cache, layout
         self._step: Step | None = None
         # The layer that is at work, and the tensors that it found.
@@ -71,8 +46,8 @@ class Transaction:
             RuntimeError: the cache is withheld, or a step has gone by without this layer.
         """
         cache = self._cache
-        if layer_idx not in cache.states:
-            check_layer(layer_idx, cache.states)
+        if layer_idx is None or layer_idx not in cache.states:
+            raise no_state_error(layer_idx, cache.states)
         if cache.withheld is not None and not self._has_written:
             raise RuntimeError(cache.withheld)
         if layer_idx in cache._updated:
@@ -126,6 +101,8 @@ class Transaction:
     @torch.no_grad()
     def _undo(self) -> None:
         """Take back what the one layer has written that was begun, and failed."""
+        if self._at_work is None or self._step is None:
+            return
         cache, (layer_idx, before) = self._cache, self._at_work
         begun = layer_idx in cache._updated  # an interrupt may have come before it was added
         if begun and not cache.states[layer_idx].undo(before, self._step.positions):

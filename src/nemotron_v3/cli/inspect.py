@@ -1,4 +1,5 @@
-"""`nemotron-v3 inspect`: what a model is made of and what it costs, from its config alone."""
+"""`nemotron-v3 inspect`: what a model is made of and what it costs, from its config, and what a
+checkpoint stores and takes, from its headers."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ RELEASED = (
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint."""
+    """Show a model's layers, parameters, FLOPs a token, and bytes of state and checkpoint.
+
+    Of a checkpoint also the bits of each part, and what its weights take in memory.
+    """
 
     target: Annotated[tyro.conf.Positional[str], Choices(RELEASED)]
     """name of a released model or its id on the hub, a folder with a config.json, or a JSON file"""
@@ -49,6 +53,9 @@ class Inspect:
     def run(self) -> None:
         import torch
 
+        from nemotron_v3.cli.inspect_weights import has_weights, weight_tables
+        from nemotron_v3.config import PRESETS
+
         dtype = getattr(torch, dtype_name(self.dtype))
         if self.seq_len < 1:
             raise ValueError(f"seq_len is {self.seq_len}: give at least 1 token")
@@ -57,7 +64,9 @@ class Inspect:
         if self.json:
             print(json.dumps(costs, indent=2))
             return
-        tables = layers_table(costs), totals_table(costs, config)
+        tables = [layers_table(costs), totals_table(costs, config)]
+        if self.target not in PRESETS and has_weights(Path(self.target)):
+            tables += weight_tables(Path(self.target), dtype)
         console = console_for(*tables)
         layers = f"{costs['layers']} layers: {costs['pattern']}"
         console.print(layers, markup=False, soft_wrap=True)
@@ -93,7 +102,13 @@ def costs_of(config: "NemotronV3Config", seq_len: int, dtype: "torch.dtype") -> 
     return {
         "layers": config.num_hidden_layers,
         "pattern": config.hybrid_override_pattern,
-        "blocks": {block: _block_costs(config, block, seq_len) for block in _types(config)},
+        "blocks": {
+            _named(config, block, layers): {
+                "count": len(layers),
+                **_block_costs(one, block, seq_len),
+            }
+            for (block, one), layers in _kinds(config).items()
+        },
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "multi_token_prediction": mtp,
@@ -116,12 +131,11 @@ def costs_of(config: "NemotronV3Config", seq_len: int, dtype: "torch.dtype") -> 
 
 
 def _block_costs(config: "NemotronV3Config", block: str, seq_len: int) -> dict[str, Any]:
-    """What one block of a type costs, and how many there are."""
+    """What one block of a type costs; `config` is that of the block."""
     from nemotron_v3.model import cost
 
     weights = cost.block_weights(config, block)
     return {
-        "count": config.layers_block_type.count(block),
         "parameters": sum(weight.parameters for weight in weights),
         "active_parameters": sum(weight.active for weight in weights),
         "forward_flops_per_token": cost.block_flops(config, block, seq_len),
@@ -144,11 +158,27 @@ def layers_table(costs: dict[str, Any]) -> "Table":
     return table
 
 
+def _kinds(config: "NemotronV3Config") -> "dict[tuple[str, NemotronV3Config], list[int]]":
+    """The layers of each block type and, where blocks have sizes of their own, of each size."""
+    found: dict[tuple[str, NemotronV3Config], list[int]] = {}
+    for block in _types(config):
+        for layer, own in enumerate(config.layers_block_type):
+            if own == block:
+                found.setdefault((block, config.of_block(layer)), []).append(layer)
+    return found
+
+
 def _types(config: "NemotronV3Config") -> list[str]:
     """The block types that occur."""
     from nemotron_v3.config import BLOCK_TYPES
 
     return [block for block in BLOCK_TYPES if block in config.layers_block_type]
+
+
+def _named(config: "NemotronV3Config", block: str, layers: list[int]) -> str:
+    """A block type, with its layers where others of the type have other sizes."""
+    alike = len(layers) == config.layers_block_type.count(block)
+    return block if alike else f"{block} {', '.join(map(str, layers))}"
 
 
 def _sizes(config: "NemotronV3Config", block: str) -> str:
@@ -192,7 +222,10 @@ def _size_rows(costs: dict[str, Any], config: "NemotronV3Config") -> list[tuple[
     return [
         ("vocabulary", f"{costs['vocab_size']:,}"),
         ("hidden size", f"{costs['hidden_size']:,}"),
-        *((block, _sizes(config, block)) for block in costs["blocks"]),
+        *(
+            (_named(config, block, layers), _sizes(one, block))
+            for (block, one), layers in _kinds(config).items()
+        ),
         ("multi-token prediction", costs["multi_token_prediction"] or "none"),
     ]
 

@@ -6,7 +6,7 @@ import sys
 # Turns of a waiting loop before a thread gives its core up. GNU's OpenMP, which torch's builds use,
 # turns for milliseconds by default: where the cores are shared, threads that spin keep the one that
 # they wait for from running. See docs/training.md for what was measured.
-SPIN = 10_000
+SPIN = 1_000
 
 
 def settle_threads(threads: int | None) -> None:

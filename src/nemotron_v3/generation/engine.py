@@ -9,9 +9,12 @@ the cache holds of every row exactly what the row's result says.
 On an accelerator the host would have to wait for every token to see whether it ends a row. So steps
 go in segments, and the host looks once a segment. A row that ended inside one was fed some tokens
 too many, and a recurrent state cannot be unfed: its cache is taken from a copy made when the
-segment began, and fed the tokens that count.
+segment began, and fed the tokens that count. A step that is a CUDA graph knows the tokens that end
+a row and feeds nothing behind them; rows that ended stay in their slots until the others fit a
+smaller graph.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.cpu_decode import DecodeStep
+from nemotron_v3.generation.graphs import GraphStep, why_not
+from nemotron_v3.generation.graphs.graph import row_slots
+from nemotron_v3.generation.graphs.slots import MOST_ENDS
+from nemotron_v3.generation.graphs.step import AHEAD
 from nemotron_v3.generation.options import GenerationOptions
+from nemotron_v3.generation.output import GenerationOutput, StreamedToken
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.stopping import Row
@@ -33,67 +41,17 @@ from nemotron_v3.layout.modes import ordinary
 from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.model.vocabulary import vocabulary_of
 
+_log = logging.getLogger("nemotron_v3")
+
+_OPEN = (
+    "a stream over the cache is still open, and the cache behind what it has yielded: exhaust "
+    "or close() the iterator first"
+)
 _STOPPED = (
     "generation was interrupted within a step, and the cache may hold tokens that nobody was "
     "given: restore a snapshot, or make a new cache"
 )
 STEPS_AT_ONCE = 16  # between two looks of the host, on an accelerator
-
-
-@dataclass(frozen=True)
-class GenerationOutput:
-    """Of `generate`. Rows are the prompts in order, each `num_return_sequences` times in a row.
-
-    Attributes:
-        sequences: int64 `[R, S]` on the model's device: the prompt's real tokens, then the new
-            ones, the token that ended the row included, then padding up to the longest row.
-            Padding of the prompts, on whichever side it was, is gone.
-        attention_mask: int64 `[R, S]`, 1 = real and 0 = padding.
-        prompt_lengths: real prompt tokens of each row.
-        lengths: tokens of each row in all.
-        finish_reason: of each row, `"stop"` (an eos token or a stop string) or `"length"`.
-        logprobs: if asked for, fp32 or wider `[R, N]`: column j for the j-th new token of each row,
-            0 behind its last.
-        text: with a tokenizer, what the new tokens of each row read, without the eos token or the
-            stop string that ended it, or a character cut short.
-        cache: holds each row's tokens but the last: `lengths[r] - 1` of row r. To go on, give
-            `sequences`, `attention_mask` and this cache as `past_key_values`.
-    """
-
-    sequences: Tensor
-    attention_mask: Tensor
-    prompt_lengths: tuple[int, ...]
-    lengths: tuple[int, ...]
-    finish_reason: tuple[str, ...]
-    logprobs: Tensor | None
-    text: tuple[str, ...] | None
-    cache: NemotronHybridCache
-
-    @property
-    def new_tokens(self) -> list[list[int]]:
-        """The new tokens of each row."""
-        rows = zip(self.sequences.tolist(), self.prompt_lengths, self.lengths, strict=True)
-        return [row[start:end] for row, start, end in rows]
-
-
-@dataclass(frozen=True)
-class StreamedToken:
-    """One new token.
-
-    Attributes:
-        row: which row it belongs to.
-        token_id: the token.
-        text: what can be told now, never half a character; "" without a tokenizer. A row's texts
-            put together are `GenerationOutput.text`.
-        logprob: the model's log-probability of it, if asked for.
-        finish_reason: `"stop"` or `"length"` with a row's last token, else None.
-    """
-
-    row: int
-    token_id: int
-    text: str
-    logprob: float | None
-    finish_reason: str | None
 
 
 def generate(
@@ -187,7 +145,7 @@ class _Run:
         self.cache = cache
         copies = range(options.num_return_sequences)
         self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
-        eos = options.eos(config)
+        self.eos = eos = options.eos(config)
         self.rows = [
             Row(eos, options.max_new_tokens, options.tokenizer, options.stops)
             for _ in self.row_prompts
@@ -199,6 +157,7 @@ class _Run:
         self.steps_at_once = options.max_new_tokens
         if self.can_stop:
             self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
+        self._step: Callable[[Tensor], Tensor] | None = None
 
     def _check_cache(self, cache: NemotronHybridCache, dtype: torch.dtype) -> list[Tensor]:
         """What of each prompt the cache does not hold yet; checks that all of the run fits it."""
@@ -231,14 +190,16 @@ class _Run:
     def tokens(self) -> Iterator[StreamedToken]:
         """Run to the end; every new token, step by step. Left early, the cache is put in order."""
         logits = self._prefill()
-        self._step = self._make_step()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
         produced = 0
         told: _Segment | None = None  # whose tokens the caller is being given
         try:
+            self._make_step(produced)
             while self.active:
-                steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
-                base = self.cache.select(self.places) if steps > 1 and self.can_stop else None
+                steps = self._steps(produced)
+                base = None
+                if steps > 1 and self.can_stop and not isinstance(self._step, GraphStep):
+                    base = self.cache.select(self.places)
                 segment = self._segment(steps, logits, pending)
                 told = segment
                 yield from self._read(segment)
@@ -262,6 +223,11 @@ class _Run:
         if not ended:
             return pending
         going_on = [place for place in self.places if not self._row(place).finish_reason]
+        if isinstance(self._step, GraphStep):
+            if going_on and row_slots(len(going_on)) == self._step.slots:
+                self._step.end(ended)
+                return pending
+            self._settle()
         active, cache = [self.active[place] for place in going_on], self.cache
         if going_on:
             index = torch.tensor(going_on, device=self.device)
@@ -271,13 +237,39 @@ class _Run:
         self._set_aside(ended, produced, base, segment)
         self.active, self.cache = active, cache
         if going_on:
-            self._step = self._make_step()
+            self._make_step(produced + len(segment.drawn))
             if self._in_place:
-                self.given.withhold(
-                    "a stream over the cache is still open, and the cache behind what it has "
-                    "yielded: exhaust or close() the iterator first"
-                )
+                self.given.withhold(_OPEN)
         return pending
+
+    def _steps(self, produced: int) -> int:
+        """How many steps the next segment has; a graph that has no room for them is replaced."""
+        steps = min(self.steps_at_once, self.options.max_new_tokens - produced)
+        if not isinstance(self._step, GraphStep):
+            return steps
+        if self.options.stops:  # which the host alone can see
+            steps = 1
+        steps = min(steps, AHEAD)
+        if not self._step.has_room(steps):
+            self._settle()
+            self._make_step(produced)
+        return steps
+
+    def _settle(self) -> None:
+        """Bring the cache up to a graph's step, and leave the graph."""
+        if isinstance(self._step, GraphStep):
+            ended = {
+                place: len(self.row_prompts[number]) + len(self.rows[number].tokens) - 1
+                for place, number in enumerate(self.active)
+                if self.rows[number].finish_reason
+            }
+            self._step.settle(ended)
+            self._close()
+
+    def _close(self) -> None:
+        if isinstance(self._step, GraphStep):
+            self._step.close()
+        self._step = None
 
     @ordinary
     @torch.no_grad()
@@ -313,13 +305,26 @@ class _Run:
         ).logits
 
     @ordinary
-    def _make_step(self) -> Callable[[Tensor], Tensor]:
+    def _make_step(self, produced: int) -> None:
         """What feeds one token to each row of the present cache: `[R]` -> `[R, V]`."""
-        if DecodeStep.fits(self.model, self.cache):
-            return DecodeStep(self.model, self.cache)
+        self._close()
         model, cache = self.model, self.cache
+        if DecodeStep.fits(model, cache):
+            self._step = DecodeStep(model, cache)
+            return
         layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
-        return lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
+        self._step = lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
+        ends = sorted(self.eos)
+        steps = self.options.max_new_tokens - produced
+        if not self.options.graph or steps < 2 or len(ends) > MOST_ENDS or why_not(model, cache):
+            return
+        try:
+            self._step = GraphStep(model, cache, ends, steps)
+        except torch.cuda.OutOfMemoryError as error:
+            _log.warning("generation: no memory for a CUDA graph, forward decodes: %s", error)
+            return
+        if self._in_place:
+            self.given.withhold(_OPEN)
 
     @ordinary
     @torch.no_grad()
@@ -379,6 +384,8 @@ class _Run:
             base: the cache at that moment, where a row can end before the segment does.
         """
         counts = {place: len(self._row(place).tokens) - produced for place in ended}
+        if base is None:  # no step went beyond a row's end
+            counts = dict.fromkeys(ended, len(segment.drawn))
         on_time = [place for place in ended if counts[place] == len(segment.drawn)]
         early = [place for place in ended if counts[place] < len(segment.drawn)]
         if on_time:
@@ -408,11 +415,14 @@ class _Run:
         if it has one step, the cache holds what the caller knows, and otherwise it does not.
         """
         if self.active:
-            if not self._in_place:
+            stopped = None if self.cache.withheld == _OPEN else self.cache.withheld
+            known = stopped is None and told is not None and len(told.drawn) == 1
+            if not (self._in_place and known):
+                self._close()
+                if self._in_place:
+                    self.given.withhold(stopped or _STOPPED)
                 return  # nobody will ask for it
-            if self.cache.withheld or told is None or len(told.drawn) > 1:
-                self.given.withhold(self.cache.withheld or _STOPPED)
-                return
+            self._settle()
             self._keep(self.places, self.cache)
         numbers = [number for rows, _ in self.complete for number in rows]
         self.cache = self.complete[0][1]

@@ -46,6 +46,8 @@ class GenerationOptions:
         prefill_chunk: feed prompts in pieces of so many tokens a row, which bounds the memory that
             a long one takes; None feeds them whole.
         tokenizer: any object with `encode(text) -> ids` and `decode(ids) -> text`.
+        graph: `"auto"` runs each step on a GPU as one CUDA graph, where it can (`report` says why
+            not); False calls `forward`.
 
     Raises:
         ValueError: a value out of range, or an option that would have no effect.
@@ -68,6 +70,7 @@ class GenerationOptions:
     return_logprobs: bool = False
     prefill_chunk: int | None = None
     tokenizer: Any = field(default=None, repr=False)
+    graph: str | bool = "auto"
 
     @classmethod
     def of(
@@ -114,6 +117,8 @@ class GenerationOptions:
             raise ValueError("a stop string is empty, which would stop everything: leave it out")
 
     def _check_types(self) -> None:
+        if self.graph is not False and self.graph != "auto":
+            raise ValueError(f"graph must be 'auto' or False, got {self.graph!r}")
         for name in ("do_sample", "return_logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.cache.checks import check_keys, check_layer
+from nemotron_v3.cache.checks import check_keys, no_state_error
 from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers import graph_ops
@@ -107,7 +107,7 @@ class NemotronV3Attention(RefusesContextParallel):
         if context is not None:
             return self._mix(hidden_states, context, self.layer_idx)
         if isinstance(past_key_values, NemotronHybridCache) and layer_idx is None:
-            check_layer(layer_idx, past_key_values.states)
+            raise no_state_error(layer_idx, past_key_values.states)
         context = ForwardContext.enter(
             grid_of(hidden_states, self.hidden_size),
             hidden_states.device,

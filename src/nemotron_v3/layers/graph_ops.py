@@ -28,12 +28,20 @@ _AUTOGRAD = (
 
 
 def can_take(layout: SequenceLayout | None) -> bool:
-    """Whether a compiler is at work, on a layout that was made outside of its graph."""
+    """Whether a compiler is at work, on no layout or one that was made outside of its graph."""
     return torch.compiler.is_compiling() and (layout is None or layout.handle != handles.UNKNOWN)
 
 
+def _like_first(*args: Any) -> Tensor:
+    return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+
+
 def _define(
-    name: str, tensors: Sequence[str], settings: str, run: Callable[..., Tensor], like: int
+    name: str,
+    tensors: Sequence[str],
+    settings: str,
+    run: Callable[..., Tensor],
+    result: Callable[..., Tensor] = _like_first,
 ) -> Callable[..., Tensor]:
     """A node `nemotron_v3::NAME` and that of its gradients.
 
@@ -41,7 +49,7 @@ def _define(
         tensors: their names, with a `?` behind one that may be absent.
         settings: the schema of all other arguments.
         run: computes it from tensors and settings.
-        like: the number of the tensor whose shape the result has, `run.width` wide if it has that.
+        result: an empty result, from the same arguments.
     """
     inputs = ", ".join(
         f"Tensor? {tensor[:-1]}" if tensor.endswith("?") else f"Tensor {tensor}"
@@ -54,9 +62,6 @@ def _define(
 
     def gradients(grad: Tensor, *args: Any) -> list[Tensor]:
         return _recomputed(run, count, grad, args)
-
-    def fake(*args: Any) -> Tensor:
-        return _result_like(run, args, like)
 
     def fake_gradients(grad: Tensor, *args: Any) -> list[Tensor]:
         return [torch.empty_like(t) for t in _differentiable(args[:count])]
@@ -76,7 +81,7 @@ def _define(
 
     for part, function in ((name, run), (f"{name}_backward", gradients)):
         _library.impl(part, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nemotron_v3::{name}", fake, lib=_library)
+    torch.library.register_fake(f"nemotron_v3::{name}", result, lib=_library)
     torch.library.register_fake(f"nemotron_v3::{name}_backward", fake_gradients, lib=_library)
     torch.library.register_autograd(
         f"nemotron_v3::{name}", backward, setup_context=keep, lib=_library
@@ -109,10 +114,8 @@ def _recomputed(
     return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in pairs]
 
 
-def _result_like(run: Callable[..., Tensor], args: tuple[Any, ...], like: int) -> Tensor:
-    if run is _run_mamba2:
-        return args[0].new_empty(args[0].shape[0], args[6].shape[0])  # [T, H*P]
-    return torch.empty_like(args[like], memory_format=torch.contiguous_format)
+def _inner_width(zxbcdt: Tensor, *args: Any) -> Tensor:
+    return zxbcdt.new_empty(zxbcdt.shape[0], args[5].shape[0])  # [T, H*P], as the norm's weight
 
 
 def _run_mamba2(
@@ -171,17 +174,14 @@ _mamba2 = _define(
     "int n_groups, int head_dim, int state_size, int chunk_size, float dt_min, float dt_max, "
     "float eps, SymInt layout, str impl",
     _run_mamba2,
-    0,
+    _inner_width,
 )
-_attention = _define(
-    "attention_node", ("q", "k", "v"), "SymInt layout, str impl", _run_attention, 0
-)
+_attention = _define("attention_node", ("q", "k", "v"), "SymInt layout, str impl", _run_attention)
 _experts = _define(
     "experts_node",
     ("x", "weights", "up_proj", "down_proj", "indices"),
     "str impl",
     _run_experts,
-    0,
 )
 
 

@@ -5,6 +5,7 @@ its values, for as long as the product takes; what a backward pass keeps of it i
 frozen: adapters are trained beside it.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -137,9 +138,30 @@ class NarrowWeight(Tensor):
         return func(*args, **kwargs)
 
 
+AT_ONCE = 2**26
+"""Elements that are given their values at once: in fp32 on the way, where the whole would be
+several times what is asked for."""
+
+
 def _values(parts: NarrowParts, divides: bool, dtype: torch.dtype) -> Tensor:
+    codes, scale, global_scale = parts
+    length, *shape = codes.shape
+    step = max(1, AT_ONCE // max(1, math.prod(shape)))
     with torch.no_grad():
-        return dequantise(*parts, divides=divides, dtype=dtype)
+        if length <= step:
+            return dequantise(*parts, divides=divides, dtype=dtype)
+        shape[-1] *= 2 if codes.dtype == torch.uint8 else 1
+        values = codes.new_empty((length, *shape), dtype=dtype)
+        # Along the experts of a stack, or the rows of one weight, whole tiles of them.
+        stack = codes.dim() == 3
+        tall = length // scale.shape[0] if scale.shape[0] > 1 else 0
+        step = max(1, step // tall) * tall if tall else step
+        for start in range(0, length, step):
+            some = slice(start, start + step)
+            own = scale[start // tall : -(-(start + step) // tall)] if tall else scale
+            each = global_scale[some] if stack and global_scale is not None else global_scale
+            values[some] = dequantise(codes[some], own, each, divides=divides, dtype=dtype)
+        return values
 
 
 class _Linear(torch.autograd.Function):

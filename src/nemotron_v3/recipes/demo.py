@@ -18,6 +18,7 @@ from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.data import (
     SEPARATOR_ID,
     DataOptions,
+    DataReport,
     Pack,
     PackedRow,
     Source,
@@ -93,6 +94,10 @@ class Corpus:
 
     def total_steps(self) -> None:
         """It has no end."""
+
+    def report(self) -> DataReport:
+        """The demo tells of its corpus in its own words."""
+        return DataReport(())
 
     def state_dict(self) -> dict[str, Any]:
         """How many packs were given."""

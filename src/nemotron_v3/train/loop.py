@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.report import DataReport
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad, balance_
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
 from nemotron_v3.train.options import TrainOptions
@@ -33,6 +34,8 @@ class Data(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def report(self) -> DataReport: ...
 
 
 class NotFinite(ArithmeticError):

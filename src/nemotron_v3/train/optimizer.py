@@ -19,11 +19,18 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> to
     """The optimiser of a model's trainable parameters; made after they were sharded.
 
     Raises:
-        ValueError: moments of 8 bits with fp32 masters, or without torchao.
+        ValueError: moments of 8 bits with fp32 masters, of a sharded model, or without torchao.
     """
     groups = parameter_groups(model, options.weight_decay)
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
+    if options.moments == "8bit" and any(
+        isinstance(p, DTensor) for group in groups for p in group["params"]
+    ):
+        raise ValueError(
+            "moments of 8 bits of a sharded model cannot be saved and gone on from: give "
+            "optimizer.moments = 'float32', or parallel = 'ddp'"
+        )
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     if options.moments == "8bit":
         return _eight_bit(groups, options, narrow, common)
@@ -82,6 +89,15 @@ class RoundedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.rounding, self.seed = rounding, seed
         self._names = names
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict()` gave, each tensor in its own dtype: PyTorch's own method casts
+        moments to the weights'."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, number in zip(group["params"], saved["params"], strict=True):
+                if number in state_dict["state"]:
+                    self.state[p] = dict(state_dict["state"][number])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -109,7 +109,7 @@ def _sections(plan: Plan, mfu: float) -> list[list[tuple[str, str]]]:
         seconds = f"{clock(plan.seconds)} at {mfu:.0%} of the peak"
     steps = "as many as the time allows" if plan.steps is None else f"{plan.steps:,}"
     tokens = "" if plan.steps is None else f"{plan.steps * plan.tokens_per_step:,}"
-    parts = [(f"memory: {n}", _gib(size)) for n, size in vars(plan.memory).items()]
+    parts = [(f"memory: {n}", _size(size)) for n, size in vars(plan.memory).items()]
     return [
         [
             ("parameters", f"{plan.total:,}"),
@@ -123,12 +123,12 @@ def _sections(plan: Plan, mfu: float) -> list[list[tuple[str, str]]]:
             ("FLOP a step", f"{plan.flops_per_step:.3g}"),
             ("time", seconds),
         ],
-        [*parts, ("memory: all", f"{_gib(plan.memory.total)} of {_gib(plan.room)}")],
+        [*parts, ("memory: all", f"{_size(plan.memory.total)} of {_size(plan.room)}")],
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _size(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"
 
 
 def _passes(options: TrainOptions) -> float:
@@ -172,7 +172,7 @@ def _advice(
     needed = estimate(options, config, dtype, size, kernels).total
     if not room or needed <= room:
         return []
-    told = [f"It does not fit: {_gib(needed)} are needed. What to change:"]
+    told = [f"It does not fit: {_size(needed)} are needed. What to change:"]
     memory, optimizer, lora = options.memory, options.optimizer, options.lora
     changes = [
         ("memory.rows_per_pass = 1", {"memory": replace(memory, rows_per_pass=1)}),
@@ -196,7 +196,7 @@ def _advice(
             continue
         options = changed
         needed = estimate(options, config, dtype, size, kernels).total
-        told.append(f"  {name}: {_gib(needed)}")
+        told.append(f"  {name}: {_size(needed)}")
         if needed <= room:
             return told
     return [*told, "  more processes (torchrun), shorter rows, or a smaller model"]

@@ -235,6 +235,8 @@ class _Run:
         count = parameters(model.config)
         trained = sum(parameter.numel() for parameter in _trained(model))
         say = self.display.say
+        for line in self.data.report().lines():
+            say(f"data     {line}")
         say(f"model    {count.total:,} parameters, {count.active:,} a token, {trained:,} trained")
         length = self.length
         told = f"{length.steps:,} steps" if length.steps else f"{length.seconds / 60:g} minutes"

@@ -201,6 +201,11 @@ def can_launch(device: torch.device) -> bool:
     return installed() and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
 
 
+def takes_kernels(impl: str, device: torch.device) -> bool:
+    """Whether an op of a decode step runs its kernels, which have no other refusals."""
+    return impl == "triton" or (impl == "auto" and device.type == "cuda" and installed())
+
+
 def programs(device: torch.device, per_multiprocessor: int) -> int:
     """How many programs of a kernel that keeps partial sums there are at most."""
     if device.type != "cuda":

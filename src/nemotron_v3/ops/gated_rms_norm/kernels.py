@@ -95,7 +95,7 @@ def gated_rms_norm_bwd_kernel(
     column = i_g * SIZES.SIZE
     # [BLOCK_D]
     b_w = tl.load(weight + column + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_dw = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_D], tl.float32)
+    b_dw = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_D)], tl.float32)
 
     for i_b in tl.range(i_n, tl.cdiv(T, SIZES.BLOCK_T), n, num_stages=STAGES):
         i_t = i_b * SIZES.BLOCK_T

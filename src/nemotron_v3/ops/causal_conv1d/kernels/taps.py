@@ -48,7 +48,7 @@ def causal_conv1d_fwd_kernel(
         m_t = first + o_t < T
         # [BLOCK_T]
         b_p = tl.load(position + first + o_t, mask=m_t, other=0)
-        b_y = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_C], tl.float32)
+        b_y = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_C)], tl.float32)
         if initial_states is not None:
             b_d = tl.load(seq_idx + first + o_t, mask=m_t, other=0).to(tl.int64)
         for k in tl.static_range(W):
@@ -165,7 +165,7 @@ def causal_conv1d_bwd_kernel(
     own = first + SIZES.SEGMENT
     reach = own + (W - 1)
 
-    b_zero = tl.zeros([SIZES.BLOCK_C], tl.float32)
+    b_zero = tl.zeros([tl.constexpr(SIZES.BLOCK_C)], tl.float32)
     b_bias = b_zero
     if bias is not None:
         b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -188,12 +188,12 @@ def causal_conv1d_bwd_kernel(
         if plain & (p_last >= SIZES.UNROLL + W - 2):
             rows_x = ()
             rows_dy = ()
-            for u in tl.static_range(SIZES.UNROLL):
+            for u in tl.static_range(tl.constexpr(SIZES.UNROLL)):
                 t = first + i_u + u
                 # [BLOCK_C]
                 rows_x = rows_x + (tl.load(x + t * STRIDES.x + o_c, mask=m_c, other=0.0),)
                 rows_dy = rows_dy + (tl.load(dy + t * STRIDES.dy + o_c, mask=m_c, other=0.0),)
-            for u in tl.static_range(SIZES.UNROLL):
+            for u in tl.static_range(tl.constexpr(SIZES.UNROLL)):
                 b_dx, before, due, b_dw, b_db = _row(
                     *(rows_x[u].to(tl.float32), rows_dy[u].to(tl.float32), taps, b_bias),
                     *(before, due, b_dw, b_db, W, SIZES.SILU, FAST),
@@ -204,7 +204,7 @@ def causal_conv1d_bwd_kernel(
             rows_x = ()
             rows_dy = ()
             places = ()
-            for u in tl.static_range(SIZES.UNROLL):
+            for u in tl.static_range(tl.constexpr(SIZES.UNROLL)):
                 t = first + i_u + u
                 inside = (t < T) & (t < reach)
                 # [BLOCK_C]
@@ -213,7 +213,7 @@ def causal_conv1d_bwd_kernel(
                 rows_x = rows_x + (b_x,)
                 rows_dy = rows_dy + (b_dy,)
                 places = places + (tl.load(position + t, mask=inside, other=0),)
-            for u in tl.static_range(SIZES.UNROLL):
+            for u in tl.static_range(tl.constexpr(SIZES.UNROLL)):
                 t = first + i_u + u
                 p = places[u]
                 inputs = (rows_x[u].to(tl.float32),)
@@ -285,7 +285,7 @@ def initial_states_bwd_kernel(
     FAST: tl.constexpr = x.dtype.element_ty != tl.float32
     start = tl.load(cu_seqlens + d)
     length = tl.load(cu_seqlens + d + 1) - start
-    b_bias = tl.zeros([SIZES.BLOCK_C], tl.float32)
+    b_bias = tl.zeros([tl.constexpr(SIZES.BLOCK_C)], tl.float32)
     if bias is not None:
         b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     taps = ()
@@ -307,7 +307,7 @@ def initial_states_bwd_kernel(
         b_dpre = _d_preactivation(b_dy.to(tl.float32), b_pre, SIZES.SILU, FAST)
         dpres = dpres + (b_dpre,)
     for i in tl.static_range(W):
-        b_sum = tl.zeros([SIZES.BLOCK_C], tl.float32)
+        b_sum = tl.zeros([tl.constexpr(SIZES.BLOCK_C)], tl.float32)
         for p in tl.static_range(i):  # entry i is W - i tokens before the document
             b_sum += taps[W + p - i] * dpres[p]
         if (

@@ -129,7 +129,7 @@ def _dcb(
         tl.store(CB_diagonal + i_g * T + start + o_i + o_t, b_own, mask=m_i)
     m = o_i - o_j + o_t[:, None] > o_t[None, :]
     b_CB = tl.where(m, b_CB, 0.0)
-    b_dM = tl.zeros([SIZES.TILE, SIZES.TILE], tl.float32)
+    b_dM = tl.zeros([tl.constexpr(SIZES.TILE), tl.constexpr(SIZES.TILE)], tl.float32)
 
     first_head = i_g * SIZES.HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + SIZES.HEADS_OF_GROUP, num_stages=STAGES):

@@ -64,7 +64,7 @@ def _dC(
 
     # [TILE, BLOCK_N]
     b_C = load_group(C + t * STRIDES.C + i_g * SIZES.N, STRIDES.C, o_t, m_i, SIZES)
-    b_dC = tl.zeros([SIZES.TILE, SIZES.BLOCK_N], tl.float32)
+    b_dC = tl.zeros([tl.constexpr(SIZES.TILE), tl.constexpr(SIZES.BLOCK_N)], tl.float32)
 
     first_head = i_g * SIZES.HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + SIZES.HEADS_OF_GROUP, num_stages=STAGES):
@@ -75,18 +75,18 @@ def _dC(
         b_dye = b_dy.to(tl.float32) * b_e[:, None]
         b_from = tl.dot(b_C, tl.trans(b_S), input_precision=SIZES.PRECISION)
         tl.store(ddA_from_states + h * T + t + o_t, tl.sum(b_from * b_dye, 1), mask=m_i)
-        b_dC = add_product(b_dC, b_dye.to(dtype), b_S, SIZES.PRECISION)
+        b_dC = add_product(b_dC, b_dye.to(dtype), b_S, tl.constexpr(SIZES.PRECISION))
 
     # [TILE, TILE], [TILE, BLOCK_N]: the tile itself, and the one before it
     o_tile = o_t[:, None] * SIZES.TILE + o_t[None, :]
     b_dM = tl.load(dM + ((i_c * 3 + i_m) * n_g + i_g) * (SIZES.TILE * SIZES.TILE) + o_tile)
     b_B = load_group(B + t * STRIDES.B + i_g * SIZES.N, STRIDES.B, o_t, m_i, SIZES)
-    b_dC = add_product(b_dC, b_dM, b_B, SIZES.PRECISION)
+    b_dC = add_product(b_dC, b_dM, b_B, tl.constexpr(SIZES.PRECISION))
     if i_m == 1:
         m_j = o_t < length
         b_dM = tl.load(dM + ((i_c * 3 + 2) * n_g + i_g) * (SIZES.TILE * SIZES.TILE) + o_tile)
         b_B = load_group(B + start * STRIDES.B + i_g * SIZES.N, STRIDES.B, o_t, m_j, SIZES)
-        b_dC = add_product(b_dC, b_dM, b_B, SIZES.PRECISION)
+        b_dC = add_product(b_dC, b_dM, b_B, tl.constexpr(SIZES.PRECISION))
     store_group(dC + t * STRIDES.dC + i_g * SIZES.N, STRIDES.dC, o_t, m_i, b_dC, SIZES)
 
 
@@ -131,7 +131,7 @@ def _dB(
     o_rows = o_half[:, None] * SIZES.N + o_n[None, :]
     m_rows = (o_half < SIZES.P)[:, None] & (o_n < SIZES.N)[None, :]
 
-    b_dB = tl.zeros([SIZES.TILE, SIZES.BLOCK_N], tl.float32)
+    b_dB = tl.zeros([tl.constexpr(SIZES.TILE), tl.constexpr(SIZES.BLOCK_N)], tl.float32)
     first_head = i_g * SIZES.HEADS_OF_GROUP
     for h in tl.range(first_head, first_head + SIZES.HEADS_OF_GROUP, num_stages=STAGES):
         row = h * T + start
@@ -143,7 +143,7 @@ def _dB(
         a_last = load_cumsum(dA_cumsum, row, length - 1)
         b_w = decay(a_last - tl.load(p_dA)) * tl.load(p_dA + 1).to(tl.float32)
         b_xw = (b_x.to(tl.float32) * b_w[:, None]).to(dtype)
-        b_dB = add_product(b_dB, b_xw, b_dS, SIZES.PRECISION)
+        b_dB = add_product(b_dB, b_xw, b_dS, tl.constexpr(SIZES.PRECISION))
         b_S = tl.load(prev_states + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
         b_dS = tl.load(dstates + o_S + o_rows, mask=m_rows, other=0.0).to(tl.float32)
         b_through = tl.sum(b_S * b_dS, 1) * decay(a_last)
@@ -153,13 +153,13 @@ def _dB(
     o_tile = o_t[:, None] * SIZES.TILE + o_t[None, :]
     b_dM = tl.load(dM + ((i_c * 3 + i_m) * n_g + i_g) * (SIZES.TILE * SIZES.TILE) + o_tile)
     b_C = load_group(C + t * STRIDES.C + i_g * SIZES.N, STRIDES.C, o_t, m_j, SIZES)
-    b_dB = add_product(b_dB, tl.trans(b_dM), b_C, SIZES.PRECISION)
+    b_dB = add_product(b_dB, tl.trans(b_dM), b_C, tl.constexpr(SIZES.PRECISION))
     if i_m == 0:
         m_i = SIZES.TILE + o_t < length
         b_dM = tl.load(dM + ((i_c * 3 + 2) * n_g + i_g) * (SIZES.TILE * SIZES.TILE) + o_tile)
         p_C = C + (t + SIZES.TILE) * STRIDES.C + i_g * SIZES.N
         b_C = load_group(p_C, STRIDES.C, o_t, m_i, SIZES)
-        b_dB = add_product(b_dB, tl.trans(b_dM), b_C, SIZES.PRECISION)
+        b_dB = add_product(b_dB, tl.trans(b_dM), b_C, tl.constexpr(SIZES.PRECISION))
     store_group(dB + t * STRIDES.dB + i_g * SIZES.N, STRIDES.dB, o_t, m_j, b_dB, SIZES)
 
 

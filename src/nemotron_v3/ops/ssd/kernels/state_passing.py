@@ -90,7 +90,7 @@ def pass_states(
     states = tensors.states + ((i_c * H + i_h) * (SIZES.P * SIZES.N) + i_n)
 
     # [BLOCK_P, SLICE]
-    b_S = tl.zeros([SIZES.BLOCK_P, PASSING.slice], tl.float32)
+    b_S = tl.zeros([tl.constexpr(SIZES.BLOCK_P), tl.constexpr(PASSING.slice)], tl.float32)
     if tensors.initial is not None:
         b_S = tl.load(tensors.initial + o_edge + o_state, mask=m_state, other=0.0).to(tl.float32)
     here = (u, v, dA_cumsum, states, i_n, H)
@@ -154,7 +154,7 @@ def _pass_chunk(
         tl.store(p_state, b_stored, mask=(o_p < SIZES.P)[:, None] & m_n[None, :])
         b_u = tl.load(p_u, mask=m_t & (o_p < SIZES.P)[None, :], other=0.0)
         b_v = tl.load(p_v, mask=m_t & m_n[None, :], other=0.0)
-        b_dA = tl.load(p_dA, mask=tl.broadcast_to(m_t, [SIZES.Q, 2]), other=0.0)
+        b_dA = tl.load(p_dA, mask=tl.broadcast_to(m_t, [tl.constexpr(SIZES.Q), 2]), other=0.0)
     b_a, b_dt = tl.split(b_dA)
     a_last = tl.load(dA_cumsum + (t + length - 1) * 2)
     # Behind a short chunk the difference would be above 0.

@@ -1,0 +1,135 @@
+"""Steps that are captured once and kept with their model.
+
+A graph holds addresses: of the weights, so one that was moved or replaced makes it worthless, and
+of its batch's buffers, so two generations at a time have a graph each. Values that change in place
+are read anew by every replay.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.generation.graphs.plan import Plan
+from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+
+SMALLEST_CAPACITY = 1024
+# Graphs that a model keeps besides those in use.
+KEPT = 4
+
+_log = logging.getLogger("nemotron_v3")
+
+
+@dataclass(eq=False)
+class Graph:
+    """One step for a batch of slots.
+
+    Attributes:
+        weights: where the model's tensors were when it was captured.
+        seconds: what the capture took, compilation of kernels included.
+    """
+
+    plan: Plan
+    weights: tuple[int, ...]
+    busy: bool = True
+    seconds: float = 0.0
+    cuda: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
+
+    @property
+    def slots(self) -> Slots:
+        return self.plan.slots
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.slots.rows, self.slots.capacity, self.weights
+
+    def capture(self) -> None:
+        """Record the step; no slot is active, so that it changes nothing."""
+        began = time.perf_counter()
+        if self.plan.logits.is_cuda:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what is compiled or set up at a first call is so now
+                    self.plan()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.cuda = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.cuda):
+                self.plan()
+        self.seconds = time.perf_counter() - began
+        _log.info(
+            "generation: a step of %d rows of at most %d tokens is a CUDA graph (%.2f s, %.0f MiB)",
+            self.slots.rows,
+            self.slots.capacity,
+            self.seconds,
+            self.slots.nbytes / 2**20,
+        )
+
+    def replay(self) -> Tensor:
+        if self.cuda is None:
+            self.plan()
+        else:
+            self.cuda.replay()
+        return self.plan.logits
+
+
+class Graphs:
+    """The graphs of one model."""
+
+    def __init__(self) -> None:
+        self._graphs: list[Graph] = []
+        self._lock = threading.Lock()
+
+    def take(self, model: NemotronV3ForCausalLM, cache: NemotronHybridCache, length: int) -> Graph:
+        """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
+        weights = addresses(model)
+        key = (row_slots(cache.batch_size), capacity_of(length), weights)
+        with self._lock:
+            self._graphs = [g for g in self._graphs if g.weights == weights]
+            for graph in self._graphs:
+                if graph.key == key and not graph.busy:
+                    graph.busy = True
+                    self._graphs.remove(graph)
+                    self._graphs.append(graph)  # the last one used stands last
+                    return graph
+            idle = [graph for graph in self._graphs if not graph.busy]
+            for graph in idle[: max(0, len(idle) - KEPT + 1)]:
+                self._graphs.remove(graph)
+        graph = Graph(Plan(model, Slots(cache, *key[:2])), weights)
+        graph.capture()
+        with self._lock:
+            self._graphs.append(graph)
+        return graph
+
+    def clear(self) -> None:
+        with self._lock:
+            self._graphs = [graph for graph in self._graphs if graph.busy]
+
+
+_of_models: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
+
+
+def graphs_of(model: nn.Module) -> Graphs:
+    """The graphs that a model has; they go with it."""
+    return _of_models.setdefault(model, Graphs())
+
+
+def addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where a model's tensors are."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def row_slots(rows: int) -> int:
+    """Slots for so many rows: a power of two, and from 64 on a multiple of 32."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 32) * 32
+
+
+def capacity_of(length: int) -> int:
+    """Places for rows of so many tokens: a power of two."""
+    return max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())

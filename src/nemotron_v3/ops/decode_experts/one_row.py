@@ -1,0 +1,105 @@
+"""The experts' products of one row (README.md): its choices need no order, and no sum waits.
+
+Letters: K choices, E experts, F expert width, X width the experts see, D hidden size.
+"""
+
+import triton
+import triton.language as tl
+
+from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.skinny_linear.tiles import weight_times_vector
+
+
+@triton.jit
+def up_kernel(
+    x,
+    shared_x,
+    up,
+    shared_up,
+    weights,
+    experts,
+    h,
+    shared_h,
+    X,
+    D,
+    F_SHARED,
+    shared_blocks,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`h = weight relu(up x)^2` of every choice, and `relu(up x)^2` of the shared expert."""
+    start_early(PDL)
+    block = tl.program_id(0)
+    if block < shared_blocks:
+        o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < F_SHARED
+        p_w = shared_up + o_m.to(tl.int64) * D
+        b_u = weight_times_vector(
+            p_w, shared_x, shared_x, m_m, D, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
+        )
+        b_u = tl.maximum(b_u.to(shared_h.dtype.element_ty).to(tl.float32), 0.0)
+        tl.store(shared_h + o_m, (b_u * b_u).to(shared_h.dtype.element_ty), mask=m_m)
+    else:
+        blocks: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
+        choice = (block - shared_blocks) // blocks
+        expert, weight = tl.load(experts + choice), tl.load(weights + choice)
+        o_m = ((block - shared_blocks) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < F
+        p_w = up + tl.maximum(expert, 0).to(tl.int64) * F * X + o_m.to(tl.int64) * X
+        b_u = weight_times_vector(p_w, x, x, m_m, X, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES)
+        b_u = tl.maximum(b_u, 0.0)
+        b_h = (b_u * b_u * weight).to(h.dtype.element_ty)
+        tl.store(h + choice * F + o_m, b_h, mask=m_m)
+
+
+@triton.jit
+def down_kernel(
+    h,
+    shared_h,
+    down,
+    shared_down,
+    experts,
+    residual,
+    out,
+    X,
+    F_SHARED,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    ROUTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A block of the result: the choices one after the other, the shared expert, the stream."""
+    start_early(PDL)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    m_m = o_m < X
+    b_y = tl.zeros([BLOCK_M], tl.float32)
+    if ROUTED:
+        blocks: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+        b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for j in tl.range(0, K * blocks, num_stages=STAGES):
+            choice = j // blocks
+            o_f = (j % blocks) * BLOCK_N + o_n
+            m_f = o_f < F
+            expert = tl.maximum(tl.load(experts + choice), 0).to(tl.int64)
+            p_w = down + expert * X * F + o_m[:, None].to(tl.int64) * F + o_f[None, :]
+            b_w = tl.load(p_w, mask=m_m[:, None] & m_f[None, :], other=0.0)
+            b_h = tl.load(h + choice * F + o_f, mask=m_f, other=0.0).to(tl.float32)
+            b_sum += b_w.to(tl.float32) * b_h[None, :]
+        b_y += tl.sum(b_sum, 1)
+    if SHARED:
+        p_w = shared_down + o_m.to(tl.int64) * F_SHARED
+        b_y += weight_times_vector(
+            p_w, shared_h, shared_h, m_m, F_SHARED, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
+        )
+    if RESIDUAL:
+        b_y += tl.load(residual + o_m, mask=m_m, other=0.0).to(tl.float32)
+    tl.store(out + o_m, b_y.to(out.dtype.element_ty), mask=m_m)

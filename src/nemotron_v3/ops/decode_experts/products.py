@@ -1,0 +1,179 @@
+"""The experts' products in a decode step (README.md).
+
+Letters: R rows, K choices a row, E experts, F expert width, X width the experts see, D hidden size.
+"""
+
+import triton
+import triton.language as tl
+
+from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.skinny_linear.tiles import weight_times_rows
+
+
+@triton.jit
+def up_kernel(
+    x,
+    shared_x,
+    up,
+    shared_up,
+    weights,
+    slots,
+    choices,
+    h,
+    shared_h,
+    R,
+    X,
+    D,
+    F_SHARED,
+    shared_blocks,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SHARED_R: tl.constexpr,
+    EVEN_X: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`h = weight relu(up x)^2` of every choice, and `relu(up x)^2` of the shared expert.
+
+    An expert's weights are read once for BLOCK_R of its rows.
+    """
+    start_early(PDL)
+    block = tl.program_id(0)
+    if block < shared_blocks:
+        o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < F_SHARED
+        p_w = shared_up + o_m.to(tl.int64) * D
+        for r in range(0, R, SHARED_R):
+            o_r = r + tl.arange(0, SHARED_R)
+            m_r = o_r < R
+            b_u = weight_times_rows(
+                p_w, shared_x + o_r.to(tl.int64) * D, m_m, m_r, D, BLOCK_M, BLOCK_N, SHARED_R,
+                EVEN_D, STAGES,
+            )  # fmt: skip
+            b_u = tl.maximum(b_u.to(x.dtype.element_ty).to(tl.float32), 0.0)
+            p_h = shared_h + o_r[None, :].to(tl.int64) * F_SHARED + o_m[:, None]
+            b_h = (b_u * b_u).to(shared_h.dtype.element_ty)
+            tl.store(p_h, b_h, mask=m_m[:, None] & m_r[None, :])
+    else:
+        blocks: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
+        slot = (block - shared_blocks) // blocks
+        expert = tl.load(slots + slot)
+        if expert >= 0:
+            start, count = tl.load(slots + SLOTS + slot), tl.load(slots + 2 * SLOTS + slot)
+            o_m = ((block - shared_blocks) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            m_m = o_m < F
+            p_w = up + expert.to(tl.int64) * F * X + o_m.to(tl.int64) * X
+            for r in range(0, count, BLOCK_R):
+                o_c = r + tl.arange(0, BLOCK_R)
+                m_c = o_c < count
+                b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
+                b_u = weight_times_rows(
+                    p_w, x + (b_choice // K).to(tl.int64) * X, m_m, m_c, X, BLOCK_M, BLOCK_N,
+                    BLOCK_R, EVEN_X, STAGES,
+                )  # fmt: skip
+                b_u = tl.maximum(b_u, 0.0)
+                b_weight = tl.load(weights + b_choice, mask=m_c, other=0.0)
+                b_h = (b_u * b_u * b_weight[None, :]).to(h.dtype.element_ty)
+                p_h = h + b_choice[None, :].to(tl.int64) * F + o_m[:, None]
+                tl.store(p_h, b_h, mask=m_m[:, None] & m_c[None, :])
+
+
+@triton.jit
+def down_kernel(
+    h,
+    shared_h,
+    down,
+    shared_down,
+    slots,
+    choices,
+    y,
+    shared_y,
+    R,
+    X,
+    D,
+    F_SHARED,
+    shared_blocks,
+    F: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SHARED_R: tl.constexpr,
+    EVEN_F: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`down h` of every choice, and of the shared expert."""
+    start_early(PDL)
+    block = tl.program_id(0)
+    if block < shared_blocks:
+        o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < D
+        p_w = shared_down + o_m.to(tl.int64) * F_SHARED
+        for r in range(0, R, SHARED_R):
+            o_r = r + tl.arange(0, SHARED_R)
+            m_r = o_r < R
+            b_y = weight_times_rows(
+                p_w, shared_h + o_r.to(tl.int64) * F_SHARED, m_m, m_r, F_SHARED, BLOCK_M, BLOCK_N,
+                SHARED_R, EVEN_S, STAGES,
+            )  # fmt: skip
+            p_y = shared_y + o_r[None, :].to(tl.int64) * D + o_m[:, None]
+            tl.store(p_y, b_y.to(shared_y.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+    else:
+        blocks = tl.cdiv(X, BLOCK_M)
+        slot = (block - shared_blocks) // blocks
+        expert = tl.load(slots + slot)
+        if expert >= 0:
+            start, count = tl.load(slots + SLOTS + slot), tl.load(slots + 2 * SLOTS + slot)
+            o_m = ((block - shared_blocks) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            m_m = o_m < X
+            p_w = down + expert.to(tl.int64) * X * F + o_m.to(tl.int64) * F
+            for r in range(0, count, BLOCK_R):
+                o_c = r + tl.arange(0, BLOCK_R)
+                m_c = o_c < count
+                b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
+                b_y = weight_times_rows(
+                    p_w, h + b_choice.to(tl.int64) * F, m_m, m_c, F, BLOCK_M, BLOCK_N, BLOCK_R,
+                    EVEN_F, STAGES,
+                )  # fmt: skip
+                p_y = y + b_choice[None, :].to(tl.int64) * X + o_m[:, None]
+                tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    y,
+    shared_y,
+    residual,
+    active,
+    out,
+    X,
+    K: tl.constexpr,
+    ROUTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`out = sum over the choices, in their order, + shared + residual`; inactive rows stay."""
+    start_early(PDL)
+    r = tl.program_id(0)
+    o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < X
+    if tl.load(active + r) != 0:
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        if ROUTED:
+            for k in tl.static_range(K):
+                b_sum += tl.load(y + (r * K + k).to(tl.int64) * X + o_x, mask=m_x).to(tl.float32)
+        if SHARED:
+            b_sum += tl.load(shared_y + r.to(tl.int64) * X + o_x, mask=m_x).to(tl.float32)
+        p_out = r.to(tl.int64) * X + o_x
+        if RESIDUAL:
+            b_sum += tl.load(residual + p_out, mask=m_x).to(tl.float32)
+        tl.store(out + p_out, b_sum.to(out.dtype.element_ty), mask=m_x)

@@ -1,0 +1,29 @@
+"""Projections of a few rows in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.skinny_linear.norm import Norm
+
+
+def skinny_linear(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    *,
+    norm: Norm | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    kind = weights[0].dtype
+    if norm is not None:
+        grouped = x.to(wide(kind)).unflatten(1, (-1, norm.group or x.shape[1]))
+        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + norm.eps)
+        x = (grouped * scale).flatten(1) * norm.weight.to(scale.dtype)
+    parts = [
+        torch.nn.functional.linear(x.to(kind), weight, bias)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return out.copy_(y if residual is None else residual + y.to(residual.dtype))

@@ -1,0 +1,29 @@
+"""Projections of a few rows, written as the equation."""
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.ops.skinny_linear.norm import Norm
+
+
+def skinny_linear(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`W (norm x) + b + residual`, `[R, sum of m]`, computed and returned in `dtype`."""
+    x = x.to(dtype)
+    if norm is not None:
+        grouped = x.unflatten(1, (-1, norm.group or x.shape[1]))
+        mean_square = grouped.square().mean(-1, keepdim=True)
+        x = (grouped / (mean_square + norm.eps).sqrt()).flatten(1) * norm.weight.to(dtype)
+    parts = []
+    for weight, bias in zip(weights, biases, strict=True):
+        part = x @ weight.to(dtype).t()
+        parts.append(part if bias is None else part + bias.to(dtype))
+    y = torch.cat(parts, 1)
+    return y if residual is None else y + residual.to(dtype)
