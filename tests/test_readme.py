@@ -47,7 +47,7 @@ def with_its_mark(page: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", map(with_its_mark, PAGES))
+@pytest.mark.parametrize("page", [with_its_mark(page) for page in PAGES])
 def test_every_python_block_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}

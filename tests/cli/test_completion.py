@@ -123,10 +123,10 @@ def check(offered):
 def test_the_options_are_those_that_the_command_takes(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     shown = capsys.readouterr().out
-    listed = re.findall(r"^[│ ] +(?:-h, )?(--\w[\w-]+)", shown, re.MULTILINE)
+    listed = re.findall(r"^[│ ] +(?:-h, )?(--\w[\w.-]+)", shown, re.MULTILINE)
     options = read_verb(verb).options
     assert sorted(listed) == sorted(option.flag for option in options if option.flag)
-    positional = re.findall(r"^[│ ] +(?:STR|PATH|\{bash,zsh,fish\})", shown, re.MULTILINE)
+    positional = re.findall(r"^[│ ] +(?:STR|PATH|\[PATH\]|\{bash,zsh,fish\})", shown, re.MULTILINE)
     assert len(positional) == sum(option.flag is None for option in options)
     for option in options:
         takes = re.search(rf"^[│ ] +(?:-h, )?{option.flag} +(\S+)", shown, re.MULTILINE)

@@ -8,6 +8,10 @@ from pathlib import Path
 from nemotron_v3.train.loop import Step
 
 SMOOTHING = 0.95
+# Okabe and Ito's palette, which readers who are blind to some colours can tell apart; each line has
+# a pattern of its own as well, for those who see none.
+TRAINING = "#0072B2"
+HELD_OUT = (("#D55E00", "-"), ("#000000", "--"), ("#009E73", ":"), ("#CC79A7", "-."))
 
 
 def plot_loss(
@@ -28,12 +32,12 @@ def plot_loss(
     axes = figure.add_subplot()
     tokens = [count / 1e6 for count in accumulate(step.tokens for step in steps)]
     losses = [step.loss / math.log(2) / bytes_per_token for step in steps]
-    axes.plot(tokens, losses, color="#76b900", alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, _smooth(losses), color="#76b900", linewidth=1.8, label="training")
-    styles = ("-", "--", ":")
-    for (name, bits), style in zip(bits_per_byte.items(), styles, strict=False):
+    axes.plot(tokens, losses, color=TRAINING, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, _smooth(losses), color=TRAINING, linewidth=2.2, label="training")
+    for number, (name, bits) in enumerate(bits_per_byte.items()):
+        color, pattern = HELD_OUT[number % len(HELD_OUT)]
         label = f"held out, {name}: {bits:.3f}"
-        axes.axhline(bits, color="#444444", linestyle=style, linewidth=1, label=label)
+        axes.axhline(bits, color=color, linestyle=pattern, linewidth=1.5, label=label)
     axes.set(
         xlabel="tokens (millions)",
         ylabel="bits per byte",
