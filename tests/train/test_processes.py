@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nemotron_v3.train.config_file import config_text
-from nemotron_v3.train.options import SaveOptions, ScheduleOptions, TrainOptions
+from nemotron_v3.train.options import LoraOptions, SaveOptions, ScheduleOptions, TrainOptions
 from tests.train.fakes import made_up_options
 from tests.train.test_run import SILENT, losses, same_weights, train
 
@@ -45,7 +47,11 @@ def after(step):
     if dies == f"{os.environ['RANK']} {step.step}":
         os.kill(os.getpid(), signal.SIGKILL)
 
-train(options, resume=resume, make_data=Seen, after_step=after)
+adapters = None
+if options.lora.rank:
+    from nemotron_v3.hf import lora as adapters
+
+train(options, resume=resume, make_data=Seen, after_step=after, adapters=adapters)
 sys.stdout.flush(); sys.stderr.flush()
 os._exit(0)  # gloo's threads, still running, now and then abort a process on its usual way out
 """
@@ -120,6 +126,26 @@ def test_processes_train_what_one_does(asked, parallel, size):
     assert first.keys() == second.keys()
     assert second[1] == pytest.approx(first[1], rel=1e-6)
     assert all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_train_the_adapter_that_one_does(asked, parallel):
+    pytest.importorskip("peft")
+    from nemotron_v3.hf import lora
+
+    adapted = LoraOptions(rank=2, groups=("attention", "mamba", "routed"))
+    alone, many = (
+        asked(n, parallel=parallel, lora=adapted, schedule=ScheduleOptions(steps=3))
+        for n in ("alone", "many")
+    )
+    train(alone, adapters=lora, **SILENT)
+    run(many, 2)
+    first, second = losses(alone.out), losses(many.out)
+    assert all(second[n] == pytest.approx(first[n], rel=1e-5) for n in first)
+    written = [load_file(o.out / "adapter_model.safetensors") for o in (alone, many)]
+    assert written[0].keys() == written[1].keys() and len(written[0]) == 16
+    for name, tensor in written[0].items():
+        assert torch.allclose(written[1][name], tensor, atol=1e-4), name
 
 
 @pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3)])

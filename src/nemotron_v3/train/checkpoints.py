@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -121,7 +122,7 @@ class Checkpoints:
         """Run what writes; a failure removes what was written and names the disk's reason."""
         try:
             write()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # which is none of the former
             saving = self._path(step, _SAVING)
             shutil.rmtree(saving, ignore_errors=True)
             reason = _disk_error(error)
@@ -245,7 +246,8 @@ def _disk_error(error: BaseException) -> OSError | None:
         inner = [pair[0] if isinstance(pair, tuple) else pair for pair in held.values()]
         inner += [each.__cause__, each.__context__]
         seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
-    if "PytorchStreamWriter" in str(error):  # torch's writer of files keeps no number
+    told = str(error)
+    if "inline_container" in told or "PytorchStreamWriter" in told:  # torch's writer of files
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.packed import PackedData
@@ -261,7 +262,7 @@ class _Run:
                 self._stop_at_nan(error)
             except BaseException:
                 # A save that was under way counts; other processes that it needs may be dead.
-                with suppress(Exception):
+                with suppress(Exception, CheckpointException):
                     self.checkpoints.finish(seconds=60)
                 raise
             if not trainer.signalled:

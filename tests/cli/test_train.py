@@ -1,0 +1,67 @@
+"""`nemotron-v3 train`: recipes, what goes over them, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemotron_v3.cli.main import main, parse
+from nemotron_v3.train.config_file import read_config
+from nemotron_v3.train.options import TrainOptions
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read_and_asks_for_nothing_that_cannot_be(path):
+    options = read_config(path, TrainOptions)
+    if options.model.path is None and options.model.preset is None:
+        with pytest.raises(ValueError, match="there is no model"):
+            options.check()
+    else:
+        options.check()
+
+
+def test_the_command_line_goes_over_the_recipe():
+    recipe = str(next(path for path in RECIPES if path.stem == "continue"))
+    verb = parse(["train", recipe, "--files", "a.txt", "b", "--data.rows", "3", "--resume"])
+    assert [source.path for source in verb.options.data.sources] == ["a.txt", "b"]
+    assert verb.options.data.rows == 3 and verb.options.data.tokens_per_row == 1024
+    assert verb.resume and not verb.dry_run and verb.recipe == Path(recipe)
+    assert parse(["train", recipe]).options == read_config(Path(recipe), TrainOptions)
+
+
+def test_the_folder_of_a_run_is_a_recipe(tmp_path):
+    (tmp_path / "train.toml").write_text(RECIPES[0].read_text())
+    verb = parse(["train", str(tmp_path)])
+    assert verb.options.out == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "nothing to train on"),
+        (["--files", "none.txt"], "there is no model"),
+        (["none.toml"], "none.toml"),
+        (["--files", "x.txt", "--threads", "0"], "--threads is 0"),
+        (["--files", "x.txt", "--data.rows", "0"], "rows is 0"),
+        (["--files", "x.txt", "--optimizer.lerning-rate", "1"], "learning-rate"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nemotron_v3.cli.train.settle_threads", lambda threads: None)
+    assert main(["train", *args]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_are_read_without_torch():
+    import subprocess
+
+    script = (
+        "import sys; from nemotron_v3.cli.main import parse; "
+        f"parse(['train', {str(RECIPES[0])!r}]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
