@@ -54,7 +54,7 @@ def compiled(
 
 def step(heads: int) -> dict[str, int]:
     cut = mamba2.blocks(heads, 64, 128)
-    sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True}
+    sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True, "PDL": False}
     constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128, "BLOCK_W": 4}
     fp32 = {"ssm", "dt_bias", "A_log", "D", "out"}
     return compiled(mamba2.step_kernel, constants, cut.warps, fp32)
@@ -62,7 +62,7 @@ def step(heads: int) -> dict[str, int]:
 
 def parts() -> dict[str, int]:
     cut = attention.tile(torch.bfloat16, 128)
-    constants = HEADS | {"stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
+    constants = HEADS | {"PDL": False, "stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
     constants |= {"PRECISION": "tf32", "WHOLE": False}
     return compiled(attention.parts_kernel, constants, cut.warps, {"partial", "log_sums"})
 

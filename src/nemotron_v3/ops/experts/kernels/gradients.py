@@ -60,7 +60,7 @@ def _weights_tile(
     o_m = first_m + tl.arange(0, TILES.m)
     o_n = first_n + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
-    b_acc = tl.zeros([TILES.m, BLOCK_N], tl.float32)
+    b_acc = tl.zeros([tl.constexpr(TILES.m), BLOCK_N], tl.float32)
     # A step ahead of the rows it points to: what a pipelined load needs must be there already.
     b_next = tl.load(source + start + o_k, mask=start + o_k < end, other=-1)
     if end - start < TILES.k:
@@ -74,7 +74,7 @@ def _weights_tile(
         p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
         b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc = add_product(b_acc, tl.trans(b_a), b_b, TILES.precision)
+        b_acc = add_product(b_acc, tl.trans(b_a), b_b, tl.constexpr(TILES.precision))
     else:
         last = end - TILES.k
         for k in tl.range(start, end, TILES.k, num_stages=TILES.stages):
@@ -100,7 +100,7 @@ def _weights_tile(
                 b_b = dense_desc.load([first, first_n])
             else:
                 b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_acc = add_product(b_acc, tl.trans(b_a), b_b, TILES.precision)
+            b_acc = add_product(b_acc, tl.trans(b_a), b_b, tl.constexpr(TILES.precision))
     p_out = out + o_m[:, None].to(tl.int64) * N + o_n[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 

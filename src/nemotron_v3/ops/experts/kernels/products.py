@@ -82,7 +82,7 @@ def _multiply(
             if not MODE.EVEN_K:
                 m_b = m_b & (k + o_k < K)[:, None]
             b_b = tl.load(p, mask=m_b, other=0.0)
-        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), TILES.precision)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), tl.constexpr(TILES.precision))
     return b_acc
 
 
@@ -117,7 +117,7 @@ def _add_low_rank(
         else:
             p_b = low_b + o_n[None, :].to(tl.int64) * stride_low + (k + o_k)[:, None]
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), TILES.precision)
+        b_acc = add_product(b_acc, b_a.to(DTYPE), b_b.to(DTYPE), tl.constexpr(TILES.precision))
     return b_acc
 
 

@@ -97,7 +97,7 @@ def _keep_groups(b_key, b_c, o_e, SIZES: tl.constexpr):
     KEPT: tl.constexpr = SIZES.KEPT
     SIZE: tl.constexpr = SIZES.E // GROUPS
     o_g = tl.arange(0, SIZES.BLOCK_G)
-    b_group = tl.full([SIZES.BLOCK_T, SIZES.BLOCK_G], OUT, tl.int32)
+    b_group = tl.full([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_G)], OUT, tl.int32)
     for g in tl.static_range(GROUPS):
         b_own = tl.where((o_e // SIZE == g)[None, :], b_key, OUT)
         b_best = _first_largest(b_own, o_e, SIZES.BLOCK_E)
@@ -107,7 +107,7 @@ def _keep_groups(b_key, b_c, o_e, SIZES: tl.constexpr):
             b_best = _first_largest(b_own, o_e, SIZES.BLOCK_E)
             b_value += tl.sum(tl.where(o_e[None, :] == b_best[:, None], b_c, 0.0), 1)
         b_group = tl.where((o_g == g)[None, :], _key(b_value)[:, None], b_group)
-    b_kept = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_E], tl.int32)
+    b_kept = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_E)], tl.int32)
     for _ in tl.static_range(KEPT):
         b_best = _first_largest(b_group, o_g, SIZES.BLOCK_G)
         b_group = tl.where(o_g[None, :] == b_best[:, None], OUT, b_group)
@@ -131,8 +131,8 @@ def choose_kernel(logits, bias, weights, indices, scores, T, factor, SIZES: tl.c
     b_key = tl.where(m_e[None, :], _key(b_c), OUT)
     if SIZES.GROUPS > 1:
         b_key = _keep_groups(b_key, b_c, o_e, SIZES)
-    b_chosen = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_K], tl.float32)
-    b_index = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_K], tl.int32)
+    b_chosen = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_K)], tl.float32)
+    b_index = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_K)], tl.int32)
     for k in tl.static_range(K):
         b_best = _first_largest(b_key, o_e, SIZES.BLOCK_E)
         m_best = o_e[None, :] == b_best[:, None]
@@ -162,15 +162,15 @@ def choose_backward_kernel(
     m_t = o_t < T
     o_tk = o_t[:, None] * K + o_k[None, :]
     m_tk = m_t[:, None] & (o_k < K)[None, :]
-    b_sum = tl.full([SIZES.BLOCK_T], 1.0, tl.float32)
-    b_dot = tl.zeros([SIZES.BLOCK_T], tl.float32)
+    b_sum = tl.full([tl.constexpr(SIZES.BLOCK_T)], 1.0, tl.float32)
+    b_dot = tl.zeros([tl.constexpr(SIZES.BLOCK_T)], tl.float32)
     if SIZES.NORMALISE:
         # [BLOCK_T, BLOCK_K]
         b_dw = tl.load(dweights + o_tk, mask=m_tk, other=0.0)
         b_s = tl.load(scores + o_tk, mask=m_tk, other=0.0)
         b_sum = tl.sum(b_s, 1) + 1e-20
         b_dot = tl.sum(b_dw * (b_s / b_sum[:, None]), 1)
-    b_dlogit = tl.zeros([SIZES.BLOCK_T, SIZES.BLOCK_E], tl.float32)
+    b_dlogit = tl.zeros([tl.constexpr(SIZES.BLOCK_T), tl.constexpr(SIZES.BLOCK_E)], tl.float32)
     for k in tl.static_range(K):
         # [BLOCK_T]
         b_dwk = tl.load(dweights + o_t * K + k, mask=m_t, other=0.0)
