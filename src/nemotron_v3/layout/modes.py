@@ -29,7 +29,6 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-ordinary = outside_inference_mode  # its former name, until the rooms above call the new one
 
 
 def kept(tensor: Tensor) -> Tensor:
