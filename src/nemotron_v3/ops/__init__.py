@@ -29,6 +29,7 @@ from nemotron_v3.ops.relu2.op import relu2
 from nemotron_v3.ops.rms_norm.op import rms_norm
 from nemotron_v3.ops.router.op import router
 from nemotron_v3.ops.sampling.op import sample
+from nemotron_v3.ops.skinny_linear.op import skinny_linear
 from nemotron_v3.ops.ssd.op import ssd
 from nemotron_v3.ops.ssm_step.op import ssm_step
 
@@ -53,6 +54,7 @@ __all__ = [
     "router",
     "sample",
     "shift_labels",
+    "skinny_linear",
     "ssd",
     "ssm_step",
     "unmerge_low_rank_",

@@ -114,7 +114,7 @@ TRITON_FORMS = (
     *("attention", "cached_attention"),
     *("rms_norm", "gated_rms_norm", "relu2", "causal_conv1d", "router", "experts"),
     *("grouped_low_rank", "linear_cross_entropy", "ssd", "mamba2"),
-    *("decode_attention", "decode_mamba2", "sampling"),
+    *("decode_attention", "decode_experts", "decode_mamba2", "sampling", "skinny_linear"),
 )
 
 

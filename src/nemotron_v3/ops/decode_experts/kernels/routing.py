@@ -6,8 +6,8 @@ Letters: R rows, D hidden size, E experts, K choices a row.
 import triton
 import triton.language as tl
 
-from nemotron_v3.ops.router.kernels.choose import OUT, _first_largest, _keep_groups, _key
 from nemotron_v3.ops._early import start_early
+from nemotron_v3.ops.router.kernels.choose import OUT, _first_largest, _keep_groups, _key
 
 
 @triton.jit
@@ -64,9 +64,23 @@ def route_kernel(
         tl.store(counters + r, 0)
         tl.debug_barrier()
         _choose(
-            logits + r * E, bias, active, weights, experts, r, factor, E, K, GROUPS, KEPT, NORMALISE,
-            BY_BIASED, ALL_E, ALL_K, ALL_G,
-        )  # fmt: skip
+            logits + r * E,
+            bias,
+            active,
+            weights,
+            experts,
+            r,
+            factor,
+            E,
+            K,
+            GROUPS,
+            KEPT,
+            NORMALISE,
+            BY_BIASED,
+            ALL_E,
+            ALL_K,
+            ALL_G,
+        )
         if SORT:  # the choices of one row need no order
             tl.debug_barrier()
             if tl.atomic_add(counters + R, 1, sem="acq_rel") == R - 1:

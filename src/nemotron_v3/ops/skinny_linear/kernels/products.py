@@ -1,17 +1,13 @@
-"""Projections of a few rows in Triton (README.md).
+"""The kernels of `skinny_linear` (README.md).
 
-Letters: R rows, m outputs, n inputs, G groups of a norm.
+Letters: R rows, m outputs, n inputs.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from nemotron_v3.ops._triton import power_of_two
-from nemotron_v3.ops._early import early, start_early
-from nemotron_v3.ops.skinny_linear.norm import Norm
-from nemotron_v3.ops.skinny_linear.tiles import (
+from nemotron_v3.ops._early import start_early
+from nemotron_v3.ops.skinny_linear.kernels.tiles import (
     multiply,
     weight_times_rows,
     weight_times_vector,
@@ -59,11 +55,11 @@ def linear_kernel(
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     weight, bias, m, first = w_0, bias_0, m_0, 0
-    if PARTS > 1:
+    if PARTS > 1:  # noqa: SIM102 - a constant's and a tensor's
         if block >= blocks_0:
             block -= blocks_0
             weight, bias, m, first = w_1, bias_1, m_1, m_0
-            if PARTS > 2:
+            if PARTS > 2:  # noqa: SIM102
                 if block >= blocks_1:
                     block -= blocks_1
                     weight, bias, m, first = w_2, bias_2, m_2, m_0 + m_1
@@ -72,13 +68,11 @@ def linear_kernel(
     p_w = weight + o_m.to(tl.int64) * n
     p_x = x + o_r.to(tl.int64) * stride_x
     if BLOCK_R == 1:
-        b_y = weight_times_vector(
-            p_w, x, gain, m_m, n, eps, NORM, GROUP, BLOCK_M, BLOCK_N, STAGES
-        )[:, None]
+        b_y = weight_times_vector(p_w, x, gain, m_m, n, eps, NORM, GROUP, BLOCK_M, BLOCK_N, STAGES)[
+            :, None
+        ]
     elif NORM:
-        b_y = _normalised(
-            p_w, p_x, gain, m_m, m_r, n, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES
-        )
+        b_y = _normalised(p_w, p_x, gain, m_m, m_r, n, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
     else:
         b_y = weight_times_rows(p_w, p_x, m_m, m_r, n, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
     if BIAS:
@@ -143,93 +137,3 @@ def group_norm_kernel(
     b_gain = tl.load(gain + o_x, mask=m_n, other=0.0).to(tl.float32)
     b_y = b_x / tl.sqrt_rn(tl.sum(b_x * b_x) / SIZE + eps) * b_gain
     tl.store(out + r * stride_out + o_x, b_y.to(out.dtype.element_ty), mask=m_n)
-
-
-def skinny_linear(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    *,
-    norm: Norm | None,
-    residual: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    R, n = x.shape
-    sizes = [len(weight) for weight in weights]
-    w = [*weights, *weights[:1] * (3 - len(weights))]
-    b = [weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
-    b += b[:1] * (3 - len(weights))
-    m = [*sizes, 0, 0]
-    block_m, block_n, block_r, warps, stages = blocks_of(R, n, sum(sizes), weights[0].dtype)
-    group = 0 if norm is None or norm.group in (0, n) else norm.group
-    if group and block_r == 1 and power_of_two(group) == group <= 1024:
-        block_n = group
-    elif group:
-        x, norm, group = _by_group(x, norm, weights[0].dtype), None, 0
-    blocks = [triton.cdiv(size, block_m) for size in sizes]
-    linear_kernel[sum(blocks), triton.cdiv(R, block_r)](
-        x,
-        *w,
-        *b,
-        gain=None if norm is None else norm.weight,
-        residual=residual,
-        out=out,
-        R=R,
-        n=n,
-        m_0=m[0],
-        m_1=m[1],
-        m_2=m[2],
-        blocks_0=blocks[0],
-        blocks_1=blocks[1] if len(blocks) > 1 else 0,
-        eps=0.0 if norm is None else norm.eps,
-        stride_x=x.stride(0),
-        stride_out=out.stride(0),
-        NORM=norm is not None,
-        GROUP=group,
-        BIAS=biases[0] is not None,
-        RESIDUAL=residual is not None,
-        PARTS=len(weights),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        EVEN=n % block_n == 0,
-        STAGES=stages,
-        num_warps=warps,
-        **early(x.device),
-    )
-    return out
-
-
-def _by_group(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    R, n = x.shape
-    out = torch.empty(R, n, dtype=dtype, device=x.device)
-    group_norm_kernel[R, n // norm.group](
-        x,
-        norm.weight,
-        out,
-        norm.eps,
-        x.stride(0),
-        n,
-        SIZE=norm.group,
-        BLOCK=power_of_two(norm.group),
-        num_warps=4,
-        **early(x.device),
-    )
-    return out
-
-
-def blocks_of(R: int, n: int, m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_R, warps and stages; measured on an H200 (docs/log.md).
-
-    What counts is how many bytes of the weight are on their way at a time: 32 KB a multiprocessor
-    at least. Norms and rows are read once a program, so large weights have large blocks.
-    """
-    if dtype == torch.float32:
-        return (8, 256, 1, 4, 3) if R == 1 else (32, 32, min(max(power_of_two(R), 16), 32), 4, 2)
-    if R == 1:
-        return (16, 256, 1, 4, 4) if m >= 4096 else (8, 512, 1, 4, 4)
-    if R <= 16:
-        return (128, 128, 16, 8, 5) if m >= 8192 else (64, 256, 16, 4, 4)
-    if R <= 32:
-        return (128, 128, 32, 8, 4) if m >= 8192 else (64, 128, 32, 4, 5)
-    return (64, 64, 64, 4, 4) if R <= 64 else (64, 64, 128, 8, 3)
