@@ -128,9 +128,7 @@ def test_a_stream_that_is_left_leaves_what_was_told(graphed):
     model = model_of()
     prompts = [[1, 2, 3], [4, 5]]
     cache = NemotronHybridCache(model.config, 2, torch.float32)
-    stream = engine.stream(
-        model, prompts, past_key_values=cache, max_new_tokens=9, eos_token_id=[]
-    )
+    stream = engine.stream(model, prompts, past_key_values=cache, max_new_tokens=9, eos_token_id=[])
     told = [next(stream) for _ in range(4)]
     with pytest.raises(RuntimeError, match="still open"):
         cache.snapshot()

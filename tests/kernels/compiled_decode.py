@@ -54,7 +54,8 @@ def compiled(
 
 def step(heads: int) -> dict[str, int]:
     cut = mamba2.blocks(heads, 64, 128)
-    sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True, "PDL": False}
+    sizes = {"stride": 10304, "H": 64, "P": 64, "G": 8, "N": 128, "W": 4, "BIASED": True}
+    sizes |= {"PDL": False}
     constants = sizes | {"BLOCK_P": cut.p, "BLOCK_N": 128, "BLOCK_W": 4}
     fp32 = {"ssm", "dt_bias", "A_log", "D", "out"}
     return compiled(mamba2.step_kernel, constants, cut.warps, fp32)
@@ -62,14 +63,15 @@ def step(heads: int) -> dict[str, int]:
 
 def parts() -> dict[str, int]:
     cut = attention.tile(torch.bfloat16, 128)
-    constants = HEADS | {"PDL": False, "stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
+    constants = HEADS | {"stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
+    constants |= {"PDL": False}
     constants |= {"PRECISION": "tf32", "WHOLE": False}
     return compiled(attention.parts_kernel, constants, cut.warps, {"partial", "log_sums"})
 
 
 def combine() -> dict[str, int]:
     constants = HEADS | {"BLOCK": attention.COMBINED, "SPLIT": 1024}
-    constants |= {"STAGES": attention.COMBINE_STAGES}
+    constants |= {"STAGES": attention.COMBINE_STAGES, "PDL": False}
     fp32 = {"partial", "log_sums"}
     return compiled(attention.combine_kernel, constants, attention.COMBINE_WARPS, fp32)
 

@@ -11,6 +11,8 @@ from nemotron_v3.ops.causal_conv1d.op import causal_conv1d as causal_conv1d
 from nemotron_v3.ops.cross_entropy.op import cross_entropy as cross_entropy
 from nemotron_v3.ops.cross_entropy.op import shift_labels as shift_labels
 from nemotron_v3.ops.decode_attention.op import decode_attention as decode_attention
+from nemotron_v3.ops.decode_experts.op import decode_experts as decode_experts
+from nemotron_v3.ops.decode_experts.op import decode_route as decode_route
 from nemotron_v3.ops.decode_mamba2.op import decode_mamba2 as decode_mamba2
 from nemotron_v3.ops.experts.op import experts as experts
 from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm as gated_rms_norm
@@ -29,5 +31,6 @@ from nemotron_v3.ops.rms_norm.op import rms_norm as rms_norm
 from nemotron_v3.ops.router.op import choose_experts as choose_experts
 from nemotron_v3.ops.router.op import router as router
 from nemotron_v3.ops.sampling.op import sample as sample
+from nemotron_v3.ops.skinny_linear.op import skinny_linear as skinny_linear
 from nemotron_v3.ops.ssd.op import ssd as ssd
 from nemotron_v3.ops.ssm_step.op import ssm_step as ssm_step

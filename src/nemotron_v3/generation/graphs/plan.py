@@ -19,7 +19,7 @@ from nemotron_v3.model.head import TiedHead
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.ops.decode_attention.op import decode_attention
 from nemotron_v3.ops.decode_attention.split import workspace_size
-from nemotron_v3.ops.decode_experts import Buffers, Router, experts, route
+from nemotron_v3.ops.decode_experts import Buffers, Router, decode_experts, decode_route
 from nemotron_v3.ops.decode_mamba2.op import decode_mamba2
 from nemotron_v3.ops.skinny_linear import Norm, skinny_linear
 
@@ -185,11 +185,11 @@ class Plan:
             scaling_factor=gate.scaling_factor,
             weights_use_bias=gate.weights_use_bias,
         )
-        self.calls.append(partial(route, self.stream, router, slots.active, buffers))
+        self.calls.append(partial(decode_route, self.stream, router, slots.active, buffers))
         if moe.fc1_latent_proj is None:
             self.calls.append(
                 partial(
-                    experts,
+                    decode_experts,
                     buffers.normed,
                     (up, down),
                     shared,
@@ -203,13 +203,13 @@ class Plan:
         latent, routed = self._array("latent", X), self._array("routed", X)
         self._project(buffers.normed, moe.fc1_latent_proj, out=latent)
         self.calls.append(
-            partial(experts, latent, (up, down), None, slots.active, buffers, out=routed)
+            partial(decode_experts, latent, (up, down), None, slots.active, buffers, out=routed)
         )
         self._project(routed, moe.fc2_latent_proj)
         if shared is not None:
             self.calls.append(
                 partial(
-                    experts,
+                    decode_experts,
                     buffers.normed,
                     None,
                     shared,

@@ -206,11 +206,6 @@ def can_launch(device: torch.device) -> bool:
     return installed() and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
 
 
-def takes_kernels(impl: str, device: torch.device) -> bool:
-    """Whether an op of a decode step runs its kernels, which have no other refusals."""
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and installed())
-
-
 def programs(device: torch.device, per_multiprocessor: int) -> int:
     """How many programs of a kernel that keeps partial sums there are at most."""
     if device.type != "cuda":
@@ -221,6 +216,19 @@ def programs(device: torch.device, per_multiprocessor: int) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have there."""
+    return _shared_memory(device.index) if device.type == "cuda" else 1 << 20
+
+
+@functools.cache
+def _shared_memory(index: int | None) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.shared_memory_per_block
+    return properties.shared_memory_per_block_optin
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Projections of a few rows, written as the equation."""
+"""Projections of a few rows, written as the equation (README.md)."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ def skinny_linear(
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    out: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`W (norm x) + b + residual`, `[R, sum of m]`, computed and returned in `dtype`."""
+    """`W (norm x) + b + residual`, computed in `dtype`."""
     x = x.to(dtype)
     if norm is not None:
         grouped = x.unflatten(1, (-1, norm.group or x.shape[1]))
@@ -26,4 +27,4 @@ def skinny_linear(
         part = x @ weight.to(dtype).t()
         parts.append(part if bias is None else part + bias.to(dtype))
     y = torch.cat(parts, 1)
-    return y if residual is None else y + residual.to(dtype)
+    return out.copy_(y if residual is None else y + residual.to(dtype))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
-from nemotron_v3.ops.skinny_linear.tiles import weight_times_rows
+from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_rows
 
 
 @triton.jit
@@ -52,9 +52,17 @@ def up_kernel(
             o_r = r + tl.arange(0, SHARED_R)
             m_r = o_r < R
             b_u = weight_times_rows(
-                p_w, shared_x + o_r.to(tl.int64) * D, m_m, m_r, D, BLOCK_M, BLOCK_N, SHARED_R,
-                EVEN_D, STAGES,
-            )  # fmt: skip
+                p_w,
+                shared_x + o_r.to(tl.int64) * D,
+                m_m,
+                m_r,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                SHARED_R,
+                EVEN_D,
+                STAGES,
+            )
             b_u = tl.maximum(b_u.to(x.dtype.element_ty).to(tl.float32), 0.0)
             p_h = shared_h + o_r[None, :].to(tl.int64) * F_SHARED + o_m[:, None]
             b_h = (b_u * b_u).to(shared_h.dtype.element_ty)
@@ -73,9 +81,17 @@ def up_kernel(
                 m_c = o_c < count
                 b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
                 b_u = weight_times_rows(
-                    p_w, x + (b_choice // K).to(tl.int64) * X, m_m, m_c, X, BLOCK_M, BLOCK_N,
-                    BLOCK_R, EVEN_X, STAGES,
-                )  # fmt: skip
+                    p_w,
+                    x + (b_choice // K).to(tl.int64) * X,
+                    m_m,
+                    m_c,
+                    X,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_R,
+                    EVEN_X,
+                    STAGES,
+                )
                 b_u = tl.maximum(b_u, 0.0)
                 b_weight = tl.load(weights + b_choice, mask=m_c, other=0.0)
                 b_h = (b_u * b_u * b_weight[None, :]).to(h.dtype.element_ty)
@@ -120,9 +136,17 @@ def down_kernel(
             o_r = r + tl.arange(0, SHARED_R)
             m_r = o_r < R
             b_y = weight_times_rows(
-                p_w, shared_h + o_r.to(tl.int64) * F_SHARED, m_m, m_r, F_SHARED, BLOCK_M, BLOCK_N,
-                SHARED_R, EVEN_S, STAGES,
-            )  # fmt: skip
+                p_w,
+                shared_h + o_r.to(tl.int64) * F_SHARED,
+                m_m,
+                m_r,
+                F_SHARED,
+                BLOCK_M,
+                BLOCK_N,
+                SHARED_R,
+                EVEN_S,
+                STAGES,
+            )
             p_y = shared_y + o_r[None, :].to(tl.int64) * D + o_m[:, None]
             tl.store(p_y, b_y.to(shared_y.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
     else:
@@ -139,9 +163,17 @@ def down_kernel(
                 m_c = o_c < count
                 b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
                 b_y = weight_times_rows(
-                    p_w, h + b_choice.to(tl.int64) * F, m_m, m_c, F, BLOCK_M, BLOCK_N, BLOCK_R,
-                    EVEN_F, STAGES,
-                )  # fmt: skip
+                    p_w,
+                    h + b_choice.to(tl.int64) * F,
+                    m_m,
+                    m_c,
+                    F,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_R,
+                    EVEN_F,
+                    STAGES,
+                )
                 p_y = y + b_choice[None, :].to(tl.int64) * X + o_m[:, None]
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
-from nemotron_v3.ops.skinny_linear.tiles import weight_times_vector
+from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_vector
 
 
 @triton.jit

@@ -32,7 +32,7 @@ def route_kernel(
     E: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
+    OF_GROUPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     BY_BIASED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -42,11 +42,12 @@ def route_kernel(
     ALL_D: tl.constexpr,
     ALL_E: tl.constexpr,
     ALL_K: tl.constexpr,
-    ALL_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs of one row compute its logits, a block of experts each; the last of them to arrive
     chooses, and the last of all rows sorts the choices. Nobody waits.
+
+    OF_GROUPS is the router's own `Sizes`, of one token.
 
     Writes:
         normed: `[R, D]`, what the experts see.
@@ -64,9 +65,22 @@ def route_kernel(
         tl.store(counters + r, 0)
         tl.debug_barrier()
         _choose(
-            logits + r * E, bias, active, weights, experts, r, factor, E, K, GROUPS, KEPT,
-            NORMALISE, BY_BIASED, ALL_E, ALL_K, ALL_G,
-        )  # fmt: skip
+            logits + r * E,
+            bias,
+            active,
+            weights,
+            experts,
+            r,
+            factor,
+            E,
+            K,
+            GROUPS,
+            OF_GROUPS,
+            NORMALISE,
+            BY_BIASED,
+            ALL_E,
+            ALL_K,
+        )
         if SORT:  # the choices of one row need no order
             tl.debug_barrier()
             if tl.atomic_add(counters + R, 1, sem="acq_rel") == R - 1:
@@ -120,12 +134,11 @@ def _choose(
     E: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
+    OF_GROUPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     BY_BIASED: tl.constexpr,
     ALL_E: tl.constexpr,
     ALL_K: tl.constexpr,
-    ALL_G: tl.constexpr,
 ):
     """The choice of `nemotron_v3.ops.router`, ties included."""
     o_e, o_k = tl.arange(0, ALL_E), tl.arange(0, ALL_K)
@@ -135,7 +148,7 @@ def _choose(
     b_c = b_s + tl.load(bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_key = tl.where(m_e[None, :], _key(b_c), OUT)
     if GROUPS > 1:
-        b_key = _keep_groups(b_key, b_c, o_e, E // GROUPS, GROUPS, KEPT, 1, ALL_E, ALL_G)
+        b_key = _keep_groups(b_key, b_c, o_e, OF_GROUPS)
     b_weight = tl.zeros([1, ALL_K], tl.float32)
     b_expert = tl.full([1, ALL_K], -1, tl.int32)
     for k in tl.static_range(K):
