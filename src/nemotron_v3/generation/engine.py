@@ -29,7 +29,7 @@ from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.layout.modes import ordinary
+from nemotron_v3.layout.modes import outside_inference_mode
 from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.model.vocabulary import vocabulary_of
 
@@ -161,7 +161,7 @@ def stream(
 class _Run:
     """One call of `generate` or `stream`."""
 
-    @ordinary
+    @outside_inference_mode
     def __init__(
         self,
         model: CausalLM,
@@ -247,7 +247,7 @@ class _Run:
         finally:
             self._gather(told)
 
-    @ordinary
+    @outside_inference_mode
     @torch.no_grad()
     def _go_on(
         self, segment: "_Segment", base: NemotronHybridCache | None, produced: int
@@ -278,7 +278,7 @@ class _Run:
                 )
         return pending
 
-    @ordinary
+    @outside_inference_mode
     @torch.no_grad()
     def _prefill(self) -> Tensor:
         """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
@@ -311,7 +311,7 @@ class _Run:
             logits_to_keep=last.to(self.device),
         ).logits
 
-    @ordinary
+    @outside_inference_mode
     def _make_step(self) -> Callable[[Tensor], Tensor]:
         """What feeds one token to each row of the present cache: `[R]` -> `[R, V]`."""
         if DecodeStep.fits(self.model, self.cache):
@@ -320,7 +320,7 @@ class _Run:
         layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
         return lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
 
-    @ordinary
+    @outside_inference_mode
     @torch.no_grad()
     def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
         """Some steps without a look at what comes out."""
@@ -399,7 +399,7 @@ class _Run:
         """The caller's cache, where it is to hold what comes out."""
         return self.given if self.options.num_return_sequences == 1 else None
 
-    @ordinary
+    @outside_inference_mode
     @torch.no_grad()
     def _gather(self, told: "_Segment | None") -> None:
         """One cache of all rows, in order, in the caller's own where there is one.
@@ -428,7 +428,7 @@ class _Run:
 
     # --- the result -----------------------------------------------------------------------------
 
-    @ordinary
+    @outside_inference_mode
     def output(self) -> GenerationOutput:
         """What came out, once `tokens` is exhausted."""
         whole = [

@@ -15,6 +15,11 @@ def grid_size(shape: tuple[int, ...]) -> int:
     return shape[0] * shape[1] if len(shape) == 2 else shape[0]
 
 
+def all_equal(lengths: tuple[int, ...]) -> bool:
+    """Not by their hashes: to a compiler a hash is a fixed number."""
+    return all(length == lengths[0] for length in lengths[1:])
+
+
 def shortened(values: tuple[int, ...], most: int = 8) -> str:
     shown = ", ".join(map(str, values[:most]))
     return f"[{shown}, ... {len(values)} in all]" if len(values) > most else f"[{shown}]"

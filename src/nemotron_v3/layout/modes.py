@@ -29,9 +29,6 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-ordinary = outside_inference_mode  # its former name, until the rooms above call the new one
-
-
 def kept(tensor: Tensor) -> Tensor:
     """`tensor` itself, or a copy made outside inference mode of one made inside."""
     if torch.compiler.is_compiling() or not tensor.is_inference():

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemotron_v3.layout import handles
 from nemotron_v3.layout.checks import (
     agreed,
+    all_equal,
     check_mask_agrees,
     check_max_seqlen,
     check_qkv_format,
@@ -33,14 +34,9 @@ from nemotron_v3.layout.checks import (
     shortened,
 )
 from nemotron_v3.layout.modes import capturing, on_device, once, outside_inference_mode
-from nemotron_v3.layout.positions import count_on, fit_positions
+from nemotron_v3.layout.positions import count_on, fit_positions, runs_of
 
 PADDING = -1
-
-
-def _equal(lengths: tuple[int, ...]) -> bool:
-    """Not by their hashes: to a compiler a hash is a fixed number."""
-    return all(length == lengths[0] for length in lengths[1:])
 
 
 class SequenceLayout:
@@ -180,15 +176,8 @@ class SequenceLayout:
             )
         rows = seq_idx.detach().cpu().long().reshape(grid_rows(shape), shape[-1])
         real = rows >= 0
-        row_number = torch.arange(rows.shape[0], device="cpu")[:, None].expand_as(rows)[real]
-        numbers = rows[real]
-        starts = torch.ones_like(numbers, dtype=torch.bool)
-        starts[1:] = (numbers[1:] != numbers[:-1]) | (row_number[1:] != row_number[:-1])
-        first = starts.nonzero().flatten().tolist()
-        # Where all is padding there is still one document, an empty one.
-        lengths = tuple(b - a for a, b in pairwise([*first, numbers.numel()])) or (0,)
         index = None if bool(real.all()) else real.flatten().nonzero().flatten()
-        return cls._build(shape, lengths, index, seq_idx.device)
+        return cls._build(shape, runs_of(rows, real), index, seq_idx.device)
 
     @classmethod
     @outside_inference_mode
@@ -340,7 +329,7 @@ class SequenceLayout:
             raise ValueError(
                 f"tokens of shape {tuple(shape)} hold no document: give at least one row"
             )
-        if _equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
+        if all_equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
             cu_seqlens = torch.arange(len(lengths) + 1, device=device) * lengths[0]
         else:
             cu_seqlens = on_device([0, *accumulate(lengths)], device)
@@ -381,7 +370,7 @@ class SequenceLayout:
     @once
     def uniform_length(self) -> int | None:
         """The documents' common length, or None where they differ."""
-        return self.lengths[0] if _equal(self.lengths) else None
+        return self.lengths[0] if all_equal(self.lengths) else None
 
     @once
     def packed(self) -> "SequenceLayout":
