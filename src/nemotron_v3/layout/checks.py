@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 
-def are_equal(lengths: tuple[int, ...]) -> bool:
-    """Not by their hashes: to a compiler a hash is a fixed number."""
-    return all(length == lengths[0] for length in lengths[1:])
-
-
 def grid_rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 2 else 1
 
 
 def grid_size(shape: tuple[int, ...]) -> int:
     return shape[0] * shape[1] if len(shape) == 2 else shape[0]
+
+
+def all_equal(lengths: tuple[int, ...]) -> bool:
+    """Not by their hashes: to a compiler a hash is a fixed number."""
+    return all(length == lengths[0] for length in lengths[1:])
 
 
 def shortened(values: tuple[int, ...], most: int = 8) -> str:

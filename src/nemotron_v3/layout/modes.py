@@ -29,8 +29,6 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-
-
 def kept(tensor: Tensor) -> Tensor:
     """`tensor` itself, or a copy made outside inference mode of one made inside."""
     if torch.compiler.is_compiling() or not tensor.is_inference():
@@ -54,13 +52,6 @@ def on_device(values: Sequence[int] | Tensor, device: torch.device | str | None)
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def made_to_last(function: Callable[[Any], R], argument: Any) -> R:
-    """`function(argument)`, outside of inference mode whatever the caller's mode is."""
-    if torch.is_inference_mode_enabled():
-        return outside_inference_mode(function)(argument)
-    return function(argument)
-
-
 class once(Generic[R]):
     """A property computed once; then it is an attribute, which costs no call.
 
@@ -76,7 +67,10 @@ class once(Generic[R]):
             return cast(R, self)
         if torch.compiler.is_compiling():
             return self.function(instance)
-        value = made_to_last(self.function, instance)
+        if torch.is_inference_mode_enabled():
+            value = outside_inference_mode(self.function)(instance)
+        else:
+            value = self.function(instance)
         if not (isinstance(value, Tensor) and capturing(value.device)):
             instance.__dict__[self.name] = value
         return value

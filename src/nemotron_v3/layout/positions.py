@@ -1,4 +1,4 @@
-"""Documents that position ids count: where positions start anew, a document does.
+"""Documents that position ids or document numbers tell: where they start anew, a document does.
 
 Letters: B batch rows, S sequence length, T real tokens.
 """
@@ -71,3 +71,19 @@ def count_on(
         cut += [b - a for a, b in pairwise(points)]
         start = end
     return tuple(cut)
+
+
+def runs_of(numbers: Tensor, real: Tensor) -> tuple[int, ...]:
+    """The lengths of the runs of equal document numbers, each within a row.
+
+    Args:
+        numbers: `[B, S]` integers on the host.
+        real: `[B, S]` bool, which of them count.
+    """
+    row = torch.arange(numbers.shape[0], device="cpu")[:, None].expand_as(numbers)[real]
+    number = numbers[real]
+    starts = torch.ones_like(number, dtype=torch.bool)
+    starts[1:] = (number[1:] != number[:-1]) | (row[1:] != row[:-1])
+    first = starts.nonzero().flatten().tolist()
+    # Where all is padding there is still one document, an empty one.
+    return tuple(b - a for a, b in pairwise([*first, number.numel()])) or (0,)

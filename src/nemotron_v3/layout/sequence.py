@@ -18,7 +18,7 @@ from torch import Tensor
 from nemotron_v3.layout import handles
 from nemotron_v3.layout.checks import (
     agreed,
-    are_equal,
+    all_equal,
     check_mask_agrees,
     check_max_seqlen,
     check_qkv_format,
@@ -33,14 +33,8 @@ from nemotron_v3.layout.checks import (
     read_offsets,
     shortened,
 )
-from nemotron_v3.layout.modes import (
-    capturing,
-    made_to_last,
-    on_device,
-    once,
-    outside_inference_mode,
-)
-from nemotron_v3.layout.positions import count_on, fit_positions
+from nemotron_v3.layout.modes import capturing, on_device, once, outside_inference_mode
+from nemotron_v3.layout.positions import count_on, fit_positions, runs_of
 
 PADDING = -1
 
@@ -82,7 +76,8 @@ class SequenceLayout:
         put(self, "lengths", lengths)
         put(self, "cu_seqlens", cu_seqlens)
         put(self, "token_index", token_index)
-        put(self, "device", getattr(cu_seqlens, "device", None))  # a pytree's structure has none
+        # A pytree's structure is a layout of no tensors, which are nowhere.
+        put(self, "device", getattr(cu_seqlens, "device", None))
         put(self, "handle", handles.UNKNOWN if torch.compiler.is_compiling() else handles.new(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,15 +176,8 @@ class SequenceLayout:
             )
         rows = seq_idx.detach().cpu().long().reshape(grid_rows(shape), shape[-1])
         real = rows >= 0
-        row_number = torch.arange(rows.shape[0], device="cpu")[:, None].expand_as(rows)[real]
-        numbers = rows[real]
-        starts = torch.ones_like(numbers, dtype=torch.bool)
-        starts[1:] = (numbers[1:] != numbers[:-1]) | (row_number[1:] != row_number[:-1])
-        first = starts.nonzero().flatten().tolist()
-        # Where all is padding there is still one document, an empty one.
-        lengths = tuple(b - a for a, b in pairwise([*first, numbers.numel()])) or (0,)
         index = None if bool(real.all()) else real.flatten().nonzero().flatten()
-        return cls._build(shape, lengths, index, seq_idx.device)
+        return cls._build(shape, runs_of(rows, real), index, seq_idx.device)
 
     @classmethod
     @outside_inference_mode
@@ -293,12 +281,9 @@ class SequenceLayout:
                 seq_idx = seq_idx.masked_fill(attention_mask.to(seq_idx.device) == 0, PADDING)
             candidates.append(("seq_idx", cls.from_seq_idx(seq_idx)))
         if not candidates:
-            if attention_mask is None:
-                return cls.of_rows(shape, device).split_by(position_ids).to(device)
-            rows = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
-            rows = cls(tuple(shape), rows.lengths, rows.cu_seqlens, rows.token_index)
-            rows = rows.split_by(position_ids)
-            check_max_seqlen(max_seqlen, rows.lengths)
+            rows = cls._of_rows(shape, device, attention_mask).split_by(position_ids)
+            if attention_mask is not None:
+                check_max_seqlen(max_seqlen, rows.lengths)
             return rows.to(device)
         name, chosen = candidates[0]
         if chosen.shape != tuple(shape):
@@ -322,6 +307,16 @@ class SequenceLayout:
         return chosen.to(device)
 
     @classmethod
+    def _of_rows(
+        cls, shape: tuple[int, ...], device: torch.device, attention_mask: Tensor | None
+    ) -> "SequenceLayout":
+        """One document a row, of all its tokens or of those that a mask marks."""
+        if attention_mask is None:
+            return cls.of_rows(shape, device)
+        mask = cls.from_padding_mask(attention_mask.reshape(grid_rows(shape), shape[-1]))
+        return mask._with_shape(shape)
+
+    @classmethod
     @outside_inference_mode
     def _build(
         cls,
@@ -334,7 +329,7 @@ class SequenceLayout:
             raise ValueError(
                 f"tokens of shape {tuple(shape)} hold no document: give at least one row"
             )
-        if are_equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
+        if all_equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
             cu_seqlens = torch.arange(len(lengths) + 1, device=device) * lengths[0]
         else:
             cu_seqlens = on_device([0, *accumulate(lengths)], device)
@@ -375,7 +370,7 @@ class SequenceLayout:
     @once
     def uniform_length(self) -> int | None:
         """The documents' common length, or None where they differ."""
-        return self.lengths[0] if are_equal(self.lengths) else None
+        return self.lengths[0] if all_equal(self.lengths) else None
 
     @once
     def packed(self) -> "SequenceLayout":
@@ -482,7 +477,9 @@ class SequenceLayout:
             return build(self)
         if key in self._tables:
             return self._tables[key]
-        tables = made_to_last(build, self)  # the layout may serve training afterwards
+        if torch.is_inference_mode_enabled():  # the layout may serve training afterwards
+            build = outside_inference_mode(build)
+        tables = build(self)
         if not capturing(self.device):
             self._tables[key] = tables
         return tables
@@ -490,6 +487,9 @@ class SequenceLayout:
     @once
     def _tables(self) -> dict[Hashable, Any]:
         return {}
+
+    def _with_shape(self, shape: tuple[int, ...]) -> "SequenceLayout":
+        return SequenceLayout(tuple(shape), self.lengths, self.cu_seqlens, self.token_index)
 
     def __repr__(self) -> str:
         padding = grid_size(self.shape) - self.num_tokens
