@@ -139,7 +139,8 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         low = self.low_rank
         if low is None or low.merged:
-            if not x.is_cuda and graph_ops.can_take(None) and not torch.is_autocast_enabled("cpu"):
+            compiling = torch.compiler.is_compiling()
+            if compiling and not x.is_cuda and not torch.is_autocast_enabled("cpu"):
                 return graph_ops.experts(
                     x, indices, weights, self.up_proj, self.down_proj, self.impl
                 )
