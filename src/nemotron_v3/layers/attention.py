@@ -23,6 +23,7 @@ from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import grid_of
 from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.transformer_engine import make_te_attention
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.cached_attention.masked import check_mask
 
 
@@ -128,8 +129,7 @@ class NemotronV3Attention(RefusesContextParallel):
                 check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
                 return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
             dropout_p = self.attention_dropout if self.training else 0.0
-            plain = self.core is ops.attention and self.impl != "flex"
-            if plain and not dropout_p and context.mask is None and graph_ops.can_take(layout):
+            if torch.compiler.is_compiling() and self._is_node(context.mask, dropout_p, layout):
                 return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
             return self.core(
                 q,
@@ -142,6 +142,11 @@ class NemotronV3Attention(RefusesContextParallel):
             )
 
         return context.leave(attention_mixer(layout.pack(hidden_states), self, attend))
+
+    def _is_node(self, mask: Tensor | None, dropout_p: float, layout: SequenceLayout) -> bool:
+        """Whether a compiler takes attention as one node of its graph."""
+        plain = self.core is ops.attention and self.impl != "flex"
+        return plain and mask is None and not dropout_p and graph_ops.can_take(layout)
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, mask: Tensor | None

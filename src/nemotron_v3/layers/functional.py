@@ -166,7 +166,8 @@ def mamba2_mixer(
             "layout": layout,
         }
         if weights is not None:
-            as_node = state is None and ops is eager_ops and graph_ops.can_take(layout)
+            compiling = torch.compiler.is_compiling() and ops is eager_ops
+            as_node = compiling and state is None and graph_ops.can_take(layout)
             run = graph_ops.mamba2 if as_node else ops.mamba2
             return run(tokens, *weights, eps=sizes.eps, **settings, **states)
         return by_modules(

@@ -149,7 +149,8 @@ class NemotronV3Experts(nn.Module):
     ) -> Tensor:
         low = self.low_rank
         if low is None or low.merged:
-            if not x.is_cuda and graph_ops.can_take(None) and not torch.is_autocast_enabled("cpu"):
+            compiling = torch.compiler.is_compiling()
+            if compiling and not x.is_cuda and not torch.is_autocast_enabled("cpu"):
                 return graph_ops.experts(
                     x, indices, weights, up_proj, down_proj, self.impl
                 )
