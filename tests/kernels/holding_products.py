@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3 import ops
+from nemotron_v3.ops.common.cases import Inputs
 from nemotron_v3.ops.decode_experts import Buffers
 from nemotron_v3.ops.decode_experts import cases as expert_cases
 from nemotron_v3.ops.decode_experts import reference as expert_reference
