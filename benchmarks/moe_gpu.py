@@ -225,7 +225,8 @@ def _products(
     T, K, E = x.shape[0], shape.top_k, shape.experts
     up, down = layer.experts.up_proj.detach(), layer.experts.down_proj.detach()
     plan, R = Plan.of(BF16), T * K
-    where = launch.sort_rows(indices, weights, E, plan.tile)
+    where = launch.sorted_rows(x, R, E, plan.tile)
+    launch.sort_rows(indices, weights, plan.tile, where)
     token = torch.where(where.source < 0, -1 - where.source, where.source).long()
     ends = where.offsets[1:].contiguous()
     hidden, du, wide = (
@@ -276,7 +277,7 @@ def _products(
         yield Row(f"experts, {what}", name, "us", gpu_time(ours), peers, floor=floor, **options)
     y = torch.empty_like(x)
     for what, run in {
-        "experts, sort": lambda: launch.sort_rows(indices, weights, E, plan.tile),
+        "experts, sort": lambda: launch.sort_rows(indices, weights, plan.tile, where),
         "experts, joining": lambda: launch.combine_rows(where, wide, weights, y, live=True),
     }.items():
         yield Row(what, name, "us", gpu_time(run), **options)

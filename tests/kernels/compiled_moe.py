@@ -16,7 +16,7 @@ from tests.kernels.compiled import needs
 
 INT32 = {"source", "place", "offsets", "tile_first", "tile_expert"}
 FP32 = {"weights", "partial", "logits", "bias", "scores", "dweights"}
-NUMBERS = {"E", "R", "N", "K", "M", "T", "X", "H", "column", "rows_b", "rank"}
+NUMBERS = {"E", "R", "N", "K", "M", "T", "X", "D", "column", "rows_b", "rank"}
 RANK = 16
 
 
@@ -39,25 +39,20 @@ def compiled(kernel, constants: dict, warps: int, descriptors: dict | None = Non
     return needs(ASTSource(kernel, signature, places, attributes), warps)
 
 
-def sizes(tiles: Tiles) -> dict:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES", "PRECISION")
-    return dict(zip(names, (tiles.m, tiles.n, tiles.k, tiles.stages, tiles.precision), strict=True))
-
-
 def rows(
     tiles: Tiles, epilogue: int, gather: bool, transposed: bool, last: int, low: bool = False
 ) -> dict:
-    constants = sizes(tiles) | {
-        "EPILOGUE": epilogue,
-        "FLOOR": FLOOR,
-        "GATHER": gather,
-        "TRANSPOSED": transposed,
-        "DESCRIPTOR": tiles.descriptor,
-        "LAST_N": last,
-        "EVEN_K": True,
-        "PARTS": tiles.parts,
-        "LOW": RANK if low else 0,
-    }
+    mode = products.Mode(
+        EPILOGUE=epilogue,
+        FLOOR=FLOOR,
+        GATHER=gather,
+        TRANSPOSED=transposed,
+        DESCRIPTOR=tiles.descriptor,
+        LAST_N=last,
+        EVEN_K=True,
+        LOW=RANK if low else 0,
+    )
+    constants = {"TILES": tiles, "MODE": mode}
     if not low:
         constants |= {"low_a": None, "low_b": None}
     if epilogue != products.DOWN_BACKWARD.value:
@@ -70,13 +65,14 @@ def rows(
 
 
 def weights(tiles: Tiles, gather_a: bool, gather_b: bool, last: int) -> dict:
-    constants = sizes(tiles) | {
-        "GATHER_A": gather_a,
-        "GATHER_B": gather_b,
-        "LIVE": not gather_b,
-        "DESCRIPTOR": tiles.descriptor,
-        "LAST_N": last,
-    }
+    mode = gradients.Mode(
+        GATHER_A=gather_a,
+        GATHER_B=gather_b,
+        LIVE=not gather_b,
+        DESCRIPTOR=tiles.descriptor,
+        LAST_N=last,
+    )
+    constants = {"TILES": tiles, "MODE": mode}
     descriptors = {"dense_desc": (tiles.k, tiles.n if gather_a else tiles.m)}
     descriptors["last_desc"] = (tiles.k, last if gather_a else tiles.m)
     if not last:
@@ -87,14 +83,13 @@ def weights(tiles: Tiles, gather_a: bool, gather_b: bool, last: int) -> dict:
 
 
 def choice(E: int, K: int, block_t: int) -> dict:
-    constants = {"E": E, "K": K, "GROUPS": 1, "KEPT": 1, "NORMALISE": True}
-    constants |= {"BLOCK_T": block_t, "BLOCK_E": E, "BLOCK_K": 32, "BLOCK_G": 1}
+    constants = {"SIZES": choose.Sizes(E, K, 1, 1, True, block_t, E, 32, 1)}
     return compiled(choose.choose_kernel, constants, 4)
 
 
 def main() -> None:
     plan = Plan.of(torch.bfloat16)
-    logits = {"BLOCK_T": 64, "BLOCK_E": 128, "BLOCK_H": 64, "STAGES": 3}
+    logits = {"BLOCK_T": 64, "BLOCK_E": 128, "BLOCK_D": 64, "STAGES": 3}
     joined = {"CHOICES": 6, "FLOOR": FLOOR, "BLOCK_T": 4, "BLOCK_X": 512, "LIVE": True}
     back = products.DOWN_BACKWARD.value
     found = {

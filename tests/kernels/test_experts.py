@@ -75,13 +75,14 @@ def test_weights_of_nothing_and_below():
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "used"), [(300, 7, 3, 7), (65, 130, 1, 2)])
 def test_rows_are_sorted_stably(tokens, experts, top_k, used):
     """Against PyTorch's stable sort; an expert's tiles cover its rows and no other's."""
-    from nemotron_v3.ops.experts.kernels.launch import sort_rows
+    from nemotron_v3.ops.experts.kernels.launch import sort_rows, sorted_rows
 
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(used, (tokens, top_k), generator=generator)
     weights = torch.randn(tokens, top_k, generator=generator)
     weights[3] = 0.0
-    found = sort_rows(indices, weights, experts, 16)
+    found = sorted_rows(indices, indices.numel(), experts, 16)
+    sort_rows(indices, weights, 16, found)
     order = indices.flatten().argsort(stable=True)
     assert torch.equal(found.place[order], torch.arange(tokens * top_k, dtype=torch.int32))
     token = order // top_k

@@ -16,24 +16,20 @@ from torch.autograd import forward_ad
 current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def in_transform() -> bool:
-    """Whether torch.func transforms what is computed now, functionalisation included."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+# The innermost transform of torch.func, functionalisation included, or None; and how many dispatch
+# modes see each operation (fake tensors, selective checkpointing). Plain aliases: every op asks.
+current_transform = torch._C._functorch.peek_interpreter_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def in_derivative_or_batch() -> bool:
     """Whether torch.func asks for derivatives or batches."""
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
+    if current_transform() is None:
         return False
+    functorch = torch._C._functorch
     kinds = functorch.TransformType
     transforms = (kinds.Grad, kinds.Jvp, kinds.Vmap)
     return any(layer.key() in transforms for layer in functorch.get_interpreter_stack())
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a dispatch mode sees each operation: fake tensors, selective checkpointing."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def in_forward_mode() -> bool:
@@ -59,8 +55,8 @@ def onednn_packed(weight: Tensor, rows: int) -> Tensor:
 def launch_is_hooked() -> bool:
     """Whether a profiler has hooked Triton's launches."""
     runtime = _triton_runtime()
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 Triton itself is imported by the kernels alone; this file can be read without it.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -69,6 +68,11 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of the shape, dtype and device of `x`."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def place_for(x: Tensor, wanted: bool) -> Tensor:
+    """Where the gradient of `x` is written to; nothing where it is not wanted."""
+    return torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -158,16 +162,16 @@ def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
     A compiler, a dispatch mode (fake tensors, selective checkpointing), a function transform or a
     tensor subclass must see the op.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or compat.in_dispatch_mode()
-        or compat.in_transform()
-        or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
-    )
+    if torch.compiler.is_compiling() or compat.dispatch_modes():
+        return False
+    if compat.current_transform() is not None:
+        return False
+    # Lists, here and below: a generator costs a call of Python's for each argument.
+    return not [a for a in args if isinstance(a, Tensor) and type(a) not in _PLAIN]
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return bool([a for a in args if isinstance(a, Tensor) and a.requires_grad])
 
 
 def on_device_of_first(run: Callable) -> Callable:
@@ -175,8 +179,9 @@ def on_device_of_first(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def launch(x: Tensor, *args: Any) -> Any:
-        elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-        with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *args)
+        with torch.cuda.device(x.device):
             return run(x, *args)
 
     return launch

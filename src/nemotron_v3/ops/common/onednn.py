@@ -84,8 +84,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
         or x.numel() * weight.shape[0] < SMALLEST
         or torch.is_autocast_enabled("cpu")
-        or compat.in_dispatch_mode()
-        or compat.in_transform()
+        or compat.dispatch_modes()
+        or compat.current_transform() is not None
         or not onednn_works()
     ):
         return None

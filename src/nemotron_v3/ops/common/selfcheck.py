@@ -146,7 +146,7 @@ def _can_check(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, nn.Parameter)  # no fake, distributed or otherwise wrapped tensor
         and not x.is_meta
-        and not compat.in_dispatch_mode()
+        and not compat.dispatch_modes()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

@@ -17,7 +17,7 @@ def refuse_outside(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         torch.compiler.is_compiling()
         or type(targets) is not Tensor
         or not targets.is_cpu
-        or compat.in_transform()
+        or compat.current_transform() is not None
     ):
         return
     outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)

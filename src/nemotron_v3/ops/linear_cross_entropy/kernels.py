@@ -169,21 +169,11 @@ def _launch_softmax(
     divides the gradient, unless None."""
     V = logits.shape[1]
     block, warps = _blocks(V)
+    narrower = gradient is not None and gradient.dtype != logits.dtype
     softmax_kernel[(len(logits),)](
-        logits,
-        gradient,
-        targets,
-        *tokens,
-        count,
-        V,
-        logits.stride(0),
+        *(logits, gradient, targets, *tokens, count, V, logits.stride(0)),
         0 if gradient is None else gradient.stride(0),
-        ignore_index,
-        z_loss,
-        gradient is not None,
-        tokens[2] is not None,
-        gradient is not None and gradient.dtype != logits.dtype,
-        block,
+        *(ignore_index, z_loss, gradient is not None, tokens[2] is not None, narrower, block),
         num_warps=warps,
     )
 
@@ -365,14 +355,9 @@ def _tokens_setup(ctx, inputs, output) -> None:
 def _tokens_autograd(ctx, dlog_p, dlog_z):
     hidden, weight, targets = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
+    cotangents = dlog_p.contiguous(), dlog_z.contiguous()
     dhidden, dweight = _tokens_backward_op(
-        dlog_p.contiguous(),
-        dlog_z.contiguous(),
-        hidden,
-        weight,
-        targets,
-        ctx.ignore_index,
-        *wanted,
+        *cotangents, hidden, weight, targets, ctx.ignore_index, *wanted
     )
     return dhidden if wanted[0] else None, dweight if wanted[1] else None, None, None
 

@@ -249,11 +249,10 @@ class ScanGradients(NamedTuple):
 
 def _scan_gradients(a: Arguments) -> ScanGradients:
     weights = (a.conv_weight, a.conv_bias, a.dt_bias, a.A_log, a.D, a.conv_states)
-    given = a.zxbcdt
-    return ScanGradients(
-        *[absent(given) if w is None else empty_like(w) for w in weights],
-        absent(given) if a.ssm_states is None else scan.document_states(given, *a.sizes, a.tables),
-    )
+    states = nothing = absent(a.zxbcdt)
+    if a.ssm_states is not None:
+        states = scan.document_states(a.zxbcdt, *a.sizes, a.tables)
+    return ScanGradients(*[nothing if w is None else empty_like(w) for w in weights], states)
 
 
 def _scan_backward(*args) -> ScanGradients:

@@ -61,10 +61,10 @@ def router(
     two largest). The weights are the plain scores of the chosen, divided by their sum if
     `norm_topk_prob`, times `scaling_factor`.
 
-    Letters: T packed tokens, H width, E experts, K = top_k.
+    Letters: T packed tokens, D width, E experts, K = top_k.
 
     Args:
-        x: `[T, H]`. weight: `[E, H]`. bias: `[E]`.
+        x: `[T, D]`. weight: `[E, D]`. bias: `[E]`.
         impl: see `nemotron_v3.ops`.
 
     Returns:

@@ -1,6 +1,6 @@
 """Sigmoid top-k routing in plain PyTorch.
 
-Letters: T packed tokens, H width, E experts, K choices.
+Letters: T packed tokens, D width, E experts, K choices.
 """
 
 import torch

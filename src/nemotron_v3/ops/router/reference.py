@@ -1,6 +1,6 @@
 """Which experts a token goes to, and how much each counts (README.md).
 
-T packed tokens, H hidden width, E experts, K experts a token.
+T packed tokens, D hidden width, E experts, K experts a token.
 """
 
 import math
@@ -28,8 +28,8 @@ def router(
     scores. Ties go to the lower index.
 
     Args:
-        x: `[T, H]`.
-        weight: `[E, H]`.
+        x: `[T, D]`.
+        weight: `[E, D]`.
         bias: `[E]`, the score correction: it takes part in the choice alone, and has no gradient.
         top_k: K.
         n_group, topk_group: groups, contiguous in the experts, and how many are kept.

@@ -4,11 +4,30 @@ Letters: R routed rows sorted by expert, E experts; M, N rows and columns of a m
 step.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.dot import add_product
 from nemotron_v3.ops.common.jit import kernel
+
+
+class Mode(NamedTuple):
+    """What `weights_kernel` is compiled for, beside its `Tiles`.
+
+    Attributes:
+        GATHER_A, GATHER_B: which side is read by token; the other is read by row.
+        LIVE: rows whose weight is nothing are left out.
+        DESCRIPTOR: what is read by row comes by descriptor.
+        LAST_N: width of the last tile of the columns where it is not that of the others, else 0.
+    """
+
+    GATHER_A: bool
+    GATHER_B: bool
+    LIVE: bool
+    DESCRIPTOR: bool
+    LAST_N: int
 
 
 @triton.jit
@@ -26,15 +45,9 @@ def _weights_tile(
     N,
     stride_a,
     stride_b,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    LIVE: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr,
+    MODE: tl.constexpr,
 ):
     """`a_e^T b_e` of some rows and columns.
 
@@ -43,51 +56,51 @@ def _weights_tile(
     be NaN, and those that were there before are zeros on the gathered side. An expert of fewer rows
     than a step has one step, all of it masked.
     """
-    o_k = tl.arange(0, BLOCK_K)
-    o_m = first_m + tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, TILES.k)
+    o_m = first_m + tl.arange(0, TILES.m)
     o_n = first_n + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_acc = tl.zeros([TILES.m, BLOCK_N], tl.float32)
     # A step ahead of the rows it points to: what a pipelined load needs must be there already.
     b_next = tl.load(source + start + o_k, mask=start + o_k < end, other=-1)
-    if end - start < BLOCK_K:
+    if end - start < TILES.k:
         m_k = start + o_k < end
-        if LIVE:
+        if MODE.LIVE:
             m_k = b_next >= 0
         b_token = tl.where(b_next < 0, -1 - b_next, b_next)
-        b_ra = b_token if GATHER_A else start + o_k
-        b_rb = b_token if GATHER_B else start + o_k
+        b_ra = b_token if MODE.GATHER_A else start + o_k
+        b_rb = b_token if MODE.GATHER_B else start + o_k
         p_a = a + b_ra[:, None].to(tl.int64) * stride_a + o_m[None, :]
         p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
         b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc = add_product(b_acc, tl.trans(b_a), b_b, PRECISION)
+        b_acc = add_product(b_acc, tl.trans(b_a), b_b, TILES.precision)
     else:
-        last = end - BLOCK_K
-        for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        last = end - TILES.k
+        for k in tl.range(start, end, TILES.k, num_stages=TILES.stages):
             first = tl.minimum(k, last)
             b_token = b_next
-            o_next = tl.minimum(k + BLOCK_K, last) + o_k
-            b_next = tl.load(source + o_next, mask=o_next >= k + BLOCK_K, other=-1)
+            o_next = tl.minimum(k + TILES.k, last) + o_k
+            b_next = tl.load(source + o_next, mask=o_next >= k + TILES.k, other=-1)
             m_k = first + o_k >= k
-            if LIVE:
+            if MODE.LIVE:
                 m_k = b_token >= 0
             else:
                 b_token = tl.where(b_token < 0, -1 - b_token, b_token)
-            b_ra = b_token if GATHER_A else first + o_k
-            b_rb = b_token if GATHER_B else first + o_k
+            b_ra = b_token if MODE.GATHER_A else first + o_k
+            b_rb = b_token if MODE.GATHER_B else first + o_k
             # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
             p_a = a + b_ra[:, None].to(tl.int64) * stride_a + o_m[None, :]
             p_b = b + b_rb[:, None].to(tl.int64) * stride_b + o_n[None, :]
-            if DESCRIPTOR and not GATHER_A:
+            if MODE.DESCRIPTOR and not MODE.GATHER_A:
                 b_a = dense_desc.load([first, first_m])
             else:
                 b_a = tl.load(p_a, mask=m_k[:, None] & m_m[None, :], other=0.0)
-            if DESCRIPTOR and GATHER_A:
+            if MODE.DESCRIPTOR and MODE.GATHER_A:
                 b_b = dense_desc.load([first, first_n])
             else:
                 b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_acc = add_product(b_acc, tl.trans(b_a), b_b, PRECISION)
+            b_acc = add_product(b_acc, tl.trans(b_a), b_b, TILES.precision)
     p_out = out + o_m[:, None].to(tl.int64) * N + o_n[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -106,78 +119,26 @@ def weights_kernel(
     N,
     stride_a,
     stride_b,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    LIVE: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    LAST_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr,
+    MODE: tl.constexpr,
 ):
     """`out[e] = a_e^T b_e` over the rows of expert e: `[E, M, N]`; zeros for one without rows.
 
     At most one of a and b is read by token, the other by row. Where LIVE, rows whose weight is
     nothing are left out; where LAST_N is not 0, the last tile of the columns is that wide.
     """
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, TILES.m), tl.cdiv(N, TILES.n)
     of_expert = tiles_m * tiles_n
     i = tl.program_id(0)
     expert = i // of_expert
     within = i % of_expert
     tile_n = within % tiles_n
-    first_m, first_n = (within // tiles_n) * BLOCK_M, tile_n * BLOCK_N
+    first_m, first_n = (within // tiles_n) * TILES.m, tile_n * TILES.n
     start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     p_out = out + expert.to(tl.int64) * M * N
-    if LAST_N > 0 and tile_n == tiles_n - 1:
-        _weights_tile(
-            a,
-            b,
-            last_desc,
-            p_out,
-            source,
-            start,
-            end,
-            first_m,
-            first_n,
-            M,
-            N,
-            stride_a,
-            stride_b,
-            GATHER_A,
-            GATHER_B,
-            LIVE,
-            DESCRIPTOR,
-            BLOCK_M,
-            LAST_N,
-            BLOCK_K,
-            STAGES,
-            PRECISION,
-        )
+    rows = (source, start, end)
+    tile = (first_m, first_n, M, N, stride_a, stride_b)
+    if MODE.LAST_N > 0 and tile_n == tiles_n - 1:
+        _weights_tile(a, b, last_desc, p_out, *rows, *tile, MODE.LAST_N, TILES, MODE)
     else:
-        _weights_tile(
-            a,
-            b,
-            dense_desc,
-            p_out,
-            source,
-            start,
-            end,
-            first_m,
-            first_n,
-            M,
-            N,
-            stride_a,
-            stride_b,
-            GATHER_A,
-            GATHER_B,
-            LIVE,
-            DESCRIPTOR,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            STAGES,
-            PRECISION,
-        )
+        _weights_tile(a, b, dense_desc, p_out, *rows, *tile, TILES.n, TILES, MODE)

@@ -71,14 +71,19 @@ def table_length(R: int, E: int, tile: int) -> int:
     return 2 * (_whole(R) + _whole(E + 1)) + (R + tile - 1) // tile + E
 
 
-def sort_rows(indices: Tensor, weights: Tensor, E: int, tile: int) -> Sorted:
-    """`indices` and `weights` `[T, K]`, contiguous."""
-    R, K = indices.numel(), indices.shape[1]
+def sorted_rows(like: Tensor, R: int, E: int, tile: int) -> Sorted:
+    """A place for where R rows of E experts lie, in tiles of `tile` rows."""
+    table = torch.empty(table_length(R, E, tile), dtype=torch.int32, device=like.device)
+    return Sorted.of(table, torch.empty(R, dtype=torch.float32, device=like.device), E)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=indices.device)
 
-    found = Sorted.of(empty(table_length(R, E, tile)), empty(R, dtype=torch.float32), E)
+def sort_rows(indices: Tensor, weights: Tensor, tile: int, found: Sorted) -> None:
+    """Writes where the rows of `indices` and `weights` `[T, K]`, contiguous, lie."""
+    (R, K), E = (indices.numel(), indices.shape[1]), found.offsets.shape[0] - 1
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=indices.device)
+
     blocks = triton.cdiv(R, BLOCK)
     counts, totals = empty(blocks, E), empty(E)
     block_e = power_of_two(E + 1)
@@ -88,22 +93,10 @@ def sort_rows(indices: Tensor, weights: Tensor, E: int, tile: int) -> Sorted:
         totals, found.offsets, found.tile_first, found.tile_expert, E, tile, block_e, num_warps=4
     )
     sort.place_kernel[(blocks,)](
-        indices,
-        weights,
-        counts,
-        found.offsets,
-        found.place,
-        found.source,
-        found.weights,
-        R,
-        E,
-        K,
-        FLOOR,
-        BLOCK,
-        32,
+        *(indices, weights, counts, found.offsets, found.place, found.source, found.weights),
+        *(R, E, K, FLOOR, BLOCK, 32),
         num_warps=4,
     )
-    return found
 
 
 def _descriptor(matrix: Tensor, block: list[int]):
@@ -154,53 +147,32 @@ def rows_product(
     """
     rows, beside = (None, None) if low is None else (low.rows, low.matrix)
     E, R, N, K = matrix.shape[0], where.weights.shape[0], out.shape[1], a.shape[1]
-    whole = not transposed or K % tiles.k == 0
-    descriptor = tiles.descriptor and whole and _aligned(matrix)
+    even = K % tiles.k == 0
+    descriptor = tiles.descriptor and (not transposed or even) and _aligned(matrix)
     last = _last_width(N, tiles)
-    products.rows_kernel[(where.most_tiles * triton.cdiv(N, tiles.n),)](
-        a,
-        matrix,
-        _columns_descriptor(matrix, tiles, tiles.n, transposed) if descriptor else None,
-        _columns_descriptor(matrix, tiles, last, transposed) if descriptor and last else None,
-        out,
-        hidden,
-        partial,
-        rows,
-        beside,
-        where.source,
-        where.weights,
-        where.offsets,
-        where.tile_first,
-        where.tile_expert,
-        E,
-        R,
-        N,
-        K,
-        column,
-        a.stride(0),
-        matrix.stride(0),
-        matrix.stride(1),
-        matrix.shape[1],
+    mode = products.Mode(
+        EPILOGUE=epilogue,
+        FLOOR=FLOOR,
+        GATHER=gather,
+        TRANSPOSED=transposed,
+        DESCRIPTOR=descriptor,
+        LAST_N=last,
+        EVEN_K=even,
+        LOW=0 if rows is None else min(32, max(16, power_of_two(rows.shape[1]))),
+    )
+    sizes = products.Sizes(
+        *(R, N, K, column, a.stride(0), matrix.stride(0), matrix.stride(1), matrix.shape[1]),
         out.stride(0),
         0 if hidden is None else hidden.stride(0),
-        0 if low is None else rows.shape[1],
-        0 if low is None else beside.stride(0),
-        0 if low is None else beside.stride(1),
+        *((0, 0, 0) if low is None else (rows.shape[1], beside.stride(0), beside.stride(1))),
         scale,
-        epilogue,
-        FLOOR,
-        gather,
-        transposed,
-        descriptor,
-        last,
-        K % tiles.k == 0,
-        tiles.m,
-        tiles.n,
-        tiles.k,
-        tiles.stages,
-        tiles.parts,
-        0 if low is None else min(32, max(16, power_of_two(rows.shape[1]))),
-        tiles.precision,
+    )
+    products.rows_kernel[(where.most_tiles * triton.cdiv(N, tiles.n),)](
+        *(a, matrix),
+        _columns_descriptor(matrix, tiles, tiles.n, transposed) if descriptor else None,
+        _columns_descriptor(matrix, tiles, last, transposed) if descriptor and last else None,
+        *(out, hidden, partial, rows, beside, where.source, where.weights),
+        *(where.offsets, where.tile_first, where.tile_expert, E, *sizes, tiles, mode),
         num_warps=tiles.warps,
     )
 
@@ -227,29 +199,12 @@ def weights_product(
     descriptor = tiles.descriptor and _aligned(dense)
     width = tiles.n if gather_a else tiles.m
     last_width = last if gather_a else tiles.m
+    mode = gradients.Mode(gather_a, gather_b, live, descriptor, last)
     gradients.weights_kernel[grid](
-        a,
-        b,
+        *(a, b),
         _descriptor(dense, [tiles.k, width]) if descriptor else None,
         _descriptor(dense, [tiles.k, last_width]) if descriptor and last else None,
-        out,
-        where.source,
-        where.offsets,
-        E,
-        M,
-        N,
-        a.stride(0),
-        b.stride(0),
-        gather_a,
-        gather_b,
-        live,
-        descriptor,
-        last,
-        tiles.m,
-        tiles.n,
-        tiles.k,
-        tiles.stages,
-        tiles.precision,
+        *(out, where.source, where.offsets, E, M, N, a.stride(0), b.stride(0), tiles, mode),
         num_warps=tiles.warps,
     )
 
@@ -260,19 +215,8 @@ def combine_rows(where: Sorted, rows: Tensor, weights: Tensor, out: Tensor, *, l
     X = out.shape[1]
     block_t, block_x = (16, power_of_two(X)) if interpreted() else (4, 512)
     combine.combine_kernel[(triton.cdiv(T, block_t) * triton.cdiv(X, block_x),)](
-        rows,
-        where.place,
-        weights,
-        out,
-        T,
-        X,
-        rows.stride(0),
-        out.stride(0),
-        K,
-        FLOOR,
-        block_t,
-        block_x,
-        live,
+        *(rows, where.place, weights, out, T, X, rows.stride(0), out.stride(0)),
+        *(K, FLOOR, block_t, block_x, live),
         num_warps=4,
     )
 
@@ -302,17 +246,8 @@ def join_products(
     space = torch.empty(a.shape[0] * widest, dtype=out.dtype, device=out.device)
     for start, end in slices:
         rows = space[: a.shape[0] * (end - start)].view(a.shape[0], end - start)
-        rows_product(
-            tiles,
-            where,
-            a,
-            matrix,
-            rows,
-            transposed=transposed,
-            gather=False,
-            column=start,
-            low=low,
-        )
+        options = {"transposed": transposed, "gather": False, "column": start}
+        rows_product(tiles, where, a, matrix, rows, **options, low=low)
         combine_rows(where, rows, weights, out[:, start:end], live=live)
 
 
@@ -321,43 +256,25 @@ def thin_product(
     where: Sorted,
     a: Tensor,
     matrix: Tensor,
+    out: Tensor,
     scale: float,
     *,
     transposed: bool = False,
     gather: bool = False,
-) -> Tensor:
-    """`scale a[r] matrix[e]^T` for a matrix of few rows (columns where `transposed`)."""
-    rank = matrix.shape[2 if transposed else 1]
-    out = torch.empty(where.weights.shape[0], rank, dtype=a.dtype, device=a.device)
-    rows_product(
-        plan.thin(rank),
-        where,
-        a,
-        matrix,
-        out,
-        transposed=transposed,
-        gather=gather,
-        epilogue=products.SCALED.value,
-        scale=scale,
-    )
-    return out
+) -> None:
+    """`out[r] = scale a[r] matrix[e]^T`, of a matrix of few rows (columns where `transposed`)."""
+    options = {"transposed": transposed, "gather": gather, "scale": scale}
+    tiles, epilogue = plan.thin(out.shape[1]), products.SCALED.value
+    rows_product(tiles, where, a, matrix, out, **options, epilogue=epilogue)
 
 
-def up_rows(plan: Plan, where: Sorted, x: Tensor, up: Tensor, low: LowRank | None = None) -> Tensor:
-    """`weights[r] relu(u)^2` of the sorted rows `[R, F]`."""
-    hidden = torch.empty(where.weights.shape[0], up.shape[1], dtype=x.dtype, device=x.device)
-    rows_product(
-        plan.up,
-        where,
-        x,
-        up,
-        hidden,
-        transposed=False,
-        gather=True,
-        epilogue=products.UP.value,
-        low=low,
-    )
-    return hidden
+def up_rows(
+    plan: Plan, where: Sorted, x: Tensor, up: Tensor, hidden: Tensor, low: LowRank | None = None
+) -> None:
+    """Writes `weights[r] relu(u)^2` of the sorted rows, `hidden` `[R, F]`."""
+    epilogue = products.UP.value
+    options = {"transposed": False, "gather": True, "epilogue": epilogue}
+    rows_product(plan.up, where, x, up, hidden, **options, low=low)
 
 
 def down_backward_rows(
@@ -367,70 +284,17 @@ def down_backward_rows(
     hidden: Tensor,
     down: Tensor,
     dweights: Tensor,
+    du: Tensor,
     low: LowRank | None = None,
-) -> Tensor:
-    """Writes dweights; returns the gradient of the rows before relu² `[R, F]`."""
+) -> None:
+    """Writes dweights, and `du` `[R, F]`, the gradient of the rows before relu²."""
     R, F = hidden.shape
-    du = torch.empty_like(hidden)
     parts = triton.cdiv(F, plan.down_backward.n)
     partial = torch.empty(parts, R, dtype=torch.float32, device=dy.device)
-    rows_product(
-        plan.down_backward,
-        where,
-        dy,
-        down,
-        du,
-        transposed=True,
-        gather=True,
-        epilogue=products.DOWN_BACKWARD.value,
-        hidden=hidden,
-        partial=partial,
-        low=low,
-    )
+    epilogue = products.DOWN_BACKWARD.value
+    options = {"transposed": True, "gather": True, "epilogue": epilogue}
+    kept = {"hidden": hidden, "partial": partial}
+    rows_product(plan.down_backward, where, dy, down, du, **options, **kept, low=low)
     combine.gather_sums_kernel[(triton.cdiv(R, 256),)](
         partial, where.place, dweights, R, parts, 256, num_warps=4
     )
-    return du
-
-
-def forward(
-    plan: Plan, x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, y: Tensor
-) -> tuple[Tensor, Sorted]:
-    """Writes y; returns `weights[r] relu(u)^2` of the sorted rows `[R, F]`, and where they lie."""
-    where = sort_rows(indices, weights, up.shape[0], plan.tile)
-    hidden = up_rows(plan, where, x, up)
-    join_products(plan.down, where, hidden, down, weights, y, transposed=False, live=True)
-    return hidden, where
-
-
-def backward_down(
-    plan: Plan,
-    where: Sorted,
-    dy: Tensor,
-    hidden: Tensor,
-    down: Tensor,
-    dweights: Tensor,
-    ddown: Tensor | None,
-) -> Tensor:
-    """Writes dweights and ddown; returns the gradient of the rows before relu² `[R, F]`."""
-    du = down_backward_rows(plan, where, dy, hidden, down, dweights)
-    if ddown is not None:
-        weights_product(plan.weights, where, dy, hidden, ddown, gather_a=True, live=True)
-    return du
-
-
-def backward_up(
-    plan: Plan,
-    where: Sorted,
-    du: Tensor,
-    x: Tensor,
-    up: Tensor,
-    weights: Tensor,
-    dx: Tensor | None,
-    dup: Tensor | None,
-) -> None:
-    """Writes dx and dup."""
-    if dup is not None:
-        weights_product(plan.weights, where, du, x, dup, gather_b=True)
-    if dx is not None:
-        join_products(plan.up_backward, where, du, up, weights, dx, transposed=True, live=False)

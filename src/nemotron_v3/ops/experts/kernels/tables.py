@@ -1,15 +1,15 @@
 """Sizes of tiles, by dtype. M, N are rows and columns of a tile, K its inner width."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from nemotron_v3.ops.common.host import interpreted, power_of_two
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How one product is cut.
+class Tiles(NamedTuple):
+    """How one product is cut, as its kernel is compiled.
 
     Attributes:
         m, n, k: sizes of a tile.
@@ -47,18 +47,18 @@ class Plan:
 
     def thin(self, rank: int) -> Tiles:
         """Of a product of rows with `rank` columns: reading the rows bounds it."""
-        return replace(self.up, n=_width(rank), warps=4, parts=1)
+        return self.up._replace(n=_width(rank), warps=4, parts=1)
 
     def thin_weights(self, rank: int, *, tall: bool) -> Tiles:
         """Of a gradient with `rank` rows, or as many columns where `tall`."""
         size = {"n": _width(rank)} if tall else {"m": 64}
-        return replace(self.weights, **size, descriptor=False)
+        return self.weights._replace(**size, descriptor=False)
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "Plan":
         if interpreted():
             rows = Tiles(32, 64, 32, 1, 4, descriptor=True, parts=2, precision="ieee")
-            return cls(rows, rows, rows, rows, replace(rows, m=64))
+            return cls(rows, rows, rows, rows, rows._replace(m=64))
         if dtype == torch.float32:
             rows = Tiles(64, 64, 32, 2, 4, precision="ieee")
             return cls(rows, rows, rows, rows, rows)
@@ -66,7 +66,7 @@ class Plan:
         # reads least. A weight's gradient sums over few rows, so that the start and the end of a
         # tile weigh more: two programs on a multiprocessor cover each other's.
         gathered = Tiles(128, 256, 64, 4, 8, parts=4)
-        dense = replace(gathered, descriptor=True)
+        dense = gathered._replace(descriptor=True)
         weights = Tiles(128, 128, 64, 3, 4, descriptor=True)
         return cls(gathered, dense, dense, dense, weights)
 

@@ -1,20 +1,61 @@
 """The router as an op of `torch.library`, with its autograd formula.
 
-Letters: T tokens, H width, E experts, K choices.
+Letters: T tokens, D width, E experts, K choices.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from nemotron_v3.ops.common.host import interpreted, power_of_two, register, unit_stride
+from nemotron_v3.ops.common.host import (
+    gradients_of,
+    interpreted,
+    place_for,
+    power_of_two,
+    register,
+    schema,
+    unit_stride,
+)
 from nemotron_v3.ops.router.kernels import choose
 
 
-def _block_t(E: int) -> int:
-    """Tokens of a program: 16 elements a thread."""
-    return 32 if interpreted() else max(1, 2048 // power_of_two(E))
+class Arguments(NamedTuple):
+    """Of the forward op."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    top_k: int
+    groups: int
+    kept: int
+    normalise: bool
+    factor: float
+
+    @property
+    def sizes(self) -> choose.Sizes:
+        E = self.weight.shape[0]
+        # 16 elements a thread.
+        block_t = 32 if interpreted() else max(1, 2048 // power_of_two(E))
+        blocks = (block_t, *map(power_of_two, (E, self.top_k, self.groups)))
+        return choose.Sizes(E, self.top_k, self.groups, self.kept, self.normalise, *blocks)
+
+
+class Outputs(NamedTuple):
+    """`scores` `[T, K]` of the chosen are for the backward."""
+
+    weights: Tensor
+    indices: Tensor
+    scores: Tensor
+
+
+def _outputs(a: Arguments) -> Outputs:
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty((a.x.shape[0], a.top_k), dtype=dtype, device=a.x.device)
+
+    return Outputs(empty(torch.float32), empty(torch.int64), empty(torch.float32))
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -23,133 +64,101 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if not narrow:
         return F.linear(x.float(), weight.float())
     x, weight = unit_stride(x), weight.contiguous()
-    (T, H), E = x.shape, weight.shape[0]
+    (T, D), E = x.shape, weight.shape[0]
     logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
-    block_t, block_e, block_h = 64, min(128, max(16, power_of_two(E))), 64
+    block_t, block_e, block_d = 64, min(128, max(16, power_of_two(E))), 64
     choose.logits_kernel[(triton.cdiv(T, block_t) * triton.cdiv(E, block_e),)](
-        x,
-        weight,
-        logits,
-        T,
-        H,
-        E,
-        x.stride(0),
-        block_t,
-        block_e,
-        block_h,
-        3,
+        *(x, weight, logits, T, D, E, x.stride(0), block_t, block_e, block_d),
+        STAGES=3,
         num_warps=4,
     )
     return logits
 
 
-def _forward(x, weight, bias, K, groups, kept, normalise, factor):
-    T, E = x.shape[0], weight.shape[0]
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        return torch.empty(T, K, dtype=dtype, device=x.device)
-
-    weights, indices, scores = empty(torch.float32), empty(torch.int64), empty(torch.float32)
-    block_t = _block_t(E)
-    choose.choose_kernel[(triton.cdiv(T, block_t),)](
-        _logits(x, weight),
-        bias.contiguous(),
-        weights,
-        indices,
-        scores,
-        T,
-        factor,
-        E,
-        K,
-        groups,
-        kept,
-        normalise,
-        block_t,
-        power_of_two(E),
-        power_of_two(K),
-        power_of_two(groups),
+def _forward(*args) -> Outputs:
+    a = Arguments(*args)
+    outputs, sizes, T = _outputs(a), a.sizes, a.x.shape[0]
+    choose.choose_kernel[(triton.cdiv(T, sizes.BLOCK_T),)](
+        *(_logits(a.x, a.weight), a.bias.contiguous(), *outputs, T, a.factor, sizes),
         num_warps=4,
     )
-    return weights, indices, scores
+    return outputs
 
 
-def _forward_fake(x, weight, bias, K, groups, kept, normalise, factor):
-    def empty(dtype: torch.dtype) -> Tensor:
-        return torch.empty((x.shape[0], K), dtype=dtype, device=x.device)
-
-    return empty(torch.float32), empty(torch.int64), empty(torch.float32)
+def _forward_fake(*args) -> Outputs:
+    return _outputs(Arguments(*args))
 
 
-def _backward(dweights, scores, indices, x, weight, normalise, factor, x_wanted, weight_wanted):
-    (T, K), E = scores.shape, weight.shape[0]
+class Upstream(NamedTuple):
+    """What the backward op is given before `Arguments`; the last two tell what is wanted."""
+
+    dweights: Tensor
+    indices: Tensor
+    scores: Tensor
+    x_wanted: bool
+    weight_wanted: bool
+
+
+class Gradients(NamedTuple):
+    dx: Tensor
+    dweight: Tensor
+
+
+def _backward(*args) -> Gradients:
+    upstream, a = Upstream(*args[:5]), Arguments(*args[5:])
+    x, weight, sizes = a.x, a.weight, a.sizes
+    T, E = x.shape[0], sizes.E
     # The gradient of a logit in two bf16 numbers has 16 bits, more than its products keep.
     split = x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
-    kind = {"dtype": x.dtype if split else torch.float32, "device": x.device}
-    dlogits = torch.empty(T, 2 * E if split else E, **kind)
-    block_t = _block_t(E)
-    choose.choose_backward_kernel[(triton.cdiv(T, block_t),)](
-        dweights.contiguous(),
-        scores,
-        indices,
-        dlogits,
-        T,
-        factor,
-        E,
-        K,
-        normalise,
-        split,
-        block_t,
-        power_of_two(E),
-        power_of_two(K),
+    dtype = x.dtype if split else torch.float32
+    dlogits = torch.empty(T, 2 * E if split else E, dtype=dtype, device=x.device)
+    choose.choose_backward_kernel[(triton.cdiv(T, sizes.BLOCK_T),)](
+        *(upstream.dweights.contiguous(), upstream.scores, upstream.indices, dlogits),
+        *(T, a.factor, sizes, split),
         num_warps=4,
     )
-    dx, dweight = x.new_empty(0), weight.new_empty(0)
-    if x_wanted:
+    dx, dweight = place_for(x, False), place_for(weight, False)
+    if upstream.x_wanted:
         both = torch.cat([weight, weight]) if split else weight.float()
         dx = (dlogits @ both).to(x.dtype)
-    if weight_wanted and split:
+    if upstream.weight_wanted and split:
         high, low = torch.mm(dlogits.t(), x, out_dtype=torch.float32).split(E)
         dweight = (high + low).to(weight.dtype)
-    elif weight_wanted:
+    elif upstream.weight_wanted:
         dweight = (dlogits.t() @ x.float()).to(weight.dtype)
-    return dx, dweight
+    return Gradients(dx, dweight)
 
 
-def _backward_fake(
-    dweights, scores, indices, x, weight, normalise, factor, x_wanted, weight_wanted
-):
-    dx = torch.empty(x.shape if x_wanted else (0,), dtype=x.dtype, device=x.device)
-    shape = weight.shape if weight_wanted else (0,)
-    return dx, torch.empty(shape, dtype=weight.dtype, device=x.device)
+def _backward_fake(*args) -> Gradients:
+    upstream, a = Upstream(*args[:5]), Arguments(*args[5:])
+    dx = place_for(a.x, upstream.x_wanted)
+    return Gradients(dx, place_for(a.weight, upstream.weight_wanted))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, _, _, ctx.normalise, ctx.factor = inputs
+    x, weight, bias, *ctx.options = inputs
     _, indices, scores = output
-    ctx.save_for_backward(scores, indices, x, weight)
+    ctx.save_for_backward(indices, scores, x, weight, bias)
     ctx.mark_non_differentiable(indices, scores)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dweights, *_):
+def _autograd(ctx, dweights, *_) -> Arguments:
     if dweights is None:
-        return (None,) * 8
-    x_wanted, weight_wanted = ctx.needs_input_grad[:2]
-    dx, dweight = _backward_op(
-        dweights, *ctx.saved_tensors, ctx.normalise, ctx.factor, x_wanted, weight_wanted
+        return gradients_of(Arguments)
+    indices, scores, *tensors = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
+    dx, dweight = _backward_op(dweights, indices, scores, *wanted, *tensors, *ctx.options)
+    return gradients_of(
+        Arguments, x=dx if wanted[0] else None, weight=dweight if wanted[1] else None
     )
-    return dx if x_wanted else None, dweight if weight_wanted else None, *(None,) * 6
 
 
 _backward_op = register(
-    "router_backward(Tensor dweights, Tensor scores, Tensor indices, Tensor x, Tensor weight, "
-    "bool normalise, float factor, bool x_wanted, bool weight_wanted) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    schema("router_backward", Upstream, Arguments, results=2), _backward, _backward_fake
 )
 _forward_op = register(
-    "router(Tensor x, Tensor weight, Tensor bias, SymInt top_k, SymInt groups, SymInt kept, "
-    "bool normalise, float factor) -> (Tensor, Tensor, Tensor)",
+    schema("router", Arguments, results=3),
     _forward,
     _forward_fake,
     setup_context=_setup_context,

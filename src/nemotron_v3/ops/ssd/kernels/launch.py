@@ -136,9 +136,9 @@ def forward(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, output
         (T, H),
         (strides, sizes, passing),
         passing.warps,
-        also=tuple(
-            ((strides, sizes, other), other.warps)
-            for other in (blocks.passing, blocks.short_passing)
+        also=(
+            ((strides, sizes, blocks.passing), blocks.passing.warps),
+            ((strides, sizes, blocks.short_passing), blocks.short_passing.warps),
         ),
     )
     _chunk_scan(
@@ -179,7 +179,7 @@ def backward(
     ddA_rows, ddA_columns, ddA_across, ddA_from_states, ddA_to_states, x_dot_dy = sums(6, H, T)
     CB_diagonal = sums(G, T)
     dM = torch.empty(tables.chunks, 3, G, sizes.TILE, sizes.TILE, dtype=x.dtype, device=x.device)
-    strides = Strides(x.stride(0), B.stride(0), C.stride(0), dy=dy.stride(0))
+    strides = Strides(x.stride(0), B.stride(0), C.stride(0), 0, dy.stride(0))
     passing_programs = tables.documents * H * -(-sizes.N // blocks.back_passing.slice)
     _chunk_bwd_dcb(
         passing_programs + tables.chunks * 3 * G,
@@ -194,7 +194,6 @@ def backward(
     )
     shape = (tables.chunks, H, sizes.BLOCK_P)
     ddA_through = torch.empty(shape, dtype=torch.float32, device=x.device)
-    widths = {"dx": dx.stride(0), "dB": dB.stride(0), "dC": dC.stride(0)}
     _chunk_scan_bwd(
         tables.chunks * 2 * (H // sizes.HEADS + 2 * G),
         (
@@ -202,7 +201,11 @@ def backward(
             *(ddA_from_states, ddA_to_states, x_dot_dy, ddA_through, start, end),
         ),
         (T, H),
-        (strides._replace(**widths), sizes, blocks.gradients),
+        (
+            Strides(*strides[:5], dx.stride(0), dB.stride(0), dC.stride(0)),
+            sizes,
+            blocks.gradients,
+        ),
         blocks.gradient_warps,
     )
     if x.dtype != torch.float32 and not (initial_states is None and dfinal_states is None):
