@@ -11,6 +11,8 @@ from nemotron_v3.checkpoint import convert, from_pretrained, save_pretrained
 from nemotron_v3.cli import main as cli
 from nemotron_v3.cli.convert import parse_layers
 from tests.checkpoint.files import contents
+from tests.checkpoint.narrow_files import narrow_tensors
+from tests.checkpoint.test_narrow import QUANTISED, write
 from tests.models import tiny_model
 
 
@@ -149,3 +151,16 @@ def test_layers_are_numbers_and_ranges():
     for text in ("", "a", "1-", "-1", "1,,2", "0-1000000000000"):
         with pytest.raises(ValueError, match="layers is"):
             parse_layers(text)
+
+
+def test_weights_in_4_and_8_bits_stay_or_get_their_values(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    write(tmp_path / "made", narrow_tensors()[0], QUANTISED)
+    made, wide = str(tmp_path / "made"), str(tmp_path / "wide")
+    assert cli.main(["convert", made, wide, "--dequantise"]) == 0
+    assert "nvfp4" in capsys.readouterr().out
+    assert "quantization_config" not in (tmp_path / "wide" / "config.json").read_text()
+    assert cli.main(["convert", made, str(tmp_path / "same")]) == 0
+    files = ("model.safetensors", "config.json")
+    for name in files:
+        assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
