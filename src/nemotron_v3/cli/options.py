@@ -93,6 +93,8 @@ def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Ite
         named = not any(getattr(mark, "name", None) == "" for mark in marks)
         yield from _of_class(inner, f"{name}." if named and not plain else prefix, plain)
         return
+    if get_origin(inner) is dict:
+        return  # a table of a file
     if inner is bool:
         stem = "no-" if field.default is True else ""
         flag = f"--{prefix}{stem}{name.removeprefix(prefix)}"
