@@ -53,9 +53,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "verify": rooms("model layers ops layout cache checkpoint generation config data"),
     # layers: the loads of experts and their balance, which a step moves. Adapters that PEFT puts on
     # are handed in by the command line.
-    "train": rooms(
-        "model layers parallel checkpoint data adapters verify layout config ops chat"
-    ),
+    "train": rooms("model layers parallel checkpoint data adapters verify layout config ops chat"),
     "hf": ROOMS - {"cli", "train", "recipes"},
     "recipes": ROOMS - {"cli", "hf"} | {""},
     "cli": ROOMS | {""},

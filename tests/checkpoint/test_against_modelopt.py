@@ -84,4 +84,3 @@ def test_what_modelopt_exports_has_the_values_that_modelopt_gives_it(tmp_path, r
     convert(made, tmp_path / "same")
     assert contents(tmp_path / "same") == contents(made)
     assert "quantization_config" in json.loads((made / "config.json").read_text())
-

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron_v3 import from_pretrained, save_pretrained
-from nemotron_v3.checkpoint import convert
+from nemotron_v3.checkpoint import convert, merge_adapter
 from nemotron_v3.train.options import (
     LoraOptions,
     ModelOptions,
@@ -86,7 +86,9 @@ def test_one_adapter_of_projections_and_experts_is_pefts(asked, base, tmp_path):
         merged = from_pretrained(tmp_path / "merged")
         plain = from_pretrained(base)(ids).logits
         loaded = load_lora(theirs, options.out).eval()
-        for other in (loaded, merged):
+        in_memory = from_pretrained(base)
+        merge_adapter(in_memory, options.out)  # what `generate --adapter` runs
+        for other in (loaded, merged, in_memory):
             logits = other(ids).logits
             assert (logits - expected).abs().max() < 2e-5 * expected.abs().max(), type(other)
     assert (plain - expected).abs().max() > 1e-2 * expected.abs().max()

@@ -20,6 +20,7 @@ from nemotron_v3.train.display import Display
 from nemotron_v3.train.interrupts import Stopped
 from nemotron_v3.train.loop import NotFinite
 from nemotron_v3.train.options import (
+    LogOptions,
     MemoryOptions,
     ModelOptions,
     OptimizerOptions,
@@ -183,6 +184,18 @@ def test_recomputing_blocks_changes_nothing(options, tmp_path):
         train(replace(asked, schedule=ScheduleOptions(steps=3)), **SILENT)
         told.append(losses(asked.out))
     assert told[0] == told[1] == told[2]
+
+
+def test_tensorboard_has_the_numbers_of_metrics(options):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asked = options(schedule=ScheduleOptions(steps=3), log=LogOptions(tensorboard=True))
+    train(asked, **SILENT)
+    events = EventAccumulator(str(asked.out / "tensorboard")).Reload()
+    told = {event.step: event.value for event in events.Scalars("loss")}
+    assert told == pytest.approx(losses(asked.out), rel=1e-6)
+    assert "experts/entropy" in events.Tags()["scalars"]
 
 
 def test_another_model_or_a_folder_in_use_is_refused_and_nothing_changes(options, base, tmp_path):

@@ -270,9 +270,7 @@ class NemotronHybridCache(OutsideView, Rows):
         self.states.update(self._map(Tensor.detach))
 
     @torch.no_grad()
-    def take_over(
-        self, lengths: Sequence[int], write: Callable[[int, LayerState], None]
-    ) -> None:
+    def take_over(self, lengths: Sequence[int], write: Callable[[int, LayerState], None]) -> None:
         """Hold other tokens than before: `write` puts a layer's state, by its number, in place.
 
         For whoever moved the rows on elsewhere. Stopped half-way, the cache is withheld.

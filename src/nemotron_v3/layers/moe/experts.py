@@ -151,9 +151,7 @@ class NemotronV3Experts(nn.Module):
         if low is None or low.merged:
             compiling = torch.compiler.is_compiling()
             if compiling and not x.is_cuda and not torch.is_autocast_enabled("cpu"):
-                return graph_ops.experts(
-                    x, indices, weights, up_proj, down_proj, self.impl
-                )
+                return graph_ops.experts(x, indices, weights, up_proj, down_proj, self.impl)
             return ops.experts(x, indices, weights, up_proj, down_proj, impl=self.impl)
         return ops.grouped_low_rank(
             x,

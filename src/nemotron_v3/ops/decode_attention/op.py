@@ -31,7 +31,6 @@ def _refusal(
     return refuse_widths(head_dim, scale) or refuse_mixed(dtypes)
 
 
-
 _OP = Op(
     "decode_attention",
     reference=reference.decode_attention,

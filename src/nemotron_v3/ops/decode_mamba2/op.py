@@ -26,7 +26,6 @@ def _refusal(dtypes: Sequence[torch.dtype | None], state: int) -> str | None:
     return refuse_dtypes(dtypes)
 
 
-
 _OP = Op(
     "decode_mamba2",
     reference=reference.decode_mamba2,

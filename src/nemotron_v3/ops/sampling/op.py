@@ -29,7 +29,6 @@ def _refusal(dtypes: Sequence[torch.dtype], V: int, contiguous: bool) -> str | N
     return refuse_dtypes(dtypes) if contiguous else "seen is not contiguous"
 
 
-
 _OP = Op(
     "sample",
     reference=reference.sample,

@@ -20,9 +20,7 @@ def _kernels() -> Callable:
     return skinny_linear
 
 
-def _refusal(
-    dtypes: Sequence[torch.dtype | None], weights: int, contiguous: bool
-) -> str | None:
+def _refusal(dtypes: Sequence[torch.dtype | None], weights: int, contiguous: bool) -> str | None:
     """Why the kernels cannot take a call, or None; the last of the dtypes are the weights'."""
     if not contiguous:
         return "a weight or a bias is not contiguous"
