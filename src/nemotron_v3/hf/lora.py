@@ -23,6 +23,7 @@ from nemotron_v3.checkpoint.writer import Piece, same_bits, write_safetensors
 from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import Trained
 
 NAME = "default"  # of the adapter, as PEFT calls the first one
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -57,7 +58,7 @@ def add(model: NemotronV3ForCausalLM, options: Asked) -> None:
                 module.add_low_rank(options.rank, alpha=_alpha(options))
 
 
-def save(model: NemotronV3ForCausalLM, options: Asked, folder: Path, base: str | None) -> None:
+def save(model: Trained, options: Asked, folder: Path, base: str | None) -> None:
     """Write the adapters of a model to `folder` in PEFT's format, and read them again.
 
     The config is written last: without it, nobody takes the folder for an adapter.

@@ -1,8 +1,9 @@
-"""What generation and the vocabulary ask of a language model, without knowing its class."""
+"""What other rooms ask of a language model, without knowing its class."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 
@@ -34,3 +35,11 @@ class CausalLM(Protocol):
     def buffers(self) -> Any: ...
 
     def modules(self) -> Any: ...
+
+
+class Trained(Protocol):
+    """Who tells what was trained: a model, or whole tensors that were gathered of a sharded one."""
+
+    config: NemotronV3Config
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...

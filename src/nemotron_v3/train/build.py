@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.config import PRESETS, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import Trained
 from nemotron_v3.parallel import shard_model
 from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
 from nemotron_v3.train.processes import World
@@ -23,9 +24,7 @@ class Adapters(Protocol):
     def add(self, model: NemotronV3ForCausalLM, options: LoraOptions) -> None:
         """Freeze the model and put adapters beside its weights."""
 
-    def save(
-        self, model: NemotronV3ForCausalLM, options: LoraOptions, folder: Path, base: str | None
-    ) -> None:
+    def save(self, model: Trained, options: LoraOptions, folder: Path, base: str | None) -> None:
         """Write the adapters of a model, whose state dict holds whole tensors, as PEFT does."""
 
 

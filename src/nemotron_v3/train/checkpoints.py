@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -72,7 +73,10 @@ class Checkpoints:
         self._pending: tuple[Future, int] | None = None
         self._last: int | None = None  # step that was saved, or is being saved
         # Saves in the background speak on a line of their own.
-        self._group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        if isinstance(group, int):
+            raise RuntimeError(f"rank {self.world.rank} is not among the processes that save")
+        self._group = group
 
     # ------------------------------------------------------------------------------------- saving
 
@@ -94,14 +98,20 @@ class Checkpoints:
             self._guard(lambda: (saving / STATE).write_text(json.dumps(content)), step)
         self.world.wait()
         state = as_plain_tensors(self._state())
-        writer = dcp.FileSystemWriter(saving, sync_files=True)
-        kind = {"storage_writer": writer, "process_group": self._group}
+        writer = FileSystemWriter(saving, sync_files=True)
+        kind: dict[str, Any] = {
+            "storage_writer": writer,
+            "process_group": self._group,
+            "no_dist": self.world.size == 1,
+        }
         with _quiet():
             if self.options.background:
-                future = dcp.async_save(state, no_dist=self.world.size == 1, **kind)
+                future = state_dict_saver.async_save(state, **kind)
+                if not isinstance(future, Future):
+                    raise TypeError(f"torch saves by a {type(future).__name__}, and no future")
                 self._pending = future, step
                 return
-            self._guard(lambda: dcp.save(state, no_dist=self.world.size == 1, **kind), step)
+            self._guard(lambda: state_dict_saver.save(state, **kind), step)
         self._put_in_place(step)
 
     def poll(self) -> None:
@@ -172,9 +182,9 @@ class Checkpoints:
         state = self._state()
         plain = as_plain_tensors(state)
         with _quiet():
-            dcp.load(
+            state_dict_loader.load(
                 plain,
-                storage_reader=dcp.FileSystemReader(place),
+                storage_reader=FileSystemReader(place),
                 process_group=self._group,
                 no_dist=self.world.size == 1,
             )

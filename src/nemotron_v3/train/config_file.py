@@ -111,7 +111,7 @@ def _value(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
         if value == NONE:
             return None
         return _value(name, value, hint, problems)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(name, value, hint, problems)
     if origin is tuple and isinstance(value, list):
         each = args[:1] * len(value) if args[1:] == (...,) else args

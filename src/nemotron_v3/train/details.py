@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layers.moe.load_balancing import ExpertLoad
+from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.loop import Trainer
+from nemotron_v3.train.processes import World
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.mixer\.(.*)")
 
@@ -28,11 +31,11 @@ def look(trainer: Trainer) -> dict[str, float]:
     """Of the gradients and counts at hand, on all processes: each has to call it."""
     told = {f"gradient_norm/{k}": v for k, v in gradient_norms(trainer.model).items()}
     if trainer.load is not None:
-        told |= _loads(trainer)
+        told |= _loads(trainer.load, trainer.world)
     return told | {"memory_bytes": memory_in_use(trainer.world.device)}
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
+def gradient_norms(model: NemotronV3ForCausalLM) -> dict[str, float]:
     """The norm of the gradients of each kind of block, before clipping."""
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -42,10 +45,9 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return {k: (n.full_tensor() if isinstance(n, DTensor) else n).item() for k, n in norms.items()}
 
 
-def _loads(trainer: Trainer) -> dict[str, float]:
+def _loads(load: ExpertLoad, world: World) -> dict[str, float]:
     """Evenness of the experts' loads: mean over the routers of the entropy (1 is even), the worst
     of the most loaded expert's excess, and all idle experts."""
-    load, world = trainer.load, trainer.world
     counts = torch.stack([load.counts[name] for name in sorted(load.counts)])
     share = world.sum_(counts.clone()).double()
     share /= share.sum(1, keepdim=True).clamp(min=1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from nemotron_v3.train.loop import Step
 
@@ -26,7 +26,7 @@ class Display:
         self.facts, self.speaks = facts, True
         self._loss: float | None = None
         self._speed: float | None = None
-        self._bar: tuple[Progress, int] | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
         self._told = time.monotonic()
 
     def say(self, text: str) -> None:

@@ -1,13 +1,15 @@
 """The end of a run: a checkpoint that everybody loads, or an adapter; read again, as a proof."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nemotron_v3.checkpoint import audit, save_pretrained
+from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
@@ -28,17 +30,22 @@ def export(
     adapters alone.
 
     Raises:
+        ValueError: LoRA, and nobody who saves adapters.
         OSError: the disk refuses; what stood there stays.
         CheckpointError: what is on the disk is not what was trained.
     """
-    whole = _gathered(model, options, world)
+    state = _gathered(model, options, world)
     if world.first:
         if options.lora.rank:
+            if adapters is None:
+                raise ValueError(f"lora.rank is {options.lora.rank}, and nobody saves adapters")
             base = None if options.model.path is None else str(options.model.path.resolve())
-            adapters.save(whole, options.lora, options.out, base)
+            trained = model if state is None else Gathered(model.config, state)
+            adapters.save(trained, options.lora, options.out, base)
         else:
             if options.model.path is None:
                 save_tokenizer(tokenizer, options)
+            whole = model if state is None else _whole(model, state)
             save_pretrained(whole, options.out)
             audit(whole, options.out)
     world.wait()
@@ -46,18 +53,19 @@ def export(
 
 def _gathered(
     model: NemotronV3ForCausalLM, options: TrainOptions, world: World
-) -> NemotronV3ForCausalLM:
-    """The model with whole tensors on the first process: itself, where it is not sharded."""
+) -> dict[str, Tensor] | None:
+    """The whole tensors of a sharded model, on the first process; None where it is not sharded."""
     if world.size == 1 or options.parallel == "ddp":
-        return model
+        return None
     gather = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=bool(options.lora.rank)
     )
-    state = get_model_state_dict(model, options=gather)
-    if not world.first:
-        return model
-    if options.lora.rank:
-        return Gathered(model, state)
+    # torch's type allows for modules with a state of another kind, which this model has none of.
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=gather))
+
+
+def _whole(model: NemotronV3ForCausalLM, state: Mapping[str, Tensor]) -> NemotronV3ForCausalLM:
+    """A model that is not sharded, with the tensors that were gathered of one that is."""
     with torch.device("meta"):
         whole = NemotronV3ForCausalLM(model.config, model.model.backend)
     whole.load_state_dict(state, assign=True)
@@ -66,14 +74,12 @@ def _gathered(
     return whole
 
 
+@dataclass
 class Gathered:
-    """A sharded model whose trained tensors were gathered, for who reads its state dict."""
+    """The trained tensors of a sharded model, gathered for who reads its state dict."""
 
-    def __init__(self, model: nn.Module, state: Mapping[str, Tensor]):
-        self.config, self._model, self._state = model.config, model, state
+    config: NemotronV3Config
+    state: Mapping[str, Tensor]
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        return self._state
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return self.state

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.data.report import DataReport
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad, balance_
+from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
@@ -98,7 +99,7 @@ class Trainer:
 
     options: TrainOptions
     world: World
-    model: nn.Module
+    model: NemotronV3ForCausalLM
     called: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
@@ -179,8 +180,8 @@ class Trainer:
 
     def _clip(self) -> float:
         """Shorten the gradient where it is too long; gives its norm before."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm([p.grad for p in parameters])
+        parameters = list(self.model.parameters())
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         longest = self.options.optimizer.clip_norm
         norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
         # The norm is read for the log anyway, and a pass over all gradients saved where it fits.

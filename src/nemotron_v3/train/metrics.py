@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -128,7 +129,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 def _wandb(project: str, folder: Path, about: Mapping[str, Any]) -> Any:
     try:
-        import wandb
+        wandb = import_module("wandb")
     except ImportError:
         raise ValueError("log.wandb needs wandb: pip install wandb") from None
     name = folder.resolve().name

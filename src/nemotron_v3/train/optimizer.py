@@ -114,7 +114,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         ]
         adamw(
             weights,
-            [_local(p.grad).float() for p in bucket],
+            [_gradient(p) for p in bucket],
             [_local(state["exp_avg"]) for state in states],
             [_local(state["exp_avg_sq"]) for state in states],
             [],
@@ -171,6 +171,13 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter's gradient, in fp32."""
+    if p.grad is None:
+        raise ValueError("a parameter without a gradient is not updated")
+    return _local(p.grad).float()
 
 
 def _first_element(p: Tensor) -> int:

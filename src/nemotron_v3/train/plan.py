@@ -58,6 +58,8 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
     device = make_device(options.model.device)
     config = read_model_config(options.model, device)
     dtype = getattr(torch, options.model.dtype) if options.model.dtype else config.dtype
+    if dtype is None:
+        raise ValueError(f"the config of {options.model.path} tells no dtype: give model.dtype")
     count, (_, size) = parameters(config), rank_and_size()
     lora = lora_parameters(config, options.lora) if options.lora.rank else 0
     tokens = options.data.rows * options.data.tokens_per_row

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -128,13 +128,15 @@ class Watch:
 
     def __init__(self, world: World):
         host = os.environ.get("MASTER_ADDR", "localhost")
+        # torch documents the name, and its types do not give it out.
+        tcp_store = cast(Any, dist).TCPStore
         store = None
         if world.first:
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            store = tcp_store(host, 0, is_master=True, wait_for_workers=False)
         port = world.told(store.port if store else None)
         # A connection of its own for the thread: the first process's other one serves.
         self._keep = store
-        self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        self._store = tcp_store(host, port, is_master=False, timeout=timedelta(seconds=10))
         self._world = world
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._names: dict[int, str] = {}

@@ -18,6 +18,7 @@ from nemotron_v3.data.packed import PackedData
 from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.cost import parameters
+from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters, build_model
 from nemotron_v3.train.checkpoints import Checkpoints
 from nemotron_v3.train.details import look
@@ -49,13 +50,18 @@ class Length:
         lets it be foreseen."""
         if self.steps is not None:
             return (step + 0.5) / self.steps
-        return seconds * (step + 0.5) / max(step, 1) / self.seconds
+        return seconds * (step + 0.5) / max(step, 1) / self._clock()
 
     def done(self, progress: Progress) -> float:
         """The part that is behind us."""
         if self.steps is not None:
             return progress.step / self.steps
-        return progress.seconds / self.seconds
+        return progress.seconds / self._clock()
+
+    def _clock(self) -> float:
+        if self.seconds is None:
+            raise ValueError("a training without steps needs seconds")
+        return self.seconds
 
 
 def train(
@@ -220,7 +226,7 @@ class _Run:
             )
         self._introduce(model, progress)
 
-    def _identity(self, model: nn.Module) -> dict[str, str]:
+    def _identity(self, model: NemotronV3ForCausalLM) -> dict[str, str]:
         """What a run that goes on has to share with the one that it goes on with."""
         sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         lora, asked = self.options.lora, self.options.optimizer
@@ -232,7 +238,7 @@ class _Run:
             "the trained parameters": f"{sum(p.numel() for p in _trained(model)):,}",
         }
 
-    def _introduce(self, model: nn.Module, progress: Progress) -> None:
+    def _introduce(self, model: NemotronV3ForCausalLM, progress: Progress) -> None:
         count = parameters(model.config)
         trained = sum(parameter.numel() for parameter in _trained(model))
         say = self.display.say
@@ -240,7 +246,10 @@ class _Run:
             say(f"data     {line}")
         say(f"model    {count.total:,} parameters, {count.active:,} a token, {trained:,} trained")
         length = self.length
-        told = f"{length.steps:,} steps" if length.steps else f"{length.seconds / 60:g} minutes"
+        if length.seconds is None:
+            told = f"{length.steps:,} steps"
+        else:
+            told = f"{length.seconds / 60:g} minutes"
         say(f"length   {told} of {self.options.data.rows} rows")
         if progress.step:
             say(f"resumed  after step {progress.step:,}")

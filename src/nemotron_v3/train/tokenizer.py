@@ -30,14 +30,21 @@ def read_tokenizer(options: TrainOptions) -> PretrainedTokenizer | Tokenizer:
 
 
 def save_tokenizer(tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions) -> None:
-    """Write what belongs to a fresh model's tokeniser into the run's folder."""
+    """Write what belongs to a fresh model's tokeniser into the run's folder.
+
+    Raises:
+        ValueError: a tokeniser of another kind than our own, and no folder that holds it.
+    """
     if isinstance(tokenizer, Tokenizer):
         tokenizer.save(options.out)
         return
-    for name in names_in(options.model.tokenizer):
+    folder = options.model.tokenizer
+    if folder is None:
+        raise ValueError("a tokenizer is saved from its folder: give model.tokenizer")
+    for name in names_in(folder):
         (options.out / name).parent.mkdir(exist_ok=True)
         with atomic_file(options.out / name) as path:
-            path.write_bytes(read_bytes(options.model.tokenizer / name, MAX_BYTES))
+            path.write_bytes(read_bytes(folder / name, MAX_BYTES))
 
 
 def with_template(options: TrainOptions) -> TrainOptions:

@@ -23,7 +23,7 @@ def decode_attention(
     """The reference: one slot and one head after another, in `dtype`. Arguments: see `op.py`."""
     R, J, L, P = keys.shape
     share = num_heads // num_kv_heads
-    scale = P**-0.5 if scale is None else scale
+    factor: float = P**-0.5 if scale is None else scale
     y = torch.zeros(R, num_heads, P, dtype=dtype, device=qkv.device)
     for row in range(R):
         if not active[row]:
@@ -37,7 +37,7 @@ def decode_attention(
         values[row, :, position] = v.to(values.dtype)
         for h in range(num_heads):
             seen = (row, h // share, slice(position + 1))
-            scores = scale * (keys[seen].to(dtype) @ q[h].to(dtype))
+            scores = factor * (keys[seen].to(dtype) @ q[h].to(dtype))
             y[row, h] = torch.softmax(scores, 0) @ values[seen].to(dtype)
     y = y.view(R, num_heads * P)
     return y if out is None else out.copy_(y)

@@ -41,8 +41,13 @@ def sample(
             drawn[row] += 1
             if token != NO_TOKEN:
                 x = (shaped - likeliest) / temperature[row].to(dtype)
-                numbers = [None if t is None else t[row].item() for t in (top_k, top_p, min_p)]
-                token = _draw(x.tolist(), number.item(), *numbers)
+                token = _draw(
+                    x.tolist(),
+                    float(number),
+                    None if top_k is None else int(top_k[row]),
+                    None if top_p is None else float(top_p[row]),
+                    None if min_p is None else float(min_p[row]),
+                )
         out[row] = token
         if seen is not None and token != NO_TOKEN:
             seen[row, token] = True

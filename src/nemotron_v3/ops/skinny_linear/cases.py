@@ -1,8 +1,9 @@
 """Shapes that the tests and benchmarks of skinny_linear share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from nemotron_v3.ops.common.cases import Draw, Inputs
 
@@ -35,16 +36,17 @@ CASES = (
     Case("wide-stream", 33, 64, (48,), residual=True, wide_stream=True),
     Case("many-rows", 130, 64, (24,), norm=0),
 )
+_ONE_ROW = (
+    Case("in_proj", 1, 2688, (10304,), norm=0),
+    Case("out_proj", 1, 4096, (2688,), norm=512, residual=True, wide=True),
+    Case("qkv", 1, 2688, (4096, 256, 256), norm=0),
+    Case("o_proj", 1, 4096, (2688,), residual=True),
+    Case("head", 1, 2688, (131072,), norm=0),
+)
 BENCHMARKS = tuple(
-    Case(f"{name}-{rows}", rows, *shape)
+    replace(case, name=f"{case.name}-{rows}", rows=rows)
     for rows in (1, 8, 32, 128)
-    for name, shape in (
-        ("in_proj", (2688, (10304,), 0)),
-        ("out_proj", (4096, (2688,), 512, False, True, True)),
-        ("qkv", (2688, (4096, 256, 256), 0)),
-        ("o_proj", (4096, (2688,), None, False, True)),
-        ("head", (2688, (131072,), 0)),
-    )
+    for case in _ONE_ROW
 )
 
 
@@ -55,7 +57,7 @@ def make_inputs(
     draw = Draw(generator, dtype, device, case.strided)
     R, n, m = case.rows, case.inputs, sum(case.outputs)
     x = draw.activation(R, n)
-    tensors = {"x": x.to(draw.wide) if case.wide else x}
+    tensors: dict[str, Tensor | None] = {"x": x.to(draw.wide) if case.wide else x}
     for place, size in enumerate(case.outputs):
         tensors[f"weight_{place}"] = draw.normal(size, n, scale=n**-0.5)
         tensors[f"bias_{place}"] = draw.normal(size) if case.bias else None
