@@ -52,8 +52,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": ROOMS | {""},
 }
 
-# The methods of the model that hand over to the room above it.
-MODEL_TO_GENERATION = frozenset({"generate", "score", "stream"})
+# The methods of the model that hand over to the room above it, and the report's question to it.
+MODEL_TO_GENERATION = frozenset({"generate", "score", "stream", "_generation"})
 
 # Rooms of one device: what is spread over several is made from outside, in parallel.
 WITHOUT_DISTRIBUTED = frozenset({"config", "layout", "cache", "ops", "layers", "model"})
