@@ -4,8 +4,7 @@ bf16 weights and keys, fp32 states, random weights; every timed step is fed new 
 that its routes are fresh. Floors are the bytes that a step has to read and write, the experts that
 were chosen counted, at the rate of a large copy in the same run. A kernel alone is timed as one
 CUDA graph of its calls in all layers, whose weights therefore come from memory. The experts counted
-are those that the last layer chose. Logits are held to
-`forward`'s first.
+are those that the last layer chose. Logits are held to `forward`'s first.
 """
 
 import gc
