@@ -18,6 +18,7 @@ SUITES = {
     "attention_gpu": "attention over packs and long documents on a GPU, beside PyTorch's own",
     "cpu": "training, the experts, the loss and decoding on a CPU, beside transformers",
     "cross_entropy_gpu": "the loss over a vocabulary of 131 072 on a GPU",
+    "decode_gpu": "decoding of a whole model of Nano's shape on a GPU, and each kernel alone",
     "hf_cpu": "training an accelerated transformers model on a CPU, beside the plain one",
     "hf_gpu": "the same on a GPU, 7 blocks of Nano's width in bf16",
     "lengths_gpu": "training and prefill on a GPU with lengths drawn anew in every step",

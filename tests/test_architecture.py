@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__main__": rooms("cli"),
 }
 
-# The methods of the model that hand over to the room above it.
-MODEL_TO_GENERATION = frozenset({"generate", "score", "stream"})
+# The methods of the model that hand over to the room above it, and the report's question to it.
+MODEL_TO_GENERATION = frozenset({"generate", "score", "stream", "_generation"})
 
 # Files of options alone, which import neither torch nor a room: help needs them.
 OPTIONS = re.compile(r"(recipes|train|data)\.(options|config_file)(\.\w+)?")

@@ -146,3 +146,35 @@ def test_uniform_numbers_go_on_across_blocks_and_leaving_rows():
         if step == BLOCK // 2:
             both.select([1], torch.tensor([1]))
         assert both()[-1] == alone()[0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"repetition_penalty": 1.3, "return_logprobs": True},
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": True, "top_p": 0.8, "return_logprobs": True},
+        {"do_sample": True, "top_k": 5, "min_p": 0.05},
+        {"do_sample": True, "top_k": 9, "top_p": 0.9, "repetition_penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_the_choice_of_a_gpu_is_the_same(asked):
+    """Over more steps than there are numbers in a block; rows leave, and one has no token."""
+    options = GenerationOptions(**asked, seed=4)
+    given = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([7, 8])]
+    ways = [Sampler(options, given, 61, torch.empty(0), on_slots=on) for on in (False, True)]
+    steps = BLOCK + 6
+    for step in range(steps):
+        if step == 3:
+            for sampler in ways:
+                sampler.select([0, 2], torch.tensor([0, 2]))
+        logits = 2 * torch.randn(3 if step < 3 else 2, 61)
+        if step == steps - 1:
+            logits[1, 4] = torch.nan
+        (tokens, logprobs), (others, of_others) = (sampler(logits.clone()) for sampler in ways)
+        assert torch.equal(tokens, others)
+        if logprobs is not None:
+            torch.testing.assert_close(logprobs, of_others, equal_nan=True)
+    assert tokens[1] == -1 != tokens[0]

@@ -8,9 +8,12 @@ import torch
 
 from nemotron_v3 import ops
 from nemotron_v3.ops.decode_attention import cases as attention_cases
+from nemotron_v3.ops.decode_experts import cases as expert_cases
 from nemotron_v3.ops.decode_mamba2 import cases as mamba2_cases
 from nemotron_v3.ops.sampling import cases as sampling_cases
+from nemotron_v3.ops.skinny_linear import cases as linear_cases
 from tests.kernels.holding_decode import BUFFERS, hold, results
+from tests.kernels.holding_products import hold_experts, hold_linear, hold_route
 from tests.kernels.holding_sampling import draws, sampled
 from tests.kernels.holding_sampling import hold as hold_sampling
 
@@ -39,6 +42,31 @@ EVERY = [
 @pytest.mark.parametrize(("op", "case", "dtype"), EVERY)
 def test_accuracy(op, case, dtype, impl):
     hold(op, case, dtype, "cuda", impl)
+
+
+OF_NANO = [linear_cases.Case(f"qkv-{rows}", rows, 2688, (4096, 256, 256), 0) for rows in (1, 8, 40)]
+OF_NANO += [
+    linear_cases.Case(f"out-{rows}", rows, 4096, (2688,), 512, residual=True, wide=True)
+    for rows in (1, 8, 40, 100)
+]
+FEW_EXPERTS = [  # of Nano's widths
+    expert_cases.Case(f"nano-{rows}", rows, 2688, 16, 6, 1856, shared=3712) for rows in (1, 8, 40)
+]
+
+
+@pytest.mark.parametrize("impl", ["portable", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", (*linear_cases.CASES, *OF_NANO), ids=lambda case: case.name)
+def test_projections(case, dtype, impl):
+    hold_linear(case, dtype, "cuda", impl)
+
+
+@pytest.mark.parametrize("impl", ["portable", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", (*expert_cases.CASES, *FEW_EXPERTS), ids=lambda case: case.name)
+def test_experts(case, dtype, impl):
+    hold_route(case, dtype, "cuda", impl)
+    hold_experts(case, dtype, "cuda", impl)
 
 
 @pytest.mark.parametrize("impl", ["portable", "triton"])

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from nemotron_v3.ops import decode_experts
+from nemotron_v3 import ops
 from nemotron_v3.ops.decode_experts import cases
 from tests.kernels.holding_products import experts, hold_experts, hold_route, routed
 from tests.kernels.interpreter import mend_bfloat16
@@ -58,17 +58,15 @@ def test_accuracy(name, dtype, monkeypatch):
 def test_rows_that_are_not_active_stay_and_disturb_nobody(monkeypatch):
     inputs = cases.make_inputs(NAMED["idle-rows"], F32, "cpu", torch.Generator().manual_seed(0))
     idle = ~inputs.options["active"]
-    run = partial(decode_experts.experts, impl="triton")
+    run = partial(ops.decode_experts, impl="triton")
     before = experts(run, **inputs.tensors, **inputs.options)
-    choice = routed(
-        partial(decode_experts.route, impl="triton"), **inputs.tensors, **inputs.options
-    )
+    choice = routed(partial(ops.decode_route, impl="triton"), **inputs.tensors, **inputs.options)
     for name in ("stream", "normed"):
         inputs.tensors[name][idle] = torch.nan
     inputs.options["active"] = inputs.options["active"].int() * 3
     after = experts(run, **inputs.tensors, **inputs.options)
     assert torch.equal(before[~idle], after[~idle]) and after[idle].isnan().all()
-    again = routed(partial(decode_experts.route, impl="triton"), **inputs.tensors, **inputs.options)
+    again = routed(partial(ops.decode_route, impl="triton"), **inputs.tensors, **inputs.options)
     assert torch.equal(choice.slots, again.slots) and torch.equal(choice.experts, again.experts)
 
 
@@ -76,5 +74,5 @@ def test_equal_scores_go_to_the_lower_expert():
     inputs = cases.make_inputs(NAMED["one-row"], F32, "cpu", torch.Generator().manual_seed(0))
     inputs.tensors["gate"].zero_()
     inputs.tensors["bias"].zero_()
-    found = routed(partial(decode_experts.route, impl="triton"), **inputs.tensors, **inputs.options)
+    found = routed(partial(ops.decode_route, impl="triton"), **inputs.tensors, **inputs.options)
     assert found.experts.tolist() == [[0, 1]]

@@ -10,6 +10,9 @@ import pytest
 
 from tests.kernels.test_resources import REGISTERS_OF_MULTIPROCESSOR, SHARED_OF_MULTIPROCESSOR
 
+pytestmark = pytest.mark.heavy  # every kernel is compiled, which takes a minute of a processor
+
+
 pytest.importorskip("triton")
 
 # programs on a multiprocessor at least, bytes spilled at most; loads are of 16 bytes. Triton 3.6

@@ -10,6 +10,9 @@ import pytest
 
 from tests.kernels.test_resources import REGISTERS_OF_MULTIPROCESSOR, SHARED_OF_MULTIPROCESSOR
 
+pytestmark = pytest.mark.heavy  # every kernel is compiled, which takes a minute of a processor
+
+
 pytest.importorskip("triton")
 
 # warps, programs on a multiprocessor at least, loads of 16 bytes, products on tensor cores; nothing

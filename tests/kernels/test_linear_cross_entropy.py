@@ -29,7 +29,7 @@ def _small_blocks_and_chunks(monkeypatch):
     monkeypatch.setattr(_chunks, "CPU_BYTES", 4 * 331 * 4)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, pytest.param(F16, marks=pytest.mark.heavy)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss(case, dtype):
     hold_loss(case, dtype, "cpu")

@@ -10,6 +10,9 @@ import pytest
 
 from tests.kernels.test_resources import REGISTERS_OF_MULTIPROCESSOR
 
+pytestmark = pytest.mark.heavy  # every kernel is compiled, which takes a minute of a processor
+
+
 pytest.importorskip("triton")
 
 

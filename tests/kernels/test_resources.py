@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy  # every kernel is compiled, which takes a minute of a processor
+
+
 pytest.importorskip("triton")
 
 SHARED_OF_MULTIPROCESSOR = 227 * 1024

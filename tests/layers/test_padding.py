@@ -68,6 +68,7 @@ def test_a_block_and_its_mixer_called_alone(kind, form, value, said):
         hold(results(layer, x, dy, **kwargs), results(layer, spoilt, dy, **kwargs))
 
 
+@pytest.mark.heavy  # in the interpreter
 @pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in WITHOUT_TRITON])
 def test_a_block_in_triton(kind):
     block = model_of("triton").model.layers[BLOCKS[kind]]

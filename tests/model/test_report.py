@@ -49,7 +49,8 @@ def seen_running(model: nn.Module, monkeypatch) -> set[tuple[str, str]]:
 def test_what_it_says_is_what_runs(backend, monkeypatch):
     model = tiny_model(backend=backend).double()  # the dtype of the reference forms
     run(model)  # self-checks make choices of their own
-    reported = {(r.computes, r.uses) for r in report(model).rows if r.computes != "projections"}
+    no_ops = ("projections", "generation")
+    reported = {(r.computes, r.uses) for r in report(model).rows if r.computes not in no_ops}
     running = seen_running(model, monkeypatch)
     # The parts of a mixer are chosen by the mixer's form.
     parts = {"causal_conv1d", "ssd", "gated_rms_norm", "ssm_step"}
@@ -84,7 +85,13 @@ def test_equal_rows_are_one_line_of_text():
     text = str(report(tiny_model()))
     line = next(line for line in text.splitlines() if line.startswith("mamba2"))
     assert line.endswith("model.layers.{0,4}.mixer")
-    assert len(text.splitlines()) < 12
+    assert len(text.splitlines()) < 13
+
+
+def test_it_says_why_generation_is_no_graph():
+    (row,) = [r for r in report(tiny_model()).rows if r.computes == "generation"]
+    assert (row.layer, row.uses) == ("", "no CUDA graph")
+    assert row.why == "the model is on cpu, and a CUDA graph needs an NVIDIA GPU"
 
 
 def test_a_foreign_module_is_refused():

@@ -13,7 +13,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@pytest.mark.parametrize(
+    "impl", ["reference", "portable", pytest.param("triton", marks=pytest.mark.heavy)]
+)
 @pytest.mark.parametrize("op", CASES)
 def test_the_rest_is_the_same_bit_by_bit(op, impl):
     if impl == "triton":

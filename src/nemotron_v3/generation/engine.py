@@ -329,10 +329,12 @@ class _Run:
     @torch.no_grad()
     def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
         """Some steps without a look at what comes out."""
+        step = self._step
+        assert step is not None  # made before the first segment
         segment = _Segment(pending, [], [])
         for _ in range(steps):
             if pending is not None:
-                logits = self._step(pending)
+                logits = step(pending)
             drawn, logprob = self.sampler(logits)
             segment.drawn.append(drawn)
             pending = drawn.clamp(min=0)  # something to feed until the host looks

@@ -6,6 +6,8 @@ All arithmetic is in fp32 or wider. A draw inverts the cumulated probabilities a
 a row and step. Row r's numbers come from a generator of its own on the CPU, so they depend on its
 seed and on how many tokens it has drawn, and on nothing else: not on the rows beside it, nor on the
 device. Reading them ahead in blocks keeps the CPU and its copies out of the step.
+
+On a GPU `ops.sample` chooses, by the same rules, without sorting a vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemotron_v3 import ops
 from nemotron_v3.generation.options import GenerationOptions
+from nemotron_v3.ops.sampling.sizes import workspace_size
 
 BLOCK = 64  # uniform numbers drawn ahead
 NO_TOKEN = -1  # of a row whose logits are not finite
@@ -128,10 +132,16 @@ class Sampler:
         prompts: the tokens each row holds, int64 `[n]` each.
         vocab_size: V.
         like: a tensor of the logits' device and dtype.
+        on_slots: whether `ops.sample` chooses; on a GPU by default.
     """
 
     def __init__(
-        self, options: GenerationOptions, prompts: Sequence[Tensor], vocab_size: int, like: Tensor
+        self,
+        options: GenerationOptions,
+        prompts: Sequence[Tensor],
+        vocab_size: int,
+        like: Tensor,
+        on_slots: bool | None = None,
     ):
         self.options = options
         self.dtype = torch.promote_types(like.dtype, torch.float32)
@@ -148,12 +158,18 @@ class Sampler:
             for row, prompt in enumerate(prompts):
                 seen[row, prompt] = True
             self._seen = seen.to(device)
+        self._slots: _Slots | None = None
+        if like.is_cuda if on_slots is None else on_slots:
+            self._slots = _Slots(options, len(prompts), vocab_size, self.dtype, device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for.
 
         `NO_TOKEN` for a row that has NaN or +inf among its logits, or nothing but -inf.
         """
+        if self._slots is not None:
+            uniform = None if self._uniform is None else self._uniform()
+            return self._slots(logits, uniform, self._seen)
         logits = logits.to(self.dtype)
         peak, tokens = logits.max(-1)  # a NaN is the largest of all
         shaped = logits
@@ -185,3 +201,53 @@ class Sampler:
             self._uniform.select(rows, index)
         if self._seen is not None:
             self._seen = self._seen.index_select(0, index)
+
+
+class _Slots:
+    """The choice by `ops.sample`: what the options ask of every row, in tensors that stay."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        rows: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        asked: dict[str, float] = {}
+        if options.do_sample:
+            asked["temperature"] = _normal(options.temperature, dtype)
+            asked |= {"top_p": options.top_p} if options.top_p < 1 else {}
+            asked |= {"min_p": options.min_p} if options.min_p > 0 else {}
+        if options.repetition_penalty != 1:
+            asked["penalty"] = options.repetition_penalty
+        self._numbers = {
+            name: torch.full((rows,), number, dtype=dtype, device=device)
+            for name, number in asked.items()
+        }
+        if options.do_sample and options.top_k > 0:
+            self._numbers["top_k"] = torch.full((rows,), options.top_k, device=device)
+        self._active = torch.ones(rows, dtype=torch.bool, device=device)
+        self._drawn = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._zeros = torch.zeros(rows, dtype=torch.float64, device=device)
+        size = workspace_size(rows, vocab_size) if device.type == "cuda" else 0
+        self._workspace = torch.empty(size, dtype=torch.float64, device=device) if size else None
+        self._logprobs, self._dtype = options.return_logprobs, dtype
+
+    def __call__(
+        self, logits: Tensor, uniform: Tensor | None, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Sampler`'s; `seen` is updated. Rows are alike, so the first ones serve any."""
+        rows = len(logits)
+        logprobs = logits.new_empty(rows, dtype=self._dtype) if self._logprobs else None
+        tokens = ops.sample(
+            logits,
+            (self._zeros[:rows] if uniform is None else uniform)[None],
+            self._drawn[:rows],
+            self._active[:rows],
+            **{name: tensor[:rows] for name, tensor in self._numbers.items()},
+            seen=seen,
+            logprobs=logprobs,
+            workspace=self._workspace,
+        )
+        return tokens, logprobs

@@ -36,6 +36,10 @@ class CausalLM(Protocol):
 
     def modules(self) -> Any: ...
 
+    def named_modules(self) -> Any: ...
+
+    def named_parameters(self) -> Any: ...
+
 
 class Trained(Protocol):
     """Who tells what was trained: a model, or whole tensors that were gathered of a sharded one."""

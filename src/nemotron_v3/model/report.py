@@ -123,10 +123,18 @@ def _computations(module: nn.Module) -> Iterator[tuple[str, str, str]]:
             else:
                 impl = module.model.backend.impl
                 yield "linear_cross_entropy", *_form("linear_cross_entropy", impl, module)
+            yield "generation", *_generation(module)
     projections = _projections(module)
     if projections:
         classes = {f"{type(p).__module__.split('.')[0]} {type(p).__name__}" for p in projections}
         yield "projections", ", ".join(sorted(classes)), "what is in their place now"
+
+
+def _generation(model: NemotronV3ForCausalLM) -> tuple[str, str]:
+    from nemotron_v3.generation.graphs import why_not
+
+    why = why_not(model)
+    return ("a CUDA graph", "on a GPU, of plain layers") if why is None else ("no CUDA graph", why)
 
 
 def _long_documents(module: NemotronV3Attention) -> Iterator[tuple[str, str, str]]:

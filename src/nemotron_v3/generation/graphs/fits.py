@@ -8,14 +8,14 @@ from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
 from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.moe.router import NemotronV3Router
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.common import host
 
 PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
 PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 
 
-def why_not(model: NemotronV3ForCausalLM, cache: NemotronHybridCache | None = None) -> str | None:
+def why_not(model: CausalLM, cache: NemotronHybridCache | None = None) -> str | None:
     """Why `forward` has to run the steps of generation, or None where one CUDA graph can."""
     weight = model.model.embeddings.weight
     if weight.device.type != "cuda":
@@ -63,7 +63,7 @@ def _why_not_moe(moe: NemotronV3MoE) -> str | None:
     return None
 
 
-def _why_not_tensors(model: nn.Module, like: torch.Tensor) -> str | None:
+def _why_not_tensors(model: CausalLM, like: torch.Tensor) -> str | None:
     wide = {like.dtype, torch.float32}
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:

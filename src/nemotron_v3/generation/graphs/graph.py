@@ -12,12 +12,12 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 
 SMALLEST_CAPACITY = 1024
 # Graphs that a model keeps besides those in use.
@@ -86,7 +86,7 @@ class Graphs:
         self._graphs: list[Graph] = []
         self._lock = threading.Lock()
 
-    def take(self, model: NemotronV3ForCausalLM, cache: NemotronHybridCache, length: int) -> Graph:
+    def take(self, model: CausalLM, cache: NemotronHybridCache, length: int) -> Graph:
         """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
         weights = addresses(model)
         key = (row_slots(cache.batch_size), capacity_of(length), weights)
@@ -112,15 +112,15 @@ class Graphs:
             self._graphs = [graph for graph in self._graphs if graph.busy]
 
 
-_of_models: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
+_of_models: "weakref.WeakKeyDictionary[CausalLM, Graphs]" = weakref.WeakKeyDictionary()
 
 
-def graphs_of(model: nn.Module) -> Graphs:
+def graphs_of(model: CausalLM) -> Graphs:
     """The graphs that a model has; they go with it."""
     return _of_models.setdefault(model, Graphs())
 
 
-def addresses(model: nn.Module) -> tuple[int, ...]:
+def addresses(model: CausalLM) -> tuple[int, ...]:
     """Where a model's tensors are."""
     return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 

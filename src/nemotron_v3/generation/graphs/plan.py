@@ -9,14 +9,15 @@ Letters: R rows, D hidden size, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.generation.graphs.slots import Slots
 from nemotron_v3.model.head import TiedHead
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.decode_attention.op import decode_attention
 from nemotron_v3.ops.decode_attention.split import workspace_size
 from nemotron_v3.ops.decode_experts import Buffers, Router, decode_experts, decode_route
@@ -29,7 +30,7 @@ Call = Callable[[], object]
 class Plan:
     """One token a row: tokens in `slots`, logits `[R, V]` out."""
 
-    def __init__(self, model: NemotronV3ForCausalLM, slots: Slots):
+    def __init__(self, model: CausalLM, slots: Slots):
         self.slots = slots
         weight = model.model.embeddings.weight.detach()
         self._embeddings = weight
@@ -79,7 +80,7 @@ class Plan:
     def _project(
         self,
         x: Tensor,
-        *linears: nn.Module,
+        *linears: Any,
         norm: Norm | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -98,8 +99,8 @@ class Plan:
         )
         return self.stream if out is None else out
 
-    def _add_mamba(self, mixer: nn.Module, norm: Norm, layer: int) -> None:
-        state, slots = self.slots.layers[layer], self.slots
+    def _add_mamba(self, mixer: Any, norm: Norm, layer: int) -> None:
+        state, slots = self.slots.mamba[layer], self.slots
         projected = self._array("projected", mixer.in_proj.out_features)
         gated = self._array("gated", mixer.intermediate_size, dtype=torch.float32)
         self._project(self.stream, mixer.in_proj, norm=norm, out=projected)
@@ -126,8 +127,8 @@ class Plan:
         gated_norm = Norm(mixer.norm.weight.detach(), mixer.norm.variance_epsilon, group)
         self._project(gated, mixer.out_proj, norm=gated_norm)
 
-    def _add_attention(self, mixer: nn.Module, norm: Norm, layer: int) -> None:
-        state, slots = self.slots.layers[layer], self.slots
+    def _add_attention(self, mixer: Any, norm: Norm, layer: int) -> None:
+        state, slots = self.slots.attention[layer], self.slots
         projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
         qkv = self._array("qkv", sum(p.out_features for p in projections))
         attended = self._array("attended", mixer.o_proj.in_features)
@@ -148,20 +149,20 @@ class Plan:
         )
         self._project(attended, mixer.o_proj)
 
-    def _workspace(self, mixer: nn.Module, keys: Tensor) -> Tensor:
+    def _workspace(self, mixer: Any, keys: Tensor) -> Tensor:
         sizes = (self.slots.rows, mixer.num_attention_heads, mixer.head_dim, keys.shape[2])
         needed = workspace_size(*sizes)
         if ("parts", needed) not in self._buffers:
             self._buffers["parts", needed] = keys.new_empty(needed, dtype=torch.float32)
         return self._buffers["parts", needed]
 
-    def _add_mlp(self, mixer: nn.Module, norm: Norm, layer: int) -> None:
+    def _add_mlp(self, mixer: Any, norm: Norm, layer: int) -> None:
         wide = self._array("wide", mixer.up_proj.out_features)
         self._project(self.stream, mixer.up_proj, norm=norm, out=wide)
         self.calls.append(lambda: wide.copy_(ops.relu2(wide)))
         self._project(wide, mixer.down_proj)
 
-    def _add_moe(self, moe: nn.Module, norm: Norm, layer: int) -> None:
+    def _add_moe(self, moe: Any, norm: Norm, layer: int) -> None:
         slots, gate = self.slots, moe.gate
         up, down = moe.experts.up_proj.detach(), moe.experts.down_proj.detach()
         shared = moe.shared_experts

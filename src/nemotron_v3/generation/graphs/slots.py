@@ -40,7 +40,7 @@ class Slots:
         positions: int64 `[R]`, tokens that each row holds.
         active: int32 `[R]`, 0 where a step is to change nothing.
         ends: int64 `[MOST_ENDS]`, tokens behind which a row is not active any more, or -1.
-        layers: by the layers' numbers.
+        mamba, attention: the layers that have them, by number.
     """
 
     def __init__(self, cache: NemotronHybridCache, rows: int, capacity: int):
@@ -50,24 +50,28 @@ class Slots:
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.active = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ends = torch.full((MOST_ENDS,), -1, dtype=torch.int64, device=device)
-        self.layers: dict[int, MambaSlots | KeyValueSlots] = {
-            layer: self._of(state) for layer, state in cache.states.items()
-        }
+        self.mamba: dict[int, MambaSlots] = {}
+        self.attention: dict[int, KeyValueSlots] = {}
+        for layer, state in cache.states.items():
+            if isinstance(state, MambaState):
+                self.mamba[layer] = self._of_mamba(state)
+            elif isinstance(state, KeyValueState):
+                self.attention[layer] = self._of_attention(state)
 
-    def _of(self, state: LayerState) -> MambaSlots | KeyValueSlots:
-        if isinstance(state, MambaState):
-            _, C, W = state.conv.shape
-            return MambaSlots(
-                state.conv.new_zeros(self.rows, W, C),
-                state.ssm.new_zeros(self.rows, *state.ssm.shape[1:]),
-            )
+    def _of_mamba(self, state: MambaState) -> MambaSlots:
+        _, C, W = state.conv.shape
+        ssm = state.ssm.new_zeros(self.rows, *state.ssm.shape[1:])
+        return MambaSlots(state.conv.new_zeros(self.rows, W, C), ssm)
+
+    def _of_attention(self, state: KeyValueState) -> KeyValueSlots:
         _, J, _, P = state.keys.shape
         shape = (self.rows, J, self.capacity, P)
         return KeyValueSlots(state.keys.new_zeros(shape), state.values.new_zeros(shape))
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+        layers = (*self.mamba.values(), *self.attention.values())
+        return sum(tensor.nbytes for layer in layers for tensor in layer)
 
     def load(self, cache: NemotronHybridCache, ends: list[int]) -> None:
         """Take the rows of a cache over, all of them active, into the first slots."""
@@ -76,16 +80,16 @@ class Slots:
         self.active.zero_()[:n] = 1
         padded = ends + [-1] * (MOST_ENDS - len(ends))
         self.ends.copy_(torch.tensor(padded, device="cpu"))
-        for layer, slots in self.layers.items():
-            state = cache.states[layer]
-            if isinstance(slots, MambaSlots):
-                slots.conv[:n] = ring_of(state.conv, cache.positions)
-                slots.ssm[:n] = state.ssm
-                continue
-            held = min(length, state.capacity)
-            for slot, tensor in zip(slots, (state.keys, state.values), strict=True):
-                slot[:n, :, :held] = tensor[:, :, :held]
-                slot[:n, :, held:] = 0
+        for layer, state in cache.states.items():
+            if isinstance(state, MambaState):
+                self.mamba[layer].conv[:n] = ring_of(state.conv, cache.positions)
+                self.mamba[layer].ssm[:n] = state.ssm
+            elif isinstance(state, KeyValueState):
+                held = min(length, state.capacity)
+                pairs = zip(self.attention[layer], (state.keys, state.values), strict=True)
+                for slot, tensor in pairs:
+                    slot[:n, :, :held] = tensor[:, :, :held]
+                    slot[:n, :, held:] = 0
 
     def store(self, cache: NemotronHybridCache, lengths: list[int]) -> None:
         """Give the rows back to the cache that they came from, `lengths` tokens each."""
@@ -93,13 +97,13 @@ class Slots:
         positions = torch.tensor(lengths, dtype=torch.int64, device="cpu").to(cache.device)
 
         def write(layer: int, state: LayerState) -> None:
-            slots = self.layers[layer]
-            if isinstance(slots, MambaSlots):
-                state.conv.copy_(conv_of(slots.conv[:n], positions))
-                state.ssm.copy_(slots.ssm[:n])
+            if isinstance(state, MambaState):
+                state.conv.copy_(conv_of(self.mamba[layer].conv[:n], positions))
+                state.ssm.copy_(self.mamba[layer].ssm[:n])
             elif isinstance(state, KeyValueState):
                 state.reserve(longest)
-                for slot, tensor in zip(slots, (state.keys, state.values), strict=True):
+                pairs = zip(self.attention[layer], (state.keys, state.values), strict=True)
+                for slot, tensor in pairs:
                     tensor[:, :, :longest] = slot[:n, :, :longest]
 
         cache.take_over(lengths, write)

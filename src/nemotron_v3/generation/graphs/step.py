@@ -8,7 +8,7 @@ from torch import Tensor
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.graphs.graph import graphs_of
 from nemotron_v3.generation.graphs.slots import MOST_ENDS
-from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.model.protocol import CausalLM
 
 # Tokens for which a row has places when a step is made, beside those that it holds.
 AHEAD = 1024
@@ -29,7 +29,7 @@ class GraphStep:
 
     def __init__(
         self,
-        model: NemotronV3ForCausalLM,
+        model: CausalLM,
         cache: NemotronHybridCache,
         ends: Sequence[int] = (),
         steps: int = AHEAD,

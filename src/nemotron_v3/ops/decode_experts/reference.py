@@ -50,7 +50,8 @@ def choose(
         if router.norm_topk_prob:
             weights = weights / (weights.sum() + 1e-20)
         buffers.weights[row] = weights * router.scaling_factor
-        buffers.experts[row] = torch.tensor(chosen if active[row] else [-1] * router.top_k)
+        chosen = chosen if active[row] else [-1] * router.top_k
+        buffers.experts[row] = torch.tensor(chosen, device=buffers.experts.device)
 
 
 def order(buffers: Buffers) -> None:
@@ -62,8 +63,9 @@ def order(buffers: Buffers) -> None:
     buffers.slots[0] = -1
     start = 0
     for slot, (expert, own) in enumerate(sorted(places.items())):
-        buffers.slots[:, slot] = torch.tensor([expert, start, len(own)])
-        buffers.choices[start : start + len(own)] = torch.tensor(own)
+        device = buffers.slots.device
+        buffers.slots[:, slot] = torch.tensor([expert, start, len(own)], device=device)
+        buffers.choices[start : start + len(own)] = torch.tensor(own, device=device)
         start += len(own)
 
 

@@ -3,14 +3,14 @@
 Letters: K choices, E experts, F expert width, X width the experts see, D hidden size.
 """
 
-import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_vector
 
 
-@triton.jit
+@kernel
 def up_kernel(
     x,
     shared_x,
@@ -55,7 +55,7 @@ def up_kernel(
         tl.store(h + choice * F + o_m, b_h, mask=m_m)
 
 
-@triton.jit
+@kernel
 def down_kernel(
     h,
     shared_h,

@@ -3,14 +3,14 @@
 Letters: R rows, K choices a row, E experts, F expert width, X width the experts see, D hidden size.
 """
 
-import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_rows
 
 
-@triton.jit
+@kernel
 def up_kernel(
     x,
     shared_x,
@@ -99,7 +99,7 @@ def up_kernel(
                 tl.store(p_h, b_h, mask=m_m[:, None] & m_c[None, :])
 
 
-@triton.jit
+@kernel
 def down_kernel(
     h,
     shared_h,
@@ -178,7 +178,7 @@ def down_kernel(
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
-@triton.jit
+@kernel
 def combine_kernel(
     y,
     shared_y,

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.router.kernels.choose import OUT, _first_largest, _keep_groups, _key
 
 
-@triton.jit
+@kernel
 def route_kernel(
     x,
     gain,

@@ -122,7 +122,7 @@ def _linear(
         residual=residual,
         out=out,
         R=R,
-        n=n,
+        N=n,
         m_0=m_0,
         m_1=m_1,
         m_2=m_2,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
+from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.skinny_linear.kernels.tiles import (
     multiply,
     weight_times_rows,
@@ -14,7 +15,7 @@ from nemotron_v3.ops.skinny_linear.kernels.tiles import (
 )
 
 
-@triton.jit
+@kernel
 def linear_kernel(
     x,
     w_0,
@@ -27,7 +28,7 @@ def linear_kernel(
     residual,
     out,
     R,
-    n,
+    N,
     m_0,
     m_1,
     m_2,
@@ -65,16 +66,16 @@ def linear_kernel(
                     weight, bias, m, first = w_2, bias_2, m_2, m_0 + m_1
     o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < m
-    p_w = weight + o_m.to(tl.int64) * n
+    p_w = weight + o_m.to(tl.int64) * N
     p_x = x + o_r.to(tl.int64) * stride_x
     if BLOCK_R == 1:
-        b_y = weight_times_vector(p_w, x, gain, m_m, n, eps, NORM, GROUP, BLOCK_M, BLOCK_N, STAGES)[
+        b_y = weight_times_vector(p_w, x, gain, m_m, N, eps, NORM, GROUP, BLOCK_M, BLOCK_N, STAGES)[
             :, None
         ]
     elif NORM:
-        b_y = _normalised(p_w, p_x, gain, m_m, m_r, n, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
+        b_y = _normalised(p_w, p_x, gain, m_m, m_r, N, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
     else:
-        b_y = weight_times_rows(p_w, p_x, m_m, m_r, n, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
+        b_y = weight_times_rows(p_w, p_x, m_m, m_r, N, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
     if BIAS:
         b_y += tl.load(bias + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
     p_out = out + o_r[None, :].to(tl.int64) * stride_out + (first + o_m)[:, None]
@@ -117,7 +118,7 @@ def _normalised(
     return b_sum / tl.sqrt_rn(b_square / n + eps)[None, :]
 
 
-@triton.jit
+@kernel
 def group_norm_kernel(
     x,
     gain,
