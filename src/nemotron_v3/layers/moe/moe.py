@@ -126,7 +126,8 @@ class NemotronV3MoE(RefusesContextParallel):
         """`[T, X]`: the weighted sum of each token's experts, wherever they are."""
         dispatcher: Any = self.dispatcher
         # A dispatcher from elsewhere may know `dispatch` by its former name alone.
-        dispatch = getattr(dispatcher, "dispatch", None) or dispatcher.permute
+        # (A compiler follows `hasattr`, but no truth value of a method.)
+        dispatch = dispatcher.dispatch if hasattr(dispatcher, "dispatch") else dispatcher.permute
         dispatched, metadata = dispatch(x, indices, weights)
         return dispatcher.combine(dispatcher.compute(dispatched, self.experts), metadata)
 
