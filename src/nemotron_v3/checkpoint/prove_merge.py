@@ -15,8 +15,8 @@ from torch import Tensor
 from nemotron_v3.checkpoint.convert_pieces import LowRank, Part, Source, StoredPiece
 from nemotron_v3.checkpoint.errors import CheckpointError
 
-# Elements of a weight that are compared at a time: ten arrays of them in fp64 are 20 MB.
-BLOCK = 1 << 18
+# Elements of a weight that are compared at a time: ten arrays of them in fp64 are 5 MB.
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
