@@ -186,6 +186,7 @@ def test_a_chat_in_a_terminal(folder, tmp_path):
     terminal.wait_for("> ")
     terminal.press(UP)
     terminal.wait_for("/save")
+    time.sleep(0.5)  # the line is drawn before the terminal takes keys again
     terminal.press(CTRL_C)
     terminal.wait_for("nemotron-v3: interrupted")
     assert terminal.close() == 130
