@@ -5,8 +5,9 @@ import torch
 
 from nemotron_v3 import NemotronHybridCache, NemotronV3Config, NemotronV3ForCausalLM
 from nemotron_v3.generation import engine
-from nemotron_v3.generation.graphs import GraphStep, why_not
+from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import capacity_of, graphs_of, row_slots
+from nemotron_v3.generation.graphs.slots import Slots
 
 SIZES = {
     "vocab_size": 61,
@@ -94,7 +95,7 @@ def test_an_end_stops_a_row_alone():
 @pytest.fixture
 def graphed(monkeypatch):
     """Generation as on a GPU, by the same calls without a graph."""
-    monkeypatch.setattr(engine, "why_not", lambda model, cache=None: None)
+    monkeypatch.setattr(engine, "why_not", lambda model, cache=None, ends=0: None)
     monkeypatch.setattr(engine.DecodeStep, "fits", staticmethod(lambda model, cache: False))
     monkeypatch.setattr(engine, "STEPS_AT_ONCE", 4)
 
@@ -193,5 +194,32 @@ def test_sizes():
     assert [capacity_of(n) for n in (1, 1024, 1025)] == [1024, 1024, 2048]
 
 
+def test_a_fallback_on_a_gpu_is_said_once(caplog):
+    for device in ("cpu", "cuda", "cuda"):
+        say_once("for the test's sake", torch.device(device))
+    assert [r.getMessage().endswith("for the test's sake") for r in caplog.records] == [True]
+
+
 def test_a_model_on_a_cpu_has_no_graph():
     assert "needs an NVIDIA GPU" in why_not(model_of())
+
+
+def test_numbers_of_modules_that_change_count(graphed):
+    """A capture would keep them."""
+    model = model_of()
+    options = {"max_new_tokens": 8, "eos_token_id": []}
+    first = run(model, "auto", [[1, 2, 3]], **options)
+    router = model.model.layers[1].mixer.gate
+    router.scaling_factor, router.top_k = 40.0, 1
+    mine, expected = (run(model, g, [[1, 2, 3]], **options) for g in ("auto", False))
+    assert torch.equal(mine.sequences, expected.sequences)
+    assert not torch.equal(mine.sequences, first.sequences)
+
+
+def test_a_step_that_cannot_load_leaves_its_graph_to_others(monkeypatch):
+    model = model_of()
+    cache, _ = filled(model, (3,))
+    monkeypatch.setattr(Slots, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        GraphStep(model, cache)
+    assert not any(graph.busy for graph in graphs_of(model)._graphs)

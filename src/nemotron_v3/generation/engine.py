@@ -26,9 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.cpu_decode import DecodeStep
-from nemotron_v3.generation.graphs import GraphStep, why_not
+from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import row_slots
-from nemotron_v3.generation.graphs.slots import MOST_ENDS
 from nemotron_v3.generation.graphs.step import AHEAD
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.output import GenerationOutput, StreamedToken
@@ -315,7 +314,10 @@ class _Run:
         self._step = lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
         ends = sorted(self.eos)
         steps = self.options.limit - produced
-        if not self.options.graph or steps < 2 or len(ends) > MOST_ENDS or why_not(model, cache):
+        if not self.options.graph or steps < 2:
+            return
+        if (reason := why_not(model, cache, len(ends))) is not None:
+            say_once(reason, self.device)
             return
         try:
             self._step = GraphStep(model, cache, ends, steps)

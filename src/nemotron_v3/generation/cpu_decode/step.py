@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.cpu_decode.blocks import BLOCKS
 from nemotron_v3.generation.cpu_decode.parts import Form, Linear, Norm
+from nemotron_v3.generation.plain import why_called
 from nemotron_v3.layers.decode_weights import Projection
-from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.protocol import CausalLM
 
-PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
-PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 # Elements of a weight whose product with one token, by BLAS, is less work than waking threads.
 ONE_THREAD = 1 << 20
 
@@ -74,7 +72,7 @@ class DecodeStep:
             and not torch.is_autocast_enabled("cpu")
             and backend.impl in ("auto", "portable")
             and (backend.attn, backend.linear) == ("sdpa", "torch")
-            and all(map(_is_plain, model.modules()))
+            and not any(map(why_called, model.modules()))
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -96,9 +94,3 @@ class DecodeStep:
                 block(stream, hidden)
             self.cache.finish(self.layout)
             return self._head(self._norm(stream, hidden))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    known = type(module) in PLAIN_TORCH or type(module).__module__.startswith(PLAIN_LAYERS)
-    adapted = getattr(module, "low_rank", None) is not None
-    return known and not adapted and not is_observed(module)

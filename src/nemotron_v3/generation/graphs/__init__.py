@@ -4,7 +4,7 @@
 a step knows, `graph.py` captures and keeps steps, `step.py` is what the engine of generation uses.
 """
 
-from nemotron_v3.generation.graphs.fits import why_not
+from nemotron_v3.generation.graphs.fits import say_once, why_not
 from nemotron_v3.generation.graphs.step import GraphStep
 
-__all__ = ["GraphStep", "why_not"]
+__all__ = ["GraphStep", "say_once", "why_not"]

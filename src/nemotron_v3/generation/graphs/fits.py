@@ -1,22 +1,29 @@
 """Which models and caches a step on fixed buffers knows."""
 
+import functools
+import logging
+
 import torch
 from torch import nn
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.layers.hooks import is_observed
+from nemotron_v3.generation.graphs.slots import MOST_ENDS
+from nemotron_v3.generation.plain import why_called
 from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
 from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.moe.router import NemotronV3Router
 from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.common import host
 
-PLAIN_LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
-PLAIN_TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
+_log = logging.getLogger("nemotron_v3")
 
 
-def why_not(model: CausalLM, cache: NemotronHybridCache | None = None) -> str | None:
-    """Why `forward` has to run the steps of generation, or None where one CUDA graph can."""
+def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int = 0) -> str | None:
+    """Why `forward` has to run the steps of generation, or None where one CUDA graph can.
+
+    Args:
+        ends: how many tokens end a row.
+    """
     weight = model.model.embeddings.weight
     if weight.device.type != "cuda":
         return f"the model is on {weight.device}, and a CUDA graph needs an NVIDIA GPU"
@@ -24,6 +31,8 @@ def why_not(model: CausalLM, cache: NemotronHybridCache | None = None) -> str | 
         return "the package triton is not installed"
     if weight.dtype not in host.DTYPES:
         return f"the model is in {weight.dtype}, and the kernels of a step compute in fp32"
+    if ends > MOST_ENDS:
+        return f"{ends} tokens end a row, and a graph knows {MOST_ENDS} at most"
     if cache is not None and cache.rollback_window:
         return "the cache keeps earlier states (rollback_window)"
     if torch.is_autocast_enabled(weight.device.type):
@@ -39,18 +48,21 @@ def why_not(model: CausalLM, cache: NemotronHybridCache | None = None) -> str | 
     return _why_not_tensors(model, weight)
 
 
+def say_once(reason: str, device: torch.device) -> None:
+    """Warn that `forward` decodes on a GPU, which would be faster by a graph."""
+    if device.type == "cuda":
+        _say_once(reason)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning("generation: forward decodes, and not a CUDA graph: %s", reason)
+
+
 def _why_not_module(module: nn.Module) -> str | None:
-    if is_observed(module):
-        return "has hooks, or another forward, that must be called"
-    kind = type(module)
-    if kind not in PLAIN_TORCH and not kind.__module__.startswith(PLAIN_LAYERS):
-        return f"is a {kind.__name__}, not the plain layer"
-    low_rank = getattr(module, "low_rank", None)
-    if low_rank is not None and not low_rank.merged:
-        return "has an adapter that is not merged"
-    if isinstance(module, NemotronV3MoE):
-        return _why_not_moe(module)
-    return None
+    if reason := why_called(module):
+        return reason
+    return _why_not_moe(module) if isinstance(module, NemotronV3MoE) else None
 
 
 def _why_not_moe(moe: NemotronV3MoE) -> str | None:

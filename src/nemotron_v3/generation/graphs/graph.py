@@ -1,8 +1,8 @@
 """Steps that are captured once and kept with their model.
 
 A graph holds addresses: of the weights, so one that was moved or replaced makes it worthless, and
-of its batch's buffers, so two generations at a time have a graph each. Values that change in place
-are read anew by every replay.
+of its batch's buffers, so two generations at a time have a graph each. It holds numbers too, such
+as a router's `top_k`. Values that change in place are read anew by every replay.
 """
 
 import logging
@@ -31,12 +31,12 @@ class Graph:
     """One step for a batch of slots.
 
     Attributes:
-        weights: where the model's tensors were when it was captured.
+        weights: where the model's tensors were when it was captured, and its modules' numbers.
         seconds: what the capture took, compilation of kernels included.
     """
 
     plan: Plan
-    weights: tuple[int, ...]
+    weights: tuple[object, ...]
     busy: bool = True
     seconds: float = 0.0
     cuda: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
@@ -88,7 +88,7 @@ class Graphs:
 
     def take(self, model: CausalLM, cache: NemotronHybridCache, length: int) -> Graph:
         """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
-        weights = addresses(model)
+        weights = fixed_by(model)
         key = (row_slots(cache.batch_size), capacity_of(length), weights)
         with self._lock:
             self._graphs = [g for g in self._graphs if g.weights == weights]
@@ -120,9 +120,22 @@ def graphs_of(model: CausalLM) -> Graphs:
     return _of_models.setdefault(model, Graphs())
 
 
-def addresses(model: CausalLM) -> tuple[int, ...]:
-    """Where a model's tensors are."""
-    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+def fixed_by(model: CausalLM) -> tuple[object, ...]:
+    """What a capture fixes: where a model's tensors are, and numbers such as a router's `top_k`."""
+    addresses = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    numbers = (
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name != "training" and _is_number(value)
+    )
+    return (*addresses, *numbers)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_number, value))
+    return isinstance(value, bool | int | float)
 
 
 def row_slots(rows: int) -> int:

@@ -39,7 +39,11 @@ class GraphStep:
         self._cache, self._lengths, self._fed = cache, cache.lengths, 0
         length = max(cache.lengths) + min(steps, AHEAD)
         self._graph = graphs_of(model).take(model, cache, length)
-        self._graph.slots.load(cache, list(ends))
+        try:
+            self._graph.slots.load(cache, list(ends))
+        except BaseException:  # nobody will close it
+            self.close()
+            raise
 
     @property
     def slots(self) -> int:

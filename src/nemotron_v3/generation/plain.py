@@ -1,0 +1,21 @@
+"""Which modules a decode step may pass by, because it does their work itself."""
+
+from torch import nn
+
+from nemotron_v3.layers.hooks import is_observed
+
+LAYERS = ("nemotron_v3.layers.", "nemotron_v3.model.")
+TORCH = (nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
+
+
+def why_called(module: nn.Module) -> str | None:
+    """Why a module has to be called, or None where its weights are all there is to it."""
+    if is_observed(module):
+        return "has hooks, or another forward, that must be called"
+    kind = type(module)
+    if kind not in TORCH and not kind.__module__.startswith(LAYERS):
+        return f"is a {kind.__name__}, not the plain layer"
+    low_rank = getattr(module, "low_rank", None)
+    if low_rank is not None and not low_rank.merged:
+        return "has an adapter that is not merged"
+    return None
