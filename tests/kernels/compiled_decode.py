@@ -65,7 +65,7 @@ def parts() -> dict[str, int]:
     cut = attention.tile(torch.bfloat16, 128)
     constants = HEADS | {"stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
     constants |= {"PDL": False}
-    constants |= {"PRECISION": "tf32", "WHOLE": False}
+    constants |= {"WIDE": False, "WHOLE": False}
     return compiled(attention.parts_kernel, constants, cut.warps, {"partial", "log_sums"})
 
 
