@@ -8,6 +8,7 @@ from nemotron_v3.generation import engine
 from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import capacity_of, graphs_of, row_slots
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.ops.sampling.op import workspace_size
 
 SIZES = {
     "vocab_size": 61,
@@ -223,3 +224,51 @@ def test_a_step_that_cannot_load_leaves_its_graph_to_others(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         GraphStep(model, cache)
     assert not any(graph.busy for graph in graphs_of(model)._graphs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "seed": 5, "temperature": 0.7, "top_k": 9, "min_p": 0.01},
+        {"repetition_penalty": 1.3},
+        {"do_sample": True, "seed": [3, 1, 2], "top_p": 0.8, "repetition_penalty": 0.9},
+    ],
+    ids=["drawn", "penalised", "both"],
+)
+def test_a_step_chooses_the_samplers_tokens(graphed, monkeypatch, options):
+    """Over more than a block of numbers, several graphs, and rows that end at different times."""
+    from nemotron_v3.generation import sampling
+    from nemotron_v3.generation.graphs import drawing
+
+    for module in (sampling, drawing):
+        monkeypatch.setattr(module, "BLOCK", 6)
+    calls = []
+    eager = engine.Sampler.__call__
+    monkeypatch.setattr(engine.Sampler, "__call__", lambda *a: calls.append(1) or eager(*a))
+    model = model_of("M*")
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    options |= {"max_new_tokens": 20, "eos_token_id": [7, 17, 23]}
+    mine = run(model, "auto", prompts, **options)
+    assert len(calls) == 1  # behind the prompts
+    expected = run(model, False, prompts, **options)
+    assert torch.equal(mine.sequences, expected.sequences)
+    assert len(set(mine.lengths)) > 1 or options.get("seed") is None
+
+
+def test_a_graph_of_greedy_steps_has_no_room_for_draws():
+    greedy = workspace_size(64, 131072, draws=False)
+    drawn = workspace_size(64, 131072, cuts=False)
+    assert greedy < drawn / 16 < drawn < workspace_size(64, 131072)
+
+
+def test_a_graph_serves_other_numbers_and_not_another_question(graphed):
+    model = model_of("M")
+    for options in (
+        {"top_p": 0.5, "seed": 1},
+        {"top_p": 0.9, "seed": 2, "temperature": 3.0},
+        {"top_k": 5, "seed": 2},
+    ):
+        options |= {"max_new_tokens": 12, "eos_token_id": [], "do_sample": True}
+        mine, expected = (run(model, g, [[1, 2, 3]], **options) for g in ("auto", False))
+        assert torch.equal(mine.sequences, expected.sequences)
+    assert len(graphs_of(model)._graphs) == 2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.generation.choice import Asked
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
 from nemotron_v3.model.protocol import CausalLM
@@ -32,11 +33,13 @@ class Graph:
 
     Attributes:
         weights: where the model's tensors were when it was captured, and its modules' numbers.
+        asked: of the choice of tokens in it; None where it ends with the logits.
         seconds: what the capture took, compilation of kernels included.
     """
 
     plan: Plan
     weights: tuple[object, ...]
+    asked: Asked | None = None
     busy: bool = True
     seconds: float = 0.0
     cuda: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
@@ -47,7 +50,7 @@ class Graph:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.slots.rows, self.slots.capacity, self.weights
+        return self.slots.rows, self.slots.capacity, self.weights, self.asked
 
     def capture(self) -> None:
         """Record the step; no slot is active, so that it changes nothing."""
@@ -86,10 +89,16 @@ class Graphs:
         self._graphs: list[Graph] = []
         self._lock = threading.Lock()
 
-    def take(self, model: CausalLM, cache: NemotronHybridCache, length: int) -> Graph:
+    def take(
+        self,
+        model: CausalLM,
+        cache: NemotronHybridCache,
+        length: int,
+        asked: Asked | None = None,
+    ) -> Graph:
         """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
         weights = fixed_by(model)
-        key = (row_slots(cache.batch_size), capacity_of(length), weights)
+        key = (row_slots(cache.batch_size), capacity_of(length), weights, asked)
         with self._lock:
             self._graphs = [g for g in self._graphs if g.weights == weights]
             for graph in self._graphs:
@@ -101,7 +110,7 @@ class Graphs:
             idle = [graph for graph in self._graphs if not graph.busy]
             for graph in idle[: max(0, len(idle) - KEPT + 1)]:
                 self._graphs.remove(graph)
-        graph = Graph(Plan(model, Slots(cache, *key[:2])), weights)
+        graph = Graph(Plan(model, Slots(cache, *key[:2]), asked), weights, asked)
         graph.capture()
         with self._lock:
             self._graphs.append(graph)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from nemotron_v3 import ops
+from nemotron_v3.generation.choice import Asked
+from nemotron_v3.generation.graphs.drawing import Drawing
 from nemotron_v3.generation.graphs.slots import Slots
 from nemotron_v3.model.head import TiedHead
 from nemotron_v3.model.protocol import CausalLM
@@ -28,9 +30,13 @@ Call = Callable[[], object]
 
 
 class Plan:
-    """One token a row: tokens in `slots`, logits `[R, V]` out."""
+    """One token a row: tokens in `slots`, logits `[R, V]` out.
 
-    def __init__(self, model: CausalLM, slots: Slots):
+    Attributes:
+        drawing: what chooses the next tokens, where the step is to do it.
+    """
+
+    def __init__(self, model: CausalLM, slots: Slots, asked: Asked | None = None):
         self.slots = slots
         weight = model.model.embeddings.weight.detach()
         self._embeddings = weight
@@ -57,10 +63,11 @@ class Plan:
                 out=self.logits,
             )
         )
+        self.drawing = None if asked is None else Drawing(asked, self.logits, slots)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Feed `slots.tokens` to the active rows that they do not end."""
+        """Feed `slots.tokens` to the active rows that they do not end, and choose the next."""
         slots = self.slots
         ended = (slots.tokens[:, None] == slots.ends).any(1)
         slots.active.masked_fill_(ended, 0)
@@ -68,6 +75,8 @@ class Plan:
         for call in self.calls:
             call()
         slots.positions.add_(slots.active)
+        if self.drawing is not None:
+            self.drawing()
 
     def _array(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An array `[R, *shape]` that all layers share."""
