@@ -16,9 +16,7 @@ def blocks_of(vocabulary: int) -> int:
     return -(-vocabulary // CHUNK)
 
 
-def parts_of(
-    rows: int, vocabulary: int, draws: bool = True, cuts: bool = True
-) -> dict[str, int]:
+def parts_of(rows: int, vocabulary: int, draws: bool = True, cuts: bool = True) -> dict[str, int]:
     """The arrays of a workspace by name, in elements of fp64.
 
     Args:

@@ -52,7 +52,7 @@ def _run(
             R * blocks,
             (*shaped, temperature, min_p, stats, below, floors, tables),
             (V, blocks, stride),
-            (*tile, block_c, penalized, floored, any(by)),
+            (*tile, block_c, penalized, floored, any(by), by[0]),
             WARPS,
         )
         previous = NONE
