@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.ops.common.cases import Inputs
-from nemotron_v3.ops.decode_experts import Buffers
+from nemotron_v3.ops.decode_experts import Buffers, Updates
 from nemotron_v3.ops.decode_experts import cases as expert_cases
 from nemotron_v3.ops.decode_experts import reference as expert_reference
 from nemotron_v3.ops.skinny_linear import LowRank, Norm, cases, reference
@@ -142,7 +142,9 @@ def experts(
         )
     ]
     residual = out if case.residual else None
-    return run(x, *pairs, active, buffers, residual=residual, out=out)
+    names = ("up", "down", "shared_up", "shared_down")
+    updates = Updates(*(update(given[f"{name}_a"], given[f"{name}_b"]) for name in names))
+    return run(x, *pairs, active, buffers, residual=residual, updates=updates, out=out)
 
 
 def hold_experts(case: expert_cases.Case, dtype: torch.dtype, device: str, impl: str) -> Report:

@@ -18,6 +18,7 @@ from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.choice import Asked
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.generation.graphs.updates import fixed_of
 from nemotron_v3.model.protocol import CausalLM
 
 SMALLEST_CAPACITY = 1024
@@ -138,7 +139,8 @@ def fixed_by(model: CausalLM) -> tuple[object, ...]:
         for name, value in vars(module).items()
         if name != "training" and _is_number(value)
     )
-    return (*addresses, *numbers)
+    updates = (fixed for module in model.modules() for fixed in fixed_of(module))
+    return (*addresses, *numbers, *updates)
 
 
 def _is_number(value: object) -> bool:

@@ -18,13 +18,14 @@ from nemotron_v3 import ops
 from nemotron_v3.generation.choice import Asked
 from nemotron_v3.generation.graphs.drawing import Drawing
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.generation.graphs.updates import update_of, updates_of
 from nemotron_v3.model.head import TiedHead
 from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.decode_attention.op import decode_attention
 from nemotron_v3.ops.decode_attention.split import workspace_size
-from nemotron_v3.ops.decode_experts import Buffers, Router, decode_experts, decode_route
+from nemotron_v3.ops.decode_experts import Buffers, Router, Updates, decode_experts, decode_route
 from nemotron_v3.ops.decode_mamba2.op import decode_mamba2
-from nemotron_v3.ops.skinny_linear import Norm, skinny_linear
+from nemotron_v3.ops.skinny_linear import LowRank, Norm, skinny_linear
 
 Call = Callable[[], object]
 
@@ -60,6 +61,7 @@ class Plan:
                 head.weight.detach(),
                 biases=(None if bias is None else bias.detach(),),
                 norm=norm,
+                low_rank=_updates(head),
                 out=self.logits,
             )
         )
@@ -102,6 +104,7 @@ class Plan:
                 *(linear.weight.detach() for linear in linears),
                 biases=tuple(None if bias is None else bias.detach() for bias in biases),
                 norm=norm,
+                low_rank=_updates(*linears),
                 residual=self.stream if out is None else None,
                 out=self.stream if out is None else out,
             )
@@ -196,6 +199,7 @@ class Plan:
             weights_use_bias=gate.weights_use_bias,
         )
         self.calls.append(partial(decode_route, self.stream, router, slots.active, buffers))
+        updates = updates_of(moe)
         if moe.fc1_latent_proj is None:
             self.calls.append(
                 partial(
@@ -205,6 +209,7 @@ class Plan:
                     shared,
                     slots.active,
                     buffers,
+                    updates=updates,
                     residual=self.stream,
                     out=self.stream,
                 )
@@ -213,7 +218,16 @@ class Plan:
         latent, routed = self._array("latent", X), self._array("routed", X)
         self._project(buffers.normed, moe.fc1_latent_proj, out=latent)
         self.calls.append(
-            partial(decode_experts, latent, (up, down), None, slots.active, buffers, out=routed)
+            partial(
+                decode_experts,
+                latent,
+                (up, down),
+                None,
+                slots.active,
+                buffers,
+                updates=Updates(updates.up, updates.down),
+                out=routed,
+            )
         )
         self._project(routed, moe.fc2_latent_proj)
         if shared is not None:
@@ -225,7 +239,14 @@ class Plan:
                     shared,
                     slots.active,
                     buffers,
+                    updates=updates._replace(up=None, down=None),
                     residual=self.stream,
                     out=self.stream,
                 )
             )
+
+
+def _updates(*linears: Any) -> tuple[LowRank | None, ...] | None:
+    """Of projections side by side; None where none has one."""
+    found = tuple(map(update_of, linears))
+    return found if any(found) else None
