@@ -52,8 +52,8 @@ def up_kernel(
             p_w, shared_x, shared_x, m_m, D, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
         )
         if SHARED_RANK > 0:
-            p_b = shared_b + o_m * shared_rank
-            b_u += low_rank_vector(p_b, shared_thin, m_m, shared_rank, SHARED_RANK)
+            p_shared_b = shared_b + o_m * shared_rank
+            b_u += low_rank_vector(p_shared_b, shared_thin, m_m, shared_rank, SHARED_RANK)
         b_u = tl.maximum(b_u.to(shared_h.dtype.element_ty).to(tl.float32), 0.0)
         tl.store(shared_h + o_m, (b_u * b_u).to(shared_h.dtype.element_ty), mask=m_m)
     else:
@@ -131,8 +131,8 @@ def down_kernel(
             p_w, shared_h, shared_h, m_m, F_SHARED, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
         )
         if SHARED_RANK > 0:
-            p_b = shared_b + o_m * shared_rank
-            b_y += low_rank_vector(p_b, shared_thin, m_m, shared_rank, SHARED_RANK)
+            p_shared_b = shared_b + o_m * shared_rank
+            b_y += low_rank_vector(p_shared_b, shared_thin, m_m, shared_rank, SHARED_RANK)
     if RESIDUAL:
         b_y += tl.load(residual + o_m, mask=m_m, other=0.0).to(tl.float32)
     tl.store(out + o_m, b_y.to(out.dtype.element_ty), mask=m_m)
