@@ -96,7 +96,7 @@ def test_an_end_stops_a_row_alone():
 @pytest.fixture
 def graphed(monkeypatch):
     """Generation as on a GPU, by the same calls without a graph."""
-    monkeypatch.setattr(engine, "why_not", lambda model, cache=None, ends=0: None)
+    monkeypatch.setattr(engine, "why_not", lambda model, ends=0: None)
     monkeypatch.setattr(engine.DecodeStep, "fits", staticmethod(lambda model, cache: False))
     monkeypatch.setattr(engine, "STEPS_AT_ONCE", 4)
 
@@ -272,3 +272,31 @@ def test_a_graph_serves_other_numbers_and_not_another_question(graphed):
         mine, expected = (run(model, g, [[1, 2, 3]], **options) for g in ("auto", False))
         assert torch.equal(mine.sequences, expected.sequences)
     assert len(graphs_of(model)._graphs) == 2
+
+
+def test_a_rollback_window_is_kept(graphed):
+    """Each row can be taken back as far as behind `forward`'s steps, and no further."""
+    model = model_of("M*M")
+    prompts = [[1, 2, 3, 4, 5, 6], [4, 8], [5, 6]]
+    caches = [NemotronHybridCache(model.config, 3, rollback_window=3) for _ in range(2)]
+    for cache in caches:  # what is left of a window counts on
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3, 4], [4, 9, 9, 9], [5, 9, 9, 9]]), past_key_values=cache)
+        cache.rollback([2, 3, 3])
+    options = {"max_new_tokens": 9, "eos_token_id": [10, 23, 42]}
+    mine, expected = (
+        run(model, graph, prompts, cache, **options)
+        for graph, cache in zip(("auto", False), caches, strict=True)
+    )
+    assert torch.equal(mine.sequences, expected.sequences) and len(set(mine.lengths)) == 3
+    assert caches[0]._floors == caches[1]._floors
+    for _ in range(3):
+        for cache in caches:
+            cache.rollback(1)
+        longest = max(caches[0].lengths)
+        for layer, state in caches[1].states.items():
+            other = caches[0].states[layer].held(longest)
+            for one, two in zip(state.held(longest).pair(), other.pair(), strict=True):
+                torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="can be taken back 0 tokens"):
+        caches[0].rollback(1)

@@ -316,7 +316,7 @@ class _Run:
         steps = self.options.limit - produced
         if not self.options.graph or steps < 2:
             return
-        if (reason := why_not(model, cache, len(ends))) is not None:
+        if (reason := why_not(model, len(ends))) is not None:
             say_once(reason, self.device)
             return
         try:

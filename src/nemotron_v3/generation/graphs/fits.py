@@ -1,4 +1,4 @@
-"""Which models and caches a step on fixed buffers knows."""
+"""Which models a step on fixed buffers knows."""
 
 import functools
 import logging
@@ -6,7 +6,6 @@ import logging
 import torch
 from torch import nn
 
-from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.graphs.slots import MOST_ENDS
 from nemotron_v3.generation.graphs.updates import is_update, why_not_update
 from nemotron_v3.generation.plain import why_called
@@ -19,7 +18,7 @@ from nemotron_v3.ops.common import host
 _log = logging.getLogger("nemotron_v3")
 
 
-def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int = 0) -> str | None:
+def why_not(model: CausalLM, ends: int = 0) -> str | None:
     """Why `forward` has to run the steps of generation, or None where one CUDA graph can.
 
     Args:
@@ -34,8 +33,6 @@ def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int
         return f"the model is in {weight.dtype}, and the kernels of a step compute in fp32"
     if ends > MOST_ENDS:
         return f"{ends} tokens end a row, and a graph knows {MOST_ENDS} at most"
-    if cache is not None and cache.rollback_window:
-        return "the cache keeps earlier states (rollback_window)"
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast is on"
     backend = model.model.backend

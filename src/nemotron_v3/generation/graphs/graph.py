@@ -51,7 +51,8 @@ class Graph:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.slots.rows, self.slots.capacity, self.weights, self.asked
+        slots = self.slots
+        return slots.rows, slots.capacity, slots.window, self.weights, self.asked
 
     def capture(self) -> None:
         """Record the step; no slot is active, so that it changes nothing."""
@@ -99,7 +100,8 @@ class Graphs:
     ) -> Graph:
         """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
         weights = fixed_by(model)
-        key = (row_slots(cache.batch_size), capacity_of(length), weights, asked)
+        sizes = row_slots(cache.batch_size), capacity_of(length)
+        key = (*sizes, cache.rollback_window, weights, asked)
         with self._lock:
             self._graphs = [g for g in self._graphs if g.weights == weights]
             for graph in self._graphs:
@@ -111,7 +113,7 @@ class Graphs:
             idle = [graph for graph in self._graphs if not graph.busy]
             for graph in idle[: max(0, len(idle) - KEPT + 1)]:
                 self._graphs.remove(graph)
-        graph = Graph(Plan(model, Slots(cache, *key[:2]), asked), weights, asked)
+        graph = Graph(Plan(model, Slots(cache, *sizes), asked), weights, asked)
         graph.capture()
         with self._lock:
             self._graphs.append(graph)

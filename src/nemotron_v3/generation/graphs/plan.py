@@ -73,6 +73,7 @@ class Plan:
         slots = self.slots
         ended = (slots.tokens[:, None] == slots.ends).any(1)
         slots.active.masked_fill_(ended, 0)
+        slots.remember()
         self.stream.copy_(self._embeddings.index_select(0, slots.tokens))
         for call in self.calls:
             call()

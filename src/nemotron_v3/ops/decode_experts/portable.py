@@ -4,12 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_v3.ops.common.low_rank import LowRank, with_update
 from nemotron_v3.ops.common.precision import wide
 from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.weights import Router, Updates
 from nemotron_v3.ops.router.portable import choose
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
-from nemotron_v3.ops.skinny_linear.portable import with_update
 
 
 def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> None:

@@ -6,9 +6,9 @@ Letters: R rows, D hidden size, E experts, K choices a row, F expert width, X wi
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.weights import Router, Updates
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
 
 
 def route(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
+from nemotron_v3.ops.common.low_rank import LowRank
 
 
 class Router(NamedTuple):

@@ -1,6 +1,6 @@
 """Projections of a few rows: `skinny_linear` (README.md)."""
 
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.norm import Norm
 from nemotron_v3.ops.skinny_linear.op import skinny_linear
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.low_rank import LowRank, with_update
 from nemotron_v3.ops.common.precision import wide
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
 
@@ -32,12 +32,3 @@ def skinny_linear(
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out.copy_(y if residual is None else residual + y.to(residual.dtype))
-
-
-def with_update(x: Tensor, y: Tensor, update: LowRank | None) -> Tensor:
-    """y, and what a low-rank update makes of x `[..., n]`, in y's dtype."""
-    if update is None:
-        return y
-    thin = torch.nn.functional.linear(x.to(update.a.dtype), update.a)
-    more = torch.nn.functional.linear(thin.to(update.b.dtype), update.b)
-    return (y + update.scale * more).to(y.dtype)

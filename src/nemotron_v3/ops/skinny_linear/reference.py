@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.early import early
 from nemotron_v3.ops.common.host import power_of_two
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.kernels.thin import thin_kernel
 from nemotron_v3.ops.skinny_linear.kernels.launch import THIN_RANKS, rank_block
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
 
 
 def up_arguments(

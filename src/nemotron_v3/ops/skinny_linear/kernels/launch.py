@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.early import early
 from nemotron_v3.ops.common.host import on_device_of_first, power_of_two, shared_memory
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.kernels.products import group_norm_kernel, linear_kernel
 from nemotron_v3.ops.skinny_linear.kernels.thin import thin_kernel
-from nemotron_v3.ops.skinny_linear.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
 Updates = tuple[LowRank | None, ...]

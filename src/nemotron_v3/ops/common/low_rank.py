@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,3 +17,12 @@ class LowRank(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
+
+
+def with_update(x: Tensor, y: Tensor, update: LowRank | None) -> Tensor:
+    """y, and what an update makes of x `[..., n]`, in y's dtype."""
+    if update is None:
+        return y
+    thin = F.linear(x.to(update.a.dtype), update.a)
+    more = F.linear(thin.to(update.b.dtype), update.b)
+    return (y + update.scale * more).to(y.dtype)
