@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ def _say_once(reason: str) -> None:
     _log.warning("generation: forward decodes, and not a CUDA graph: %s", reason)
 
 
-def _why_not_modules(module: nn.Module, name: str, path: str = "") -> str | None:
+def _why_not_modules(module: Any, name: str, path: str = "") -> str | None:
     """Of a module and all that it holds; an adapter is looked at as a whole."""
     if is_update(module):
         reason = why_not_update(module)

@@ -60,12 +60,11 @@ def _in_short_sums(
     a sum is all the error there is. So each is the sum of shorter ones.
     """
     P, L = keys.shape[3], keys.shape[2]
-    scale = P**-0.5 if scale is None else scale
-    scores = sum(
-        q_part @ k_part.to(q.dtype).transpose(2, 3)
-        for q_part, k_part in zip(q.split(COLUMNS, 3), keys.split(COLUMNS, 3), strict=True)
-    )
-    scores = (scores * scale).masked_fill(~seen[:, None, None], -math.inf)
+    factor: float = P**-0.5 if scale is None else scale
+    scores = q.new_zeros(*q.shape[:3], L)
+    for q_part, k_part in zip(q.split(COLUMNS, 3), keys.split(COLUMNS, 3), strict=True):
+        scores += q_part @ k_part.to(q.dtype).transpose(2, 3)
+    scores = (scores * factor).masked_fill(~seen[:, None, None], -math.inf)
     more = -L % PLACES
     weights = F.pad(torch.softmax(scores, 3), (0, more)).unflatten(3, (-1, PLACES))
     values = values.to(q.dtype)

@@ -92,13 +92,12 @@ def _matrices(
         raise ValueError(f"{len(low_rank)} updates of {len(weights)} weights: give one a weight")
     for weight, update in zip(weights, low_rank, strict=True):
         if update is not None:
-            check_update(update, tuple(weight.shape))
+            _check_update(update, *weight.shape)
     return [matrix for update in low_rank if update is not None for matrix in update[:2]]
 
 
-def check_update(update: LowRank, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless an update fits a weight of this shape."""
-    m, n = shape
+def _check_update(update: LowRank, m: int, n: int) -> None:
+    """Raises ValueError unless an update fits a weight `[m, n]`."""
     r = update.a.shape[0]
     if tuple(update.a.shape) != (r, n) or tuple(update.b.shape) != (m, r) or not r:
         raise ValueError(
