@@ -146,8 +146,9 @@ def descend_kernel(
     """A level of a search, from 1 on: from the bins of the level above to those of the one chosen.
 
     FIRST is whether `level` is 1. The new bins are COUNTED for top-k, which goes by numbers, and at
-    the last level of top-p, where the equal tokens of a key are. All programs of a row choose alike. The first level, whose bins all searches share, is that of
-    `scale_kernel`; a search begins by what the PREVIOUS one kept.
+    the last level of top-p, where the equal tokens of a key are. All programs of a row choose
+    alike. The first level, whose bins all searches share, is that of `scale_kernel`; a search
+    begins by what the PREVIOUS one kept.
     """
     i_r, i_c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     size = R.to(tl.int64) * blocks * (C_BINS * 2)  # of a level's table
