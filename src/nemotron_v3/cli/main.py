@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Generate",
     "inspect": "Inspect",
     "train": "Train",
+    "warm": "Warm",
     "completion": "Completion",
 }
 

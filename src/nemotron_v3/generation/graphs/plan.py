@@ -67,6 +67,11 @@ class Plan:
         )
         self.drawing = None if asked is None else Drawing(asked, self.logits, slots)
 
+    @property
+    def every_call(self) -> list[Call]:
+        """Those of the layers, and the choice behind them."""
+        return [*self.calls, *([] if self.drawing is None else [self.drawing])]
+
     @torch.no_grad()
     def __call__(self) -> None:
         """Feed `slots.tokens` to the active rows that they do not end, and choose the next."""
