@@ -89,11 +89,13 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path):
-        self.about = About.read(folder)
+        self.about: About = About.read(folder)
         raw = bytearray((folder / LENGTHS).read_bytes())
         # A tensor cannot be made of no bytes.
-        self.lengths = torch.frombuffer(raw, dtype=torch.int64) if raw else torch.empty(0).long()
-        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.lengths: Tensor = (
+            torch.frombuffer(raw, dtype=torch.int64) if raw else torch.empty(0).long()
+        )
+        self.starts: Tensor = self.lengths.cumsum(0) - self.lengths
         self._path = folder / TOKENS
         self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         size = os.fstat(self._file.fileno()).st_size

@@ -39,8 +39,11 @@ class ForwardContext:
         cache: NemotronHybridCache | None = None,
         step: Transaction | None = None,
     ):
-        self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
-        self.has_padding = layout.token_index is not None and mask is None
+        self.layout: SequenceLayout = layout
+        self.mask: Tensor | None = mask
+        self.cache: NemotronHybridCache | None = cache
+        self.step: Transaction | None = step
+        self.has_padding: bool = layout.token_index is not None and mask is None
 
     @classmethod
     def enter(

@@ -44,20 +44,22 @@ class NemotronV3Model(nn.Module):
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
     """
 
-    accepts_loss_kwargs = AskedByTrainers()
+    accepts_loss_kwargs: AskedByTrainers = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
-        self.config = NemotronV3Config.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        self.config: NemotronV3Config = NemotronV3Config.from_any(config)
+        self.backend: BackendConfig = BackendConfig.from_any(backend)
         self.gradient_checkpointing = False
         self.checkpoint_every = 1
         config, backend = self.config, self.backend
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
-        self.layers = nn.ModuleList(
+        self.embeddings: nn.Embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, dtype=config.dtype
+        )
+        self.layers: nn.ModuleList = nn.ModuleList(
             NemotronV3Block(config, i, backend=backend) for i in range(config.num_hidden_layers)
         )
-        self.norm_f = NemotronV3RMSNorm(
+        self.norm_f: NemotronV3RMSNorm = NemotronV3RMSNorm(
             config.hidden_size, config.layer_norm_epsilon, config.dtype, backend
         )
         if not on_meta(self):
@@ -167,12 +169,14 @@ class NemotronV3ForCausalLM(nn.Module):
             obeys where the caller is silent, and which is saved; None where there is none.
     """
 
-    accepts_loss_kwargs = AskedByTrainers()
+    accepts_loss_kwargs: AskedByTrainers = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
-        self.model = NemotronV3Model(config, backend)
-        self.config = config = self.model.config
+        self.model: NemotronV3Model = NemotronV3Model(config, backend)
+        config = self.model.config
+        self.config: NemotronV3Config = config
+        self.lm_head: nn.Module
         if config.tie_word_embeddings:
             self.lm_head = TiedHead(self.model)
         else:

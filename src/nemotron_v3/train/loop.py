@@ -44,7 +44,9 @@ class NotFinite(ArithmeticError):
 
     def __init__(self, step: int, loss: float, norm: float, batches: Sequence[Batch], items: float):
         super().__init__(f"step {step}: the loss is {loss}, the gradient's norm {norm}")
-        self.step, self.batches, self.items = step, batches, items
+        self.step: int = step
+        self.batches: Sequence[Batch] = batches
+        self.items: float = items
 
 
 @dataclass

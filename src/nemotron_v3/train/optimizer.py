@@ -87,7 +87,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.rounding, self.seed = rounding, seed
+        self.rounding: str = rounding
+        self.seed: int = seed
         self._names = names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

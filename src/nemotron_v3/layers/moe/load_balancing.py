@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.moe.router import Routing, Watcher, routers, watched
+from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers, watched
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -59,8 +59,9 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, scores: bool = False):
-        self.routers = routers(model)
-        self.training_only, self.scores = training_only, scores
+        self.routers: dict[str, NemotronV3Router] = routers(model)
+        self.training_only: bool = training_only
+        self.scores: bool = scores
         self.counts: dict[str, Tensor] = {}
         self._entropies: dict[str, Tensor] = {}
         self._watching = ExitStack()
