@@ -271,9 +271,10 @@ class NemotronHybridCache(OutsideView, Rows):
 
     @torch.no_grad()
     def take_over(self, lengths: Sequence[int], write: Callable[[int, LayerState], None]) -> None:
-        """Hold other tokens than before: `write` puts a layer's state, by its number, in place.
+        """Hold more tokens than before: `write` puts a layer's state, by its number, in place.
 
-        For whoever moved the rows on elsewhere. Stopped half-way, the cache is withheld.
+        For whoever moved the rows on elsewhere, and kept the states of the rollback window too.
+        Stopped half-way, the cache is withheld.
 
         Args:
             lengths: tokens that each row holds now.
@@ -284,8 +285,9 @@ class NemotronHybridCache(OutsideView, Rows):
                 write(layer, state)
             self._step = None
             self._updated.clear()
+            floors = zip(self._floors, lengths, strict=True)
+            self._floors = [max(floor, n - self.rollback_window) for floor, n in floors]
             self._set_lengths(lengths)
-            self._floors = [max(0, n - self.rollback_window) for n in lengths]
 
     # --- rows -----------------------------------------------------------------------------------
 
