@@ -4,8 +4,8 @@ Letters: T packed tokens, K choices a token, R = T*K routed rows, E experts, X w
 width, r rank.
 
 Rows are sorted by expert; each product, thin or not, is one matrix product an expert on a CPU and
-one grouped product in all on a GPU. Choices of an expert that is not here come last. The updates are never added to the stacks: a frozen stack has
-no gradient, and none is computed.
+one grouped product in all on a GPU. Choices of an expert that is not here come last. The updates
+are never added to the stacks: a frozen stack has no gradient, and none is computed.
 """
 
 from functools import partial

@@ -74,7 +74,8 @@ def place_kernel(
 ):
     """Where each row goes (`place` `[R]`), and what lies there: its token and its weight.
 
-    A row of expert E, which is not here, goes nowhere: its place is -1. `source` holds -1 - token for a row whose weight is nothing.
+    A row of expert E, which is not here, goes nowhere: its place is -1. `source` holds
+    -1 - token for a row whose weight is nothing.
     """
     i_b = tl.program_id(0)
     first = i_b * BLOCK
