@@ -97,12 +97,15 @@ class NemotronV3Router(KeepsFp32):
                 _check_thread(x)
             return self._by_scores(x)
         call = _this_call(self, len(x))
+        if call.indices is None and self.replays and in_checkpoint():
+            with (
+                torch.no_grad()
+            ):  # the weights as in the recomputation, which keeps as many tensors
+                call.indices = self._by_scores(x)[1]
         if call.indices is None:
             weights, indices = self._by_scores(x)
         else:
             weights, indices = self.weights_of(x, call.indices), call.indices
-        if self.replays:
-            call.indices = indices
         for watcher in call.watchers:
             watcher(Routing(self, x, indices, weights, layout, call.repeated))
         return weights, indices
