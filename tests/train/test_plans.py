@@ -57,3 +57,8 @@ def test_a_plan_is_of_a_model_that_is_sharded():
     refused = replace(TrainOptions(data=made_up_options()), plan=PlanOptions(ep=2), parallel="ddp")
     with pytest.raises(ValueError, match='plan is of a model that is sharded.*parallel = "fsdp"'):
         refused.check()
+
+
+def test_one_process_refuses_a_plan_of_several(asked):
+    with pytest.raises(ValueError, match="ep = 2 does not divide dp_shard = 1"):
+        run(asked("refused", plan=PlanOptions(ep=2)), 1)

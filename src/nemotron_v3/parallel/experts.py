@@ -39,7 +39,7 @@ def _dispatcher(
     return AllToAllDispatcher(group, owned.end - owned.first)
 
 
-def first_rows(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def first_rows(parameter: Tensor, mesh: DeviceMesh) -> nn.Parameter:
     """A parameter of which each process of a mesh keeps as many of the first dimension."""
     each = parameter.shape[0] // mesh.size()
     own = parameter.detach().narrow(0, mesh.get_local_rank() * each, each).clone()
