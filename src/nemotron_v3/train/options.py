@@ -70,7 +70,7 @@ class OptimizerOptions:
     clip_norm: float = 1.0
     """longest gradient of all parameters together"""
     moments: Literal["float32", "8bit"] = "float32"
-    """8bit is torchao's AdamW"""
+    """8bit has torchao's codes of 8 bits, a scale for each block of a row"""
     bf16_weights: Literal["stochastic", "master", "nearest"] = "stochastic"
     """how updated bf16 weights are rounded: at random, from an fp32 copy, or to the nearest"""
     balance: float = 0.0
