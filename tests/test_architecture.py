@@ -90,7 +90,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("data/*",),
     "triton": ("ops/compat.py", *KERNELS),
     "wandb": ("train/metrics.py",),
-    "torchao": ("train/optimizer.py",),
+    "torchao": ("train/eight_bit.py",),
     "transformer_engine": ("layers/linear.py",),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,

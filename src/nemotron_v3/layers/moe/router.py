@@ -4,7 +4,7 @@ Letters: T packed tokens, D hidden size, E experts, K experts a token.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,10 @@ class NemotronV3Router(KeepsFp32):
     Attributes:
         watchers: called with a `Routing` at every call, whoever makes it, in their order.
         scoped: what callers do with their own calls: watch them, or force their experts.
+        replays: whether the recomputation of a checkpoint sends tokens where the pass did that it
+            repeats, also where nobody watches. One that chooses again may choose otherwise where
+            two scores lie within a rounding: no harm on one device, but processes that exchange
+            tokens would wait for those that do not come.
     """
 
     fp32_tensors: tuple[str, ...] = ("e_score_correction_bias",)
@@ -69,6 +73,7 @@ class NemotronV3Router(KeepsFp32):
         self.impl = impl
         self.watchers: list[Watcher] = []
         self.scoped: list[Scoped] = []
+        self.replays = False
         dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
         self.weight: nn.Parameter = nn.Parameter(weight, requires_grad=config.train_gate)
@@ -92,6 +97,11 @@ class NemotronV3Router(KeepsFp32):
                 _check_thread(x)
             return self._by_scores(x)
         call = _this_call(self, len(x))
+        if call.indices is None and self.replays and in_checkpoint():
+            with (
+                torch.no_grad()
+            ):  # the weights as in the recomputation, which keeps as many tensors
+                call.indices = self._by_scores(x)[1]
         if call.indices is None:
             weights, indices = self._by_scores(x)
         else:
@@ -103,7 +113,7 @@ class NemotronV3Router(KeepsFp32):
     @property
     def observed(self) -> bool:
         """Whether anything is to be done besides routing, for who calls now."""
-        if self.watchers or _remembered(self):
+        if self.watchers or _remembered(self) or (self.replays and in_checkpoint()):
             return True
         # Asked for last: a compiler cannot, and leaves its graph here.
         return bool(self.scoped) and bool(of_caller(self.scoped))
@@ -187,7 +197,8 @@ class _Region:
 
     calls: dict[NemotronV3Router, list[_Call]] = field(default_factory=dict)
     repeating: bool = False
-    repeated: dict[NemotronV3Router, int] = field(default_factory=dict)
+    repeated: dict[Any, int] = field(default_factory=dict)
+    made: dict[Any, list[Any]] = field(default_factory=dict)
 
 
 _here = threading.local()  # the backward pass recomputes in a thread of its own on a GPU
@@ -216,6 +227,29 @@ class _inside:
 
     def __exit__(self, *_: Any) -> None:
         _here.region = self.outer
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpointed region that was told (`checkpoint_contexts`) is at work."""
+    return not torch.compiler.is_compiling() and getattr(_here, "region", None) is not None
+
+
+def made_once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """`make()`; in the recomputation of a checkpoint what it gave in the pass that is repeated.
+
+    Args:
+        key: of those calls in a region that are told apart by their order alone.
+    """
+    region = None if torch.compiler.is_compiling() else getattr(_here, "region", None)
+    if region is None:
+        return make()
+    made = region.made.setdefault(key, [])
+    if not region.repeating:
+        made.append(make())
+        return made[-1]
+    number = region.repeated.get(key, 0)
+    region.repeated[key] = number + 1
+    return made[number]
 
 
 def _remembered(router: NemotronV3Router) -> bool:
