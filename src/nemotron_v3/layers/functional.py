@@ -111,12 +111,13 @@ class RecurrentState(Protocol):
         """The tokens to scan one after the other: their places (None: all), and how they lie."""
         ...
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
-        """`conv_states` and `ssm_states` of the rows, or nothing where they are fresh."""
+    def read(self, in_graph: bool) -> dict[str, Any]:
+        """`conv_states` and `ssm_states` of the rows, or nothing where they are fresh; and
+        `return_final_states=False` where nobody asks what a piece ends with."""
         ...
 
     def write(self, conv: Tensor, ssm: Tensor) -> None:
-        """The states after a piece."""
+        """The states after a piece; None twice where nobody asks."""
         ...
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
