@@ -217,10 +217,9 @@ class _After(torch.autograd.Function):
         for block, (shape, rest) in zip(ctx.blocks, ctx.found, strict=True):
             here = slice(block.start, block.end)
             of = Attended(_by_head(out), _padded(total, shape), rest)
-            parts = _kernel(q, block).backward(
-                *(_by_head(dout), tuple(map(_by_head, (q, k[here], v[here]))), of),
-                *(block.is_causal, ctx.scale),
-            )
+            qkv = tuple(map(_by_head, (q, k[here], v[here])))
+            kernel = _kernel(q, block)
+            parts = kernel.backward(_by_head(dout), qkv, of, block.is_causal, ctx.scale)
             of_q, dk_block, dv_block = (t[0].transpose(0, 1) for t in parts)
             dq += of_q
             dk[here].copy_(dk_block)
