@@ -5,6 +5,7 @@ rank.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +112,17 @@ def _refuse_merged(module: LowRankUpdates, prefix: str, keep_vars: bool) -> None
         )
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class NemotronV3Experts(nn.Module):
     """The routed experts as two stacked tensors: `up_proj [E, F, X]`, `down_proj [E, X, F]`.
 
     Attributes:
         low_rank: a `LowRankUpdates` beside the stacks, or None.
+        local: what a call computes with in place of a stack or an update, both itself unless
+            another function is put there (stacks spread over processes).
     """
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
@@ -129,6 +136,7 @@ class NemotronV3Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
         self.low_rank: LowRankUpdates | None = None
+        self.local: Callable[[Tensor], Tensor] = _itself
 
     @property
     def op(self) -> str:
@@ -140,7 +148,7 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         up, down = wide(self.up_proj), wide(self.down_proj)
         if up is self.up_proj and down is self.down_proj:
-            return self._compute(x, indices, weights, up, down)
+            return self._compute(x, indices, weights, self.local(up), self.local(down))
         with keeping_codes((self.up_proj, up), (self.down_proj, down)):
             return self._compute(x, indices, weights, up, down)
 
@@ -159,10 +167,7 @@ class NemotronV3Experts(nn.Module):
             weights,
             up_proj,
             down_proj,
-            low.up_a,
-            low.up_b,
-            low.down_a,
-            low.down_b,
+            *(self.local(update) for update in (low.up_a, low.up_b, low.down_a, low.down_b)),
             scale=low.scale,
             impl=self.impl,
         )

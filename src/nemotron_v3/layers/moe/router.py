@@ -4,7 +4,7 @@ Letters: T packed tokens, D hidden size, E experts, K experts a token.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +54,10 @@ class NemotronV3Router(KeepsFp32):
     Attributes:
         watchers: called with a `Routing` at every call, whoever makes it, in their order.
         scoped: what callers do with their own calls: watch them, or force their experts.
+        replays: whether the recomputation of a checkpoint sends tokens where the pass did that it
+            repeats, also where nobody watches. One that chooses again may choose otherwise where
+            two scores lie within a rounding: no harm on one device, but processes that exchange
+            tokens would wait for those that do not come.
     """
 
     fp32_tensors = ("e_score_correction_bias",)
@@ -69,6 +73,7 @@ class NemotronV3Router(KeepsFp32):
         self.impl = impl
         self.watchers: list[Watcher] = []
         self.scoped: list[Scoped] = []
+        self.replays = False
         dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
@@ -94,7 +99,7 @@ class NemotronV3Router(KeepsFp32):
         call = _this_call(self, len(x))
         if call.indices is None:
             weights, indices = self._by_scores(x)
-            if call.keeps:
+            if call.keeps or self.replays:
                 call.indices = _narrow(indices, len(self.weight))
         else:
             indices = call.indices.long()
@@ -193,7 +198,8 @@ class _Region:
     keeps: bool = False
     calls: dict[NemotronV3Router, list[_Call]] = field(default_factory=dict)
     repeating: bool = False
-    repeated: dict[NemotronV3Router, int] = field(default_factory=dict)
+    repeated: dict[Any, int] = field(default_factory=dict)
+    made: dict[Any, list[Any]] = field(default_factory=dict)
 
     def call(self, router: NemotronV3Router, tokens: int, outer: "_Region | None") -> _Call:
         """The next call of a router; `outer` is the region around this one."""
@@ -251,20 +257,50 @@ class _inside:
         _here.regions = self.before
 
 
+def in_checkpoint() -> bool:
+    """Whether a region that is computed twice is at work (`checkpoint_contexts`)."""
+    return bool(_regions())
+
+
+def made_once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """`make()`; in the recomputation of a checkpoint what it gave in the pass that is repeated.
+
+    Args:
+        key: of those calls in a region that are told apart by their order alone.
+    """
+    regions = _regions()
+    return _made(regions, key, make) if regions else make()
+
+
+def _made(regions: tuple[_Region, ...], key: Hashable, make: Callable[[], Any]) -> Any:
+    region, around = regions[-1], regions[:-1]
+    made = region.made.setdefault(key, [])
+    if not region.repeating:
+        again = bool(around) and around[-1].repeating
+        made.append(_made(around, key, make) if again else make())
+        return made[-1]
+    number = region.repeated.get(key, 0)
+    region.repeated[key] = number + 1
+    return made[number]
+
+
+def _regions() -> tuple[_Region, ...]:
+    """Those at work, the outermost first."""
+    return () if torch.compiler.is_compiling() else getattr(_here, "regions", ())
+
+
 def _concerns(router: NemotronV3Router) -> bool:
     """Whether the call repeats one that was observed, or is to be remembered."""
-    if torch.compiler.is_compiling():
-        return False
-    regions = getattr(_here, "regions", ())
+    regions = _regions()
+    if router.replays and regions:
+        return True
     return any(r.keeps or (r.repeating and router in r.calls) for r in regions)
 
 
 def _this_call(router: NemotronV3Router, tokens: int) -> _Call:
-    compiling = torch.compiler.is_compiling()
-    regions = () if compiling else getattr(_here, "regions", ())
-    if regions:
+    if regions := _regions():
         return regions[-1].call(router, tokens, regions[-2] if len(regions) > 1 else None)
-    if not compiling and _in_backward():
+    if not torch.compiler.is_compiling() and _in_backward():
         raise RuntimeError(_UNTOLD)
     return _first_call(router, tokens)
 
@@ -293,7 +329,7 @@ def _check_thread(x: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or x.device.type == "cpu":
         return
-    if not getattr(_here, "regions", ()) and _in_backward():
+    if not _regions() and _in_backward():
         raise RuntimeError(_UNTOLD)
 
 
