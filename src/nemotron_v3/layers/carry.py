@@ -7,7 +7,7 @@ knows nothing of where the other tokens are.
 Letters: T packed tokens of the pass, H query heads, J key/value heads, P head width.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,8 +17,9 @@ from nemotron_v3.layers.functional import RecurrentState
 class Carry(Protocol):
     """Of one pass; set on its `ForwardContext`."""
 
-    def recurrent(self, layer_idx: int | None) -> RecurrentState:
-        """The states that a Mamba-2 mixer begins with, and where those go that it ends with."""
+    def recurrent(self, mixer: Any) -> RecurrentState:
+        """The states that a `NemotronV3Mamba2Mixer` begins with, and where those go that it ends
+        with."""
         ...
 
     def attend(

@@ -133,7 +133,7 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             check_states(context.cache.states.get(self.layer_idx), self.layer_idx, *sizes)
             state = context.step.begin(self.layer_idx)
         elif context.carry is not None:
-            state = context.carry.recurrent(self.layer_idx)
+            state = context.carry.recurrent(self)
         layout = context.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state)

@@ -60,9 +60,9 @@ class SegmentCarry:
 
     # --- what layers ask for ------------------------------------------------------------------
 
-    def recurrent(self, layer_idx: int | None) -> "_States":
-        assert layer_idx is not None and self.segment is not None
-        return _States(self, layer_idx, self.segment)
+    def recurrent(self, mixer: Any) -> "_States":
+        assert self.segment is not None
+        return _States(self, mixer.layer_idx, self.segment)
 
     def attend(
         self, layer_idx: int | None, q: Tensor, k: Tensor, v: Tensor, *, impl: str
@@ -148,7 +148,7 @@ class _States:
             places = torch.arange(offsets[start], offsets[end], device=device)
             yield places, SequenceLayout.from_lengths(lengths[start:end], device)
 
-    def read(self, in_graph: bool) -> dict[str, Any]:
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Any]:
         states: dict[str, Any] = {"return_final_states": self.leaves}
         if self.enters:
             conv, ssm = self.carry.states_before(self.layer, self.segment)

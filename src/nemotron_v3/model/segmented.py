@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.moe.load_balancing import BalanceInParts, BalanceLoss
-from nemotron_v3.layers.moe.router import NemotronV3Router, repeating_contexts
+from nemotron_v3.layers.moe.load_balancing import BalanceInParts, BalanceLoss, check_balance
+from nemotron_v3.layers.moe.router import repeating_contexts
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.checks import check_labels, enter, token_grid
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, refuse_stray_label, targets_of
@@ -221,14 +221,13 @@ class Segmented:
         model = self.model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("no parameter of the model requires a gradient: nothing is trained")
+        check_balance(model, balance)
         for name, module in model.named_modules():
             if model.training and getattr(module, "attention_dropout", 0):
                 raise ValueError(
                     f"{name}: attention_dropout is {module.attention_dropout}, and a segment that "
                     "is computed again would drop other weights: set it to 0, or call model.eval()"
                 )
-            if isinstance(module, NemotronV3Router):
-                _check_watchers(name, module, balance)
         for name, parameter in model.named_parameters():
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise ValueError(
@@ -253,18 +252,7 @@ def _begin(
 ) -> None:
     carry.begin(segment, in_graph)
     if balance is not None:
-        balance.begin(segment.start, segment.end)
-
-
-def _check_watchers(name: str, router: NemotronV3Router, balance: BalanceLoss | None) -> None:
-    """Raises ValueError for a balance loss that would speak of each segment by itself."""
-    for watcher in router.watchers:
-        owner = getattr(watcher, "__self__", None)
-        if isinstance(owner, BalanceLoss) and owner is not balance:
-            raise ValueError(
-                f"{name} is watched by a BalanceLoss, whose gradient would be lost: give it as "
-                "backward(..., balance=...)"
-            )
+        balance.begin(segment.layout, segment.tokens)
 
 
 @contextmanager

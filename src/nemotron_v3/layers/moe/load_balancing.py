@@ -7,15 +7,16 @@ Letters: T packed tokens, D documents, E experts, K experts a token.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.moe.router import Routing, Watcher, routers, watched
+from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers, watched
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -207,7 +208,8 @@ class BalanceLoss:
             raise ValueError(f"the coefficient must not be negative, got {coefficient}")
         self.coefficient = coefficient
         self._terms: list[Tensor] = []
-        self._parts: BalanceInParts | None = None
+        # By the layout of their tokens, which a checkpoint's recomputation has again.
+        self._parts: WeakKeyDictionary[SequenceLayout, BalanceInParts] = WeakKeyDictionary()
         self._watching = ExitStack()
         self._watching.enter_context(watched(model, lambda name: self._watch))
 
@@ -227,22 +229,26 @@ class BalanceLoss:
         self.close()
 
     @contextmanager
-    def in_parts(self, layout: SequenceLayout) -> Iterator["BalanceInParts"]:
+    def in_parts(
+        self, layout: SequenceLayout, reduce: Callable[[Tensor], Tensor | None] | None = None
+    ) -> Iterator["BalanceInParts"]:
         """Within it the tokens of a router's calls are parts of the documents of `layout`.
+
+        Args:
+            layout: of all tokens, packed.
+            reduce: adds up counts over the processes that share the documents, as in `balance_`.
 
         What `take` returns afterwards is the whole loss, whose gradient is that of the parts'
         terms and was made with them.
         """
-        self._parts = BalanceInParts(self.coefficient, layout)
-        try:
-            yield self._parts
-            self._terms += self._parts.values
-        finally:
-            self._parts = None
+        parts = BalanceInParts(self.coefficient, layout, self._parts, reduce)
+        yield parts
+        self._terms += parts.values
 
     def _watch(self, routing: Routing) -> None:
-        if self._parts is not None:
-            self._parts.watch(routing)
+        parts = None if routing.layout is None else self._parts.get(routing.layout)
+        if parts is not None:
+            parts.watch(routing)
             return
         if not (routing.router.training and torch.is_grad_enabled() and len(routing.x)):
             return
@@ -254,6 +260,19 @@ class BalanceLoss:
             self._terms.append(term)
 
 
+def check_balance(model: nn.Module, balance: BalanceLoss | None) -> None:
+    """Raises ValueError for a loss that watches the model and would take parts of documents for
+    whole ones; `balance` is told that they are parts."""
+    for name, router in model.named_modules():
+        for watcher in router.watchers if isinstance(router, NemotronV3Router) else ():
+            owner = getattr(watcher, "__self__", None)
+            if isinstance(owner, BalanceLoss) and owner is not balance:
+                raise ValueError(
+                    f"{name} is watched by a BalanceLoss, which would take parts of documents for "
+                    "whole ones: give it as balance=..."
+                )
+
+
 class BalanceInParts:
     """The balance loss of documents whose tokens come in several calls of a router.
 
@@ -263,38 +282,54 @@ class BalanceInParts:
 
     Args:
         coefficient: of the loss.
-        layout: of all tokens.
+        layout: of all tokens, packed.
+        found: where calls with a part's layout look for this.
+        reduce: adds up counts over the processes that share the documents; None where there are
+            none.
 
     Attributes:
         values: the terms that were taken, without their graphs.
     """
 
-    def __init__(self, coefficient: float, layout: SequenceLayout):
-        self.coefficient, self.layout = coefficient, layout
+    def __init__(
+        self,
+        coefficient: float,
+        layout: SequenceLayout,
+        found: MutableMapping[SequenceLayout, "BalanceInParts"],
+        reduce: Callable[[Tensor], Tensor | None] | None = None,
+    ):
+        self.coefficient, self.layout, self.reduce = coefficient, layout, reduce
+        self._found = found
         self.values: list[Tensor] = []
         self._choices: dict[nn.Module, Tensor] = {}
-        self._document: Tensor | None = None
+        self._documents: WeakKeyDictionary[SequenceLayout, Tensor] = WeakKeyDictionary()
         self._terms: list[Tensor] = []
 
-    def begin(self, start: int, end: int) -> None:
-        """The tokens of the next calls are these of the packed ones."""
-        self._document = self.layout.seq_idx[start:end].long()
+    def begin(self, part: SequenceLayout, places: slice | Tensor) -> None:
+        """Calls with the layout `part` have these of the packed tokens; the next ones do."""
+        if part not in self._documents:
+            self._documents[part] = self.layout.seq_idx[places].long()
+        self._found[part] = self
         self._terms = []
 
     def watch(self, routing: Routing) -> None:
         """Count a call, and make its term where a graph is made."""
-        if not (routing.router.training and len(routing.x)):
+        if not routing.router.training or (self.reduce is None and not len(routing.x)):
             return
-        assert self._document is not None, "the place of the tokens has to be told first"
+        assert routing.layout is not None
+        document = self._documents[routing.layout]
         documents, experts = self.layout.num_documents, len(routing.router.weight)
         if not routing.repeated:
-            new = _choices_of(routing.indices, self._document, documents, experts)
+            new = _choices_of(routing.indices, document, documents, experts)
+            if self.reduce is not None:
+                reduced = self.reduce(new)
+                new = reduced if isinstance(reduced, Tensor) else new
             before = self._choices.get(routing.router)
             self._choices[routing.router] = new if before is None else before + new
         if torch.is_grad_enabled():
             term = _balance_of(
                 routing.router.scores(routing.x),
-                self._document,
+                document,
                 self._choices[routing.router],
                 routing.indices.shape[1],
                 self.layout,

@@ -186,10 +186,10 @@ class _After(torch.autograd.Function):
         found = []
         joined = total = None
         for block in blocks:
-            of_block = (t[block.start : block.end] for t in (k, v))
-            part = _kernel(q, block).forward(
-                _by_head(q), *map(_by_head, of_block), block.is_causal, scale
-            )
+            here = slice(block.start, block.end)
+            heads = _by_head(q), _by_head(k[here]), _by_head(v[here])
+            kernel = _kernel(q, block)
+            part = kernel.forward(*heads, block.is_causal, scale)
             found.append((part.log_sums.shape, part.rest))
             logs = part.log_sums.reshape(1, H, -1)[..., :n]  # [1, H, n]
             if joined is None or total is None:
