@@ -15,12 +15,15 @@ OF_TWO = [
     Case(Plan(ep=2)),
     Case(Plan(ep=2), dtype=torch.float32, checkpointing=True, config=MANY),
     Case(Plan(dp_replicate=2), lora=4),
+    Case(Plan(ep=2, dispatcher="all_to_all"), lora=4, checkpointing=True),
 ]
 OF_FOUR = [
     Case(Plan(ep=4)),
     Case(Plan(ep=2), config=MANY | {"moe_latent_size": 28}, checkpointing=True),
     Case(Plan(dp_replicate=2, ep=2), lora=4, checkpointing=True),
     Case(Plan(ep=2), lora=4, config=MANY),
+    Case(Plan(ep=4, dispatcher="all_to_all"), config=MANY | {"moe_latent_size": 28}),
+    Case(Plan(ep=2, dispatcher="all_to_all"), dtype=torch.float32, checkpointing=True),
     Case(Plan(dp_replicate=2, dp_shard=2), dtype=torch.float32),
     Case(Plan(ep=4), dtype=torch.float32, lora=4, config=MANY | {"moe_latent_size": 28}),
 ]

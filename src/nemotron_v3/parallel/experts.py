@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nemotron_v3.layers.moe.dispatcher import ExpertDispatcher
 from nemotron_v3.layers.moe.moe import NemotronV3MoE
+from nemotron_v3.parallel.all_to_all_dispatcher import AllToAllDispatcher
 from nemotron_v3.parallel.gather_dispatcher import GatherDispatcher, Owned
 from nemotron_v3.parallel.meshes import Meshes
 from nemotron_v3.parallel.token_counts import TokenCounts
@@ -21,7 +22,7 @@ def spread_experts(layer: NemotronV3MoE, meshes: Meshes, counts: TokenCounts) ->
     experts, mesh = layer.experts, meshes.ep
     for module in experts.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, _spread(parameter, mesh))
+            setattr(module, name, first_rows(parameter, mesh))
     experts.local = _held_here
     layer.gate.replays = True
     all_experts, each = len(layer.gate.weight), len(layer.gate.weight) // mesh.size()
@@ -32,10 +33,14 @@ def spread_experts(layer: NemotronV3MoE, meshes: Meshes, counts: TokenCounts) ->
 def _dispatcher(
     layer: NemotronV3MoE, meshes: Meshes, owned: Owned, counts: TokenCounts
 ) -> ExpertDispatcher:
-    return GatherDispatcher(meshes.ep.get_group(), owned, counts)
+    group = meshes.ep.get_group()
+    if meshes.plan.gathers(owned.all, layer.gate.top_k):
+        return GatherDispatcher(group, owned, counts)
+    return AllToAllDispatcher(group, owned.end - owned.first)
 
 
-def _spread(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def first_rows(parameter: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    """A parameter of which each process of a mesh keeps as many of the first dimension."""
     each = parameter.shape[0] // mesh.size()
     own = parameter.detach().narrow(0, mesh.get_local_rank() * each, each).clone()
     whole = DTensor.from_local(

@@ -75,7 +75,7 @@ def shard_dense(
             if own:
                 others = set(owner.parameters()) - own
                 fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
-    fully_shard(model, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, ignored_params=alone, **options)
 
 
 def _kept(module: KeepsFp32) -> set[nn.Parameter]:

@@ -9,9 +9,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-@torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, the same on all processes; fp32 or wider.
+    """The 2-norm of all gradients together, the same on all processes: see `total_norm`."""
+    return total_norm(p.grad for p in parameters if p.grad is not None)
+
+
+@torch.no_grad()
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of tensors together, of several meshes perhaps; fp32 or wider.
 
     Plain tensors are taken to be the same everywhere. Every process of the meshes calls it.
 
@@ -19,7 +24,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         ValueError: a gradient whose sum over processes was not made.
     """
     held: dict[tuple[tuple[ProcessGroup, ...], torch.dtype], list[Tensor]] = {}
-    for gradient in (p.grad for p in parameters if p.grad is not None):
+    for gradient in gradients:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         held.setdefault((_sharers(gradient), dtype), []).append(_local(gradient))
     total: Tensor | None = None

@@ -20,13 +20,14 @@ class Meshes:
         sparse: of `dp_replicate`, `efsdp` and `ep`: `efsdp = dp_shard / ep` processes share the
             rows of the same experts.
         host: all processes, through the hosts.
-        host_ep: the processes of `ep` of which this is one, through the hosts.
+        host_shard, host_ep: the processes of `dp_shard` and of `ep` of which this is one, likewise.
     """
 
     plan: Plan
     dense: DeviceMesh
     sparse: DeviceMesh
     host: ProcessGroup
+    host_shard: ProcessGroup
     host_ep: ProcessGroup
 
     @classmethod
@@ -41,9 +42,12 @@ class Meshes:
             (plan.dp_replicate, shard // plan.ep, plan.ep),
             mesh_dim_names=("dp_replicate", "efsdp", "ep"),
         )
-        ranks = sparse.mesh.view(-1, plan.ep).tolist()
-        host_ep, _ = dist.new_subgroups_by_enumeration(ranks, backend="gloo")
-        return cls(plan, dense, sparse, host, joined(host_ep))
+        rows = (dense.mesh.view(-1, shard), sparse.mesh.view(-1, plan.ep))
+        hosts = [
+            joined(dist.new_subgroups_by_enumeration(ranks.tolist(), backend="gloo")[0])
+            for ranks in rows
+        ]
+        return cls(plan, dense, sparse, host, *hosts)
 
     def of_dense(self) -> DeviceMesh:
         """What `fully_shard` takes for tensors that are no expert's."""

@@ -13,6 +13,7 @@ from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.narrow import NarrowWeight
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
 from nemotron_v3.parallel.agreement import agree, description, host_group
+from nemotron_v3.parallel.ends import can_spread_embeddings, shard_tail, spread_embeddings
 from nemotron_v3.parallel.experts import needs_fsdp, rows_dim, share_rows, spread_experts
 from nemotron_v3.parallel.fsdp import shard_dense
 from nemotron_v3.parallel.meshes import Meshes
@@ -82,6 +83,10 @@ def parallelize(
         for layer in layers:
             spread_experts(layer, meshes, counts)
     alone = {p for layer in layers for p in layer.experts.parameters()} if spread else set()
+    if can_spread_embeddings(model, meshes, policy):
+        alone |= spread_embeddings(backbone, meshes)
+    if isinstance(model, NemotronV3ForCausalLM):
+        alone |= shard_tail(model, meshes.of_dense(), policy)
     shard_dense(model, meshes.of_dense(), policy, reshard_after_forward, alone)
     for layer in layers if spread else ():
         if needs_fsdp(layer.experts, meshes, policy):

@@ -1,5 +1,6 @@
 """AdamW for weights in fp32 and in bfloat16, and with moments of 8 bits."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,7 +36,10 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> to
     if options.moments == "8bit":
         return _eight_bit(groups, options, narrow, common)
     if not narrow:
-        return torch.optim.AdamW(groups, **common, eps=options.eps, fused=True)
+        # PyTorch updates tensors of several meshes one by one alone.
+        meshes = {getattr(p, "device_mesh", None) for group in groups for p in group["params"]}
+        fused = len(meshes) == 1
+        return torch.optim.AdamW(groups, **common, eps=options.eps, fused=fused, foreach=False)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return RoundedAdamW(
         groups, **common, eps=options.eps, rounding=options.bf16_weights, names=names, seed=seed
@@ -151,7 +155,8 @@ class RoundedAdamW(torch.optim.Optimizer):
                 local.copy_(weight)
             return
         key = rounding_key(self._names[p], self.state[p]["count"], self.seed)
-        round_stochastically_(local, weight, key, _first_element(p))
+        for part, values, first in _runs(p, local, weight):
+            round_stochastically_(part, values, key, first)
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -180,12 +185,23 @@ def _gradient(p: nn.Parameter) -> Tensor:
     return _local(p.grad).float()
 
 
-def _first_element(p: Tensor) -> int:
-    """The number of the first element that this process holds, in the whole tensor's order."""
+def _runs(p: Tensor, local: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """What this process holds of a tensor and its new values, in runs that are whole in the order
+    of the tensor's elements; and the number of each run's first element in that order."""
     if not isinstance(p, DTensor):
-        return 0
+        yield local, values, 0
+        return
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    assert not any(offset[1:]), "a tensor is sharded along its first dimension alone"
-    return offset[0] * (p.numel() // max(1, p.shape[0]))
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    assert tuple(shape) == tuple(local.shape), f"{shape} and {tuple(local.shape)} are of one part"
+    assert not any(offset[2:]), "a tensor is sharded along its first two dimensions alone"
+    after = [math.prod(p.shape[dim + 1 :]) for dim in range(p.dim())]
+    if not local.numel():
+        return
+    if p.dim() < 2 or shape[1] == p.shape[1]:
+        yield local, values, offset[0] * after[0]
+        return
+    for row in range(shape[0]):
+        first = (offset[0] + row) * after[0] + offset[1] * after[1]
+        yield local[row], values.view_as(local)[row], first

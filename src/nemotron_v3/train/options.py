@@ -45,6 +45,19 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How several processes share a sharded model."""
+
+    ep: int = 1
+    """processes that the experts of a layer are spread over: tokens travel, not weights"""
+    dp_replicate: int = 1
+    """sets of processes that hold the whole model each"""
+    dispatcher: Literal["auto", "gather", "all_to_all"] = "auto"
+    """how tokens come to experts: all to all processes of ep, or each to those that have some of
+    its experts; auto takes what sends less"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """AdamW."""
 
@@ -154,6 +167,7 @@ class TrainOptions:
     log: LogOptions = field(default_factory=LogOptions)
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """how several processes share the model: sharded, or a copy each"""
+    plan: PlanOptions = field(default_factory=PlanOptions)
     seed: int = 0
 
     def check(self) -> None:
@@ -183,6 +197,10 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
             not fresh or bool(o.model.preset or o.model.config),
         ),
         (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
+        (
+            'plan is of a model that is sharded: leave it out, or give parallel = "fsdp"',
+            o.parallel == "fsdp" or o.plan == PlanOptions(),
+        ),
         (f"lora.dropout is {o.lora.dropout}: give 0 to 1", 0 <= o.lora.dropout < 1),
         (
             f"optimizer.betas are {p.betas}: give two numbers from 0 to 1",
@@ -207,6 +225,8 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "log.every": o.log.every,
         "log.peak_tflops": o.log.peak_tflops,
         "lora.alpha": o.lora.alpha,
+        "plan.ep": o.plan.ep,
+        "plan.dp_replicate": o.plan.dp_replicate,
     }
     rules += [
         (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)

@@ -97,9 +97,13 @@ class NemotronV3Router(KeepsFp32):
                 _check_thread(x)
             return self._by_scores(x)
         call = _this_call(self, len(x))
+        if call.indices is None and self.replays and in_checkpoint():
+            # Weights are then made as in the recomputation, which has to keep as many tensors.
+            with torch.no_grad():
+                call.indices = _narrow(self._by_scores(x)[1], len(self.weight))
         if call.indices is None:
             weights, indices = self._by_scores(x)
-            if call.keeps or self.replays:
+            if call.keeps:
                 call.indices = _narrow(indices, len(self.weight))
         else:
             indices = call.indices.long()
