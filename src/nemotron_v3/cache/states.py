@@ -227,7 +227,7 @@ class MambaState(LayerState):
         """What came out of the pieces, token by token as they were given."""
         return torch.cat(list(parts)).index_select(0, self.step.piece_order)
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:
         """Both states, as a scan takes them."""
         return {"conv_states": self.conv, "ssm_states": self.ssm}
 

@@ -132,6 +132,8 @@ class NemotronV3Attention(RefusesContextParallel):
             if context.cache is not None:
                 check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
                 return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
+            if context.carry is not None:
+                return context.carry.attend(layer_idx, q, k, v, impl=self.chosen.impl)
             dropout_p = self.attention_dropout if self.training else 0.0
             if torch.compiler.is_compiling() and self._is_node(context.mask, dropout_p, layout):
                 return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)

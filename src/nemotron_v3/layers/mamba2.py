@@ -136,6 +136,8 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
             check_states(context.cache.states.get(self.layer_idx), self.layer_idx, *sizes)
             state = context.step.begin(self.layer_idx)
+        elif context.carry is not None:
+            state = context.carry.recurrent(self)
         layout = context.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state)

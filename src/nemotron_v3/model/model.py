@@ -239,6 +239,9 @@ class NemotronV3ForCausalLM(nn.Module):
                 that padding would have to predict. Where a ready `layout` is given on a GPU nothing
                 is read back: the loss is then NaN.
         """
+        if (handed := layout_kwargs.get("context")) is not None:
+            targets = layout_kwargs["targets"]
+            return self._of_targets(input_ids, handed, targets, num_items_in_batch)
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         if labels is not None:
             check_labels(labels, shape, device)
@@ -277,6 +280,27 @@ class NemotronV3ForCausalLM(nn.Module):
                 out.last_hidden_state, labels, context.layout, logits_to_keep, num_items_in_batch
             )
             return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+
+    def _of_targets(
+        self,
+        input_ids: Tensor | None,
+        context: ForwardContext,
+        targets: Tensor | None,
+        items: int | Tensor | None,
+    ) -> CausalLMOutput:
+        """The loss of a part of a sequence, where the labels were shifted before it was cut.
+
+        Args:
+            input_ids: `[T]`. targets: `[T]`, what each token predicts, -100 for nothing; None asks
+                for no loss.
+            context: of the pass.
+            items: see `num_items_in_batch`.
+        """
+        hidden = self.model(input_ids, context=context).last_hidden_state
+        if targets is None:
+            return CausalLMOutput(None, hidden_states=(hidden,))
+        mean, _ = self._mean(hidden, targets, context.layout, 0)
+        return CausalLMOutput(per_item(mean, targets, items))
 
     def _head(
         self,
