@@ -97,6 +97,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("layers/linear.py",),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,
+    "lm_eval": ("evaluation/tasks.py", "evaluation/harness.py"),
     "accelerate": (),  # of the extra `hf`: used by tests and by those who call us
     "trl": (),
     "nemo_automodel": HF_ROOM,

@@ -72,6 +72,8 @@ class Eval:
     """make the examples of a task turns of the chat"""
     system: str | None = None
     """the system message of tasks"""
+    batch_size: int = 32
+    """requests of tasks that go on at a time; it changes memory and speed, and no figure"""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; cuda where there is one"""
     dtype: Annotated[str | None, Choices(tuple(DTYPES))] = None
@@ -152,6 +154,7 @@ class Eval:
                 chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=self.fewshot_as_multiturn,
                 system=self.system,
+                batch_size=self.batch_size,
             )
         return EvalOptions(
             sources=tuple(Source(p, self.format, self.field, split=self.split) for p in self.data),

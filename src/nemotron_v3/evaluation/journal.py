@@ -155,6 +155,13 @@ class Journal:
             for states in self._states(key, document):
                 states.unlink()
 
+    # --- tasks ------------------------------------------------------------------------------------
+
+    def answers(self, checkpoint: int) -> str | None:
+        """Where the harness keeps the answers to the requests of its tasks: what its files' names
+        begin with."""
+        return None if self.folder is None else str(self.folder / f"{checkpoint}-tasks")
+
     def _states(self, key: str, document: int) -> list[Path]:
         assert self.folder is not None
         return list(self.folder.glob(f"{key}.document-{document}.at-*.safetensors"))

@@ -29,6 +29,7 @@ class TaskOptions:
         fewshot_as_multiturn: whether examples are turns of the chat.
         system: the system message, or text in front of each question.
         seed: of the examples' choice.
+        batch_size: requests that go on at a time; it changes no figure.
 
     Raises:
         ValueError: a value that none can have.
@@ -42,6 +43,7 @@ class TaskOptions:
     fewshot_as_multiturn: bool = False
     system: str | None = None
     seed: int = 1234
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -52,6 +54,8 @@ class TaskOptions:
             raise ValueError(
                 f"limit is {self.limit}: give a number of questions, or a part below 1"
             )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: give at least 1")
         if self.fewshot_as_multiturn and not self.chat_template:
             raise ValueError("fewshot_as_multiturn makes turns of a chat: give chat_template too")
 

@@ -26,6 +26,7 @@ from nemotron_v3.evaluation.journal import Journal, folder_of
 from nemotron_v3.evaluation.options import Candidate, EvalOptions
 from nemotron_v3.evaluation.result import CheckpointResult, Evaluation, TextResult
 from nemotron_v3.evaluation.streaming import Scorer
+from nemotron_v3.evaluation.tasks import open_tasks, run_tasks
 from nemotron_v3.evaluation.texts import (
     Circumstances,
     Interrupted,
@@ -81,6 +82,8 @@ def evaluate(
     _check_out(out, overwrite, resume)
     tell = tell if tell is not None and rank == 0 else _silent
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if options.tasks is not None:
+        open_tasks(options.tasks)
     with contextlib.ExitStack() as stack:
         # Before the processes meet: the first one tokenises, which may take longer than they wait.
         subjects = [stack.enter_context(_opened(each, options, tell)) for each in candidates]
@@ -227,6 +230,10 @@ def _measure(
         result.texts = _texts(
             model, subject.encoder, subject.stores, options, key, f"{name}: ", around
         )
+    if options.tasks is not None:
+        around.tell(f"{name}: tasks", 0, 1)
+        run_tasks(model, candidate, options.tasks, options.window, result, number, around)
+        around.tell(f"{name}: tasks", 1, 1)
     result.seconds = time.perf_counter() - started if whole else None
     del model
     gc.collect()
