@@ -22,7 +22,7 @@ def rooms(names: str) -> frozenset[str]:
 
 ROOMS = rooms(
     "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
-    "train hf recipes cli"
+    "train evaluation hf recipes cli"
 )
 
 # Rooms and packages of the table that nothing stands in yet: their rules come before their code.
@@ -54,6 +54,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # layers: the loads of experts and their balance, which a step moves. Adapters that PEFT puts on
     # are handed in by the command line.
     "train": rooms("model layers parallel checkpoint data adapters verify layout config ops chat"),
+    # generation: a score's log-probabilities, and answers of tasks. train: the processes that
+    # torchrun has made, and the signals that ask them to end.
+    "evaluation": rooms("model layout cache checkpoint generation data config chat train"),
     "hf": ROOMS - {"cli", "train", "recipes"},
     "recipes": ROOMS - {"cli", "hf"} | {""},
     "cli": ROOMS | {""},
@@ -64,7 +67,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 MODEL_TO_GENERATION = frozenset({"generate", "score", "stream", "_generation"})
 
 # Files of options alone, which import neither torch nor a room: help needs them.
-OPTIONS = re.compile(r"(recipes|train|data)\.(options|config_file)(\.\w+)?")
+OPTIONS = re.compile(r"(recipes|train|data|evaluation)\.(options|config_file)(\.\w+)?")
 
 # Rooms of one device: what is spread over several is made from outside, in parallel.
 WITHOUT_DISTRIBUTED = frozenset({"config", "layout", "cache", "ops", "layers", "model"})
@@ -94,6 +97,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("layers/linear.py",),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,
+    "lm_eval": ("evaluation/tasks.py", "evaluation/harness.py"),
     "accelerate": (),  # of the extra `hf`: used by tests and by those who call us
     "trl": (),
     "nemo_automodel": HF_ROOM,

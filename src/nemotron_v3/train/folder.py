@@ -1,6 +1,5 @@
 """The folder of a run: what it was asked, with which versions, and whether it may be written to."""
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.config.versions import installed
 from nemotron_v3.train.checkpoints import FOLDER
 from nemotron_v3.train.config_file import config_text
 from nemotron_v3.train.metrics import METRICS
@@ -54,19 +54,13 @@ def write_about(options: TrainOptions, resumed: bool) -> dict[str, Any]:
 
 
 def _about() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": installed(_PACKAGES),
         "commit": _commit(),
     }
 
