@@ -22,12 +22,12 @@ def rooms(names: str) -> frozenset[str]:
 
 ROOMS = rooms(
     "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
-    "train evaluation hf recipes cli"
+    "train evaluation hf nemo recipes cli"
 )
 
 # Rooms and packages of the table that nothing stands in yet: their rules come before their code.
 PLANNED = rooms("verify")
-PLANNED_PACKAGES = frozenset({"nemo_automodel"})
+PLANNED_PACKAGES: frozenset[str] = frozenset()
 
 # A room may import these and itself. "" is the package's own `__init__.py`, which only hands on
 # public names; a room imports the room that has a name.
@@ -57,8 +57,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # generation: a score's log-probabilities, and answers of tasks. train: the processes that
     # torchrun has made, and the signals that ask them to end.
     "evaluation": rooms("model layout cache checkpoint generation data config chat train"),
-    "hf": ROOMS - {"cli", "train", "recipes"},
-    "recipes": ROOMS - {"cli", "hf"} | {""},
+    "hf": ROOMS - {"cli", "train", "recipes", "nemo"},
+    # Not hf: NeMo AutoModel pins a transformers of its own, which hf may not take.
+    "nemo": rooms("layers ops layout"),
+    "recipes": ROOMS - {"cli", "hf", "nemo"} | {""},
     "cli": ROOMS | {""},
     "__main__": rooms("cli"),
 }
@@ -100,9 +102,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "lm_eval": ("evaluation/tasks.py", "evaluation/harness.py"),
     "accelerate": (),  # of the extra `hf`: used by tests and by those who call us
     "trl": (),
-    "nemo_automodel": HF_ROOM,
+    "nemo_automodel": ("nemo/*",),
 }
-OPTIONAL = frozenset({"triton", "transformer_engine", "datasets", "pyarrow"})
+OPTIONAL = frozenset({"triton", "transformer_engine", "datasets", "pyarrow", "nemo_automodel"})
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,8 @@ def test_a_file_imports_only_what_its_room_may(path):
         ("cli/main.py", "from nemotron_v3.recipes.demo import run", "only where a verb runs"),
         ("cli/demo.py", "from nemotron_v3.recipes.demo import run", "only where a verb runs"),
         ("hf/register.py", "import nemotron_v3.cli.main", "hf may not import cli"),
+        ("nemo/enable.py", "import nemotron_v3.hf", "nemo may not import hf"),
+        ("nemo/enable.py", "import nemo_automodel", "import it inside a function"),
         ("extras/x.py", "", "the room 'extras' is not in the table"),
         ("data/x.py", "import importlib\nimportlib.import_module('nemotron_v3.model')", "may not"),
     ],
