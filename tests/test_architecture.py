@@ -22,7 +22,7 @@ def rooms(names: str) -> frozenset[str]:
 
 ROOMS = rooms(
     "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
-    "train hf recipes cli"
+    "pages train hf recipes cli"
 )
 
 # Rooms and packages of the table that nothing stands in yet: their rules come before their code.
@@ -51,10 +51,15 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),
     "verify": rooms("model layers ops layout cache checkpoint generation config data"),
+    # Files in, a file out: what a page shows is read from the folder that it is of, so that a run
+    # of last year has one too. (`nemotron_v3.report` is a function of the model room.)
+    "pages": rooms("config"),
     # layers: the loads of experts and their balance, which a step moves. Adapters that PEFT puts on
-    # are handed in by the command line.
-    "train": rooms("model layers parallel checkpoint data adapters verify layout config ops chat"),
-    "hf": ROOMS - {"cli", "train", "recipes"},
+    # are handed in by the command line. pages: a run writes the page that shows it.
+    "train": rooms(
+        "model layers parallel checkpoint data adapters verify layout config ops chat pages"
+    ),
+    "hf": ROOMS - {"cli", "train", "recipes", "pages"},
     "recipes": ROOMS - {"cli", "hf"} | {""},
     "cli": ROOMS | {""},
     "__main__": rooms("cli"),
@@ -86,6 +91,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tomli_w": ("train/config_file.py",),
     "jinja2": ("chat/worker.py",),
     "matplotlib": ("recipes/*",),
+    "plotly": ("pages/page.py",),
     "datasets": ("data/*",),
     "pyarrow": ("data/*",),
     "triton": ("ops/compat.py", *KERNELS),
@@ -98,7 +104,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "trl": (),
     "nemo_automodel": HF_ROOM,
 }
-OPTIONAL = frozenset({"triton", "transformer_engine", "datasets", "pyarrow"})
+# Imported inside a function: an optional one, and one that only writing a page needs.
+OPTIONAL = frozenset({"plotly", "triton", "transformer_engine", "datasets", "pyarrow"})
 
 
 @dataclass(frozen=True)
@@ -365,5 +372,6 @@ def test_dependencies_are_the_ones_of_the_table():
     declared = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     names = set(re.findall(r'"([a-z0-9_-]+)', declared.group(1)))
     assert names == {
-        "torch", "safetensors", "jinja2", "tokenizers", "rich", "tyro", "matplotlib", "tomli-w",
+        "torch", "safetensors", "jinja2", "tokenizers", "rich", "tyro", "matplotlib", "plotly",
+        "tomli-w",
     }  # fmt: skip

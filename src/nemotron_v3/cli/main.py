@@ -20,6 +20,7 @@ VERBS = {
     "demo": "Demo",
     "generate": "Generate",
     "inspect": "Inspect",
+    "report": "Report",
     "train": "Train",
     "completion": "Completion",
 }
