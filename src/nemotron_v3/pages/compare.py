@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nemotron_v3.pages.chart import Line, Lines
+from nemotron_v3.pages.chart import Lines
 from nemotron_v3.pages.page import Block, Page, Tab, Table
 from nemotron_v3.pages.read import Run
-from nemotron_v3.pages.run import GIB, facts_of, line_of, tokens_at
+from nemotron_v3.pages.run import GIB, facts_of, line_of, smoothed
 from nemotron_v3.pages.state import state_of
-from nemotron_v3.pages.thin import smooth, smoothing_steps
 
 ABSENT = "-"
 # Options that differ between any two runs and say nothing about them.
@@ -24,7 +23,6 @@ def comparison_page(runs: Sequence[Run]) -> Page:
         title=" / ".join(names) if len(names) <= 4 else f"{len(names)} runs",
         kind="training runs compared",
         notices=problems,
-        facts={"runs": str(len(runs))},
         tabs=[
             Tab("Figures", [_figures(names, runs)]),
             Tab("Curves", _curves(names, runs), "Nothing was measured in any run."),
@@ -47,39 +45,31 @@ def _figures(names: Sequence[str], runs: Sequence[Run]) -> Table:
     return Table(("", *names), rows, numeric=frozenset(range(1, len(runs) + 1)))
 
 
+# Columns with their title, unit, and how they are drawn.
+_COLUMNS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("loss", "Training loss, smoothed", "nats a token", {"log": False, "form": ".4f"}),
+    ("validation_loss", "Validation loss", "nats a token", {"log": False, "form": ".4f"}),
+    ("learning_rate", "Learning rate", "", {}),
+    ("gradient_norm", "Gradient norm before clipping, smoothed", "", {"log": True}),
+    ("tokens_per_second", "Speed, smoothed", "tokens a second", {"form": ",.0f", "zero": True}),
+    ("mfu", "Model FLOPs utilisation, smoothed", "%", {"form": ".1f", "zero": True}),
+    ("memory_bytes", "Memory, the most so far", "GiB", {"form": ".3~f", "zero": True}),
+    ("experts/entropy", "Entropy of the experts' load, mean of the routers", "", {}),
+)
+_SCALES = {"mfu": 100.0, "memory_bytes": 1 / GIB}
+
+
 def _curves(names: Sequence[str], runs: Sequence[Run]) -> list[Block]:
     found: list[Block] = []
-    smoothed = []
-    for number, (name, run) in enumerate(zip(names, runs, strict=True)):
-        loss = run.metrics.column("loss")
-        if loss.values:
-            values = smooth(loss.values, smoothing_steps(len(loss.values)))
-            tokens = tokens_at(run.metrics, loss.steps)
-            smoothed.append(Line(name, loss.steps, values, tokens, colour=number))
-    if smoothed:
-        found.append(
-            Lines("Training loss, smoothed", "nats a token", smoothed, log=False, form=".4f")
-        )
-    told: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("validation_loss", "Validation loss", "nats a token", {"log": False, "form": ".4f"}),
-        ("learning_rate", "Learning rate", "", {}),
-        ("gradient_norm", "Gradient norm, before clipping", "", {"log": True}),
-        ("tokens_per_second", "Speed", "tokens a second", {"form": ",.0f", "zero": True}),
-        ("mfu", "Model FLOPs utilisation", "%", {"form": ".1f", "zero": True}),
-        ("memory_bytes", "Memory, the most so far", "GiB", {"form": ".3~f", "zero": True}),
-        ("experts/entropy", "Entropy of the experts' load, mean of the routers", "", {}),
-    ]
-    scales = {"mfu": 100.0, "memory_bytes": 1 / GIB}
-    for column, title, unit, more in told:
+    for column, title, unit, more in _COLUMNS:
+        draw = smoothed if "smoothed" in title else line_of
         look = "points" if column == "validation_loss" else "line"
+        same = {"look": look, "scale": _SCALES.get(column, 1.0)}
         lines = [
-            line_of(
-                run.metrics, run.metrics.column(column), name,
-                look=look, colour=number, scale=scales.get(column, 1.0),
-            )
+            draw(run.metrics, run.metrics.column(column), name, colour=number, **same)
             for number, (name, run) in enumerate(zip(names, runs, strict=True))
             if run.metrics.column(column).values
-        ]  # fmt: skip
+        ]
         if lines:
             found.append(Lines(title, unit, lines, **more))
     return found

@@ -22,6 +22,7 @@
       tab.tabIndex = i === number ? 0 : -1;
     });
     panels.forEach((panel, i) => panel.classList.toggle("shown", i === number));
+    tabs[number].scrollIntoView({ block: "nearest", inline: "nearest" });
     drawIn(panels[number]);
   };
   tabs.forEach((tab, i) => {
@@ -197,7 +198,7 @@
 
   const DRAW = { lines: drawLines, heat: drawHeat, bars: drawBars };
   const CONFIG = {
-    displayModeBar: false, responsive: true, doubleClick: "reset+autosize",
+    displayModeBar: false, doubleClick: "reset+autosize",
   };
 
   const draw = (figure) => {
@@ -213,10 +214,11 @@
     }
     const first = !plot.data;
     plot.busy = true;
+    // The sizes are the style sheet's, which differ on paper and after a window was resized.
+    Object.assign(shape, { width, height: plot.clientHeight || 320 });
     const done = Plotly.react(plot, traces, shape, CONFIG).then(() => { plot.busy = false; });
     if (first) {
       plot.on("plotly_relayout", (change) => follow(chart, plot, change));
-      plot.width = width;
     }
     return done;
   };
@@ -309,16 +311,24 @@
   dark.addEventListener("change", () => { applyTheme(); redraw(); });
   await drawIn(panels[shown]);
 
+  let resized = 0;
+  addEventListener("resize", () => {
+    clearTimeout(resized);
+    resized = setTimeout(() => drawIn(panels[shown]), 150);
+  });
+
   // ---- paper: all parts, in light colours, at the width that they have there
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
+    root.classList.add("paper");
     panels.forEach((panel) => panel.classList.add("shown"));
     find("figure[data-chart]").forEach((figure) => draw(figure));
   });
   addEventListener("afterprint", () => {
     root.dataset.theme = before;
+    root.classList.remove("paper");
     show(shown);
     redraw();
   });

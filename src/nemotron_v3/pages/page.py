@@ -29,13 +29,9 @@ _POLICY = (
 )
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head. `numeric` columns are set to the right; a cell may be `Html`."""
+    """Rows of cells under a head. `numeric` columns are set to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -53,7 +49,7 @@ class Passage:
     prompt: str = ""
 
 
-Block = charts.Lines | charts.Heat | charts.Bars | Table | Passage | Html
+Block = charts.Lines | charts.Heat | charts.Bars | Table | Passage
 
 
 @dataclass(frozen=True)
@@ -177,10 +173,6 @@ def _text(text: object) -> str:
     return html.escape(str(text))
 
 
-def _cell(text: str) -> str:
-    return text if isinstance(text, Html) else html.escape(text)
-
-
 def _state(page: Page) -> str:
     if not page.told:
         return ""
@@ -225,8 +217,6 @@ def _panel(number: int, tab: Tab, charts_by_id: dict[int, int]) -> str:
 
 def _block(block: Block, charts_by_id: dict[int, int]) -> str:
     match block:
-        case Html():
-            return str(block)
         case Table():
             return _table(block)
         case Passage():
@@ -261,7 +251,7 @@ def _figures_of(chart: charts.Chart) -> str:
             for value, step in zip(line.values, line.steps, strict=True)
             if isfinite(value)
         ]
-        if line.look != "faint" and finite:
+        if finite:
             told = (finite[-1], min(finite), max(finite))
             rows.append(
                 (line.name, *(f"{short(value)} (step {step:,.0f})" for value, step in told))
@@ -275,7 +265,7 @@ def _figures_of(chart: charts.Chart) -> str:
 def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         marks = (' class="number"' if i in table.numeric else "" for i in range(len(cells)))
-        inside = (f"<{tag}{m}>{_cell(c)}</{tag}>" for m, c in zip(marks, cells, strict=True))
+        inside = (f"<{tag}{m}>{_text(c)}</{tag}>" for m, c in zip(marks, cells, strict=True))
         return f"<tr>{''.join(inside)}</tr>"
 
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""

@@ -3,11 +3,12 @@
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemotron_v3.pages.chart import Bars, Chart, Frame, Heat, Line, Lines
-from nemotron_v3.pages.page import Block, Html, Page, Passage, Tab, Table, short
-from nemotron_v3.pages.read import CONFIG, METRICS, Column, Metrics, Run
+from nemotron_v3.pages.page import Block, Page, Passage, Tab, Table, short
+from nemotron_v3.pages.read import CONFIG, Column, Metrics, Run
 from nemotron_v3.pages.state import State, length_in_words, planned_steps, state_of
 from nemotron_v3.pages.thin import smooth, smoothing_steps
 
@@ -138,15 +139,15 @@ def curves(metrics: Metrics) -> list[Block]:
     if lines:
         found.append(Lines("Loss", "nats a token", lines, log=False, form=".4f"))
     found += single(metrics, "learning_rate", "Learning rate")
-    found += single(metrics, "gradient_norm", "Gradient norm, before clipping", log=False)
+    found += noisy(metrics, "gradient_norm", "Gradient norm, before clipping", log=False)
     norms = kinds_of(metrics, NORM)
     if norms:
         lines = [line_of(metrics, column, kind) for kind, column in norms.items()]
         found.append(Lines("Gradient norm by kind of block", "", lines, log=True))
     speed = {"unit": "tokens a second", "form": ",.0f", "zero": True}
-    found += single(metrics, "tokens_per_second", "Speed", **speed)
+    found += noisy(metrics, "tokens_per_second", "Speed", **speed)
     used = {"unit": "%", "form": ".1f", "zero": True, "scale": 100.0}
-    found += single(metrics, "mfu", "Model FLOPs utilisation", **used)
+    found += noisy(metrics, "mfu", "Model FLOPs utilisation", **used)
     memory = {"unit": "GiB", "form": ".3~f", "zero": True, "scale": 1 / GIB}
     found += single(metrics, "memory_bytes", "Memory, the most so far", **memory)
     return found
@@ -154,14 +155,7 @@ def curves(metrics: Metrics) -> list[Block]:
 
 def loss_lines(metrics: Metrics, loss: Column, validation: Column) -> list[Line]:
     """Each step's loss faint, a smoothed line over it, and the validation's points."""
-    lines = []
-    if loss.values:
-        over = smoothing_steps(len(loss.values))
-        smoothed = smooth(loss.values, over)
-        lines.append(line_of(metrics, loss, "each step", look="faint", colour=TRAINING))
-        tokens = lines[0].tokens
-        name = f"training, mean of about {over}"
-        lines.append(Line(name, loss.steps, smoothed, tokens, colour=TRAINING))
+    lines = with_its_mean(metrics, loss, "training, mean")
     if validation.values:
         more = {"look": "points", "colour": VALIDATION}
         lines.append(line_of(metrics, validation, "validation", **more))
@@ -177,6 +171,32 @@ def single(
         return []
     line = line_of(metrics, column, name, scale=scale, colour=TRAINING)
     return [Lines(title, unit, [line], **more)]
+
+
+def noisy(
+    metrics: Metrics, name: str, title: str, *, unit: str = "", scale: float = 1.0, **more: Any
+) -> list[Chart]:
+    """A picture of a column of which each step differs from the next: faint, and smoothed."""
+    column = metrics.column(name)
+    lines = with_its_mean(metrics, column, "mean", scale)
+    return [Lines(title, unit, lines, **more)] if lines else []
+
+
+def with_its_mean(
+    metrics: Metrics, column: Column, name: str, scale: float = 1.0, colour: int = TRAINING
+) -> list[Line]:
+    """A column faint, and a smoothed line over it; none where it is empty."""
+    if not column.values:
+        return []
+    each = line_of(metrics, column, "each step", scale=scale, look="faint", colour=colour)
+    mean = smoothed(metrics, column, name, scale=scale, colour=colour)
+    return [each, replace(mean, name=f"{name} of about {smoothing_steps(len(column.values))}")]
+
+
+def smoothed(metrics: Metrics, column: Column, name: str, **more: Any) -> Line:
+    """A column as a smoothed line."""
+    line = line_of(metrics, column, name, **more)
+    return replace(line, values=smooth(line.values, smoothing_steps(len(line.values))))
 
 
 def kinds_of(metrics: Metrics, prefix: str) -> dict[str, Column]:
@@ -306,6 +326,4 @@ def versions(run: Run) -> list[Block]:
             rows += [(str(name), _as_text(version)) for name, version in packages.items()]
         title = "The run was begun" if len(run.starts) == 1 else f"Begun, time {number}"
         found.append(Table(("", ""), rows, title=title))
-    if found:
-        found.append(Html(f'<p class="note wide">Of the numbers, {METRICS} is the source.</p>'))
     return found
