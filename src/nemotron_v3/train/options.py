@@ -143,6 +143,8 @@ class LogOptions:
     """steps between lines"""
     details: int = 10
     """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
+    report: float = 5.0
+    """minutes between writings of report.html, the page of the run; 0 for no page"""
     tensorboard: bool = False
     wandb: str | None = None
     """project in Weights & Biases"""
@@ -238,6 +240,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "memory.checkpoint_every": o.memory.checkpoint_every,
         "save.every": o.save.every,
         "log.details": o.log.details,
+        "log.report": o.log.report,
     }
     rules += [
         (f"{name} is {value}: give 0 or more", finite(value) and value >= 0)
