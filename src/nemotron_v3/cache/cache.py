@@ -69,11 +69,11 @@ class NemotronHybridCache(OutsideView, Rows):
         max_length: int | None = None,
         rollback_window: int = 0,
     ):
-        self.config = NemotronV3Config.from_any(config, "cache")
+        self.config: NemotronV3Config = NemotronV3Config.from_any(config, "cache")
         batch_size = at_least("batch_size", batch_size, 1)
         rollback_window = at_least("rollback_window", rollback_window, 0)
         max_length = None if max_length is None else at_least("max_length", max_length, 1)
-        self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
+        self.dtype: torch.dtype = dtype or self.config.dtype or torch.get_default_dtype()
         check_dtype(self.dtype)
         self.max_length = max_length
         self.rollback_window = rollback_window
@@ -84,8 +84,8 @@ class NemotronHybridCache(OutsideView, Rows):
         self._behind = frozenset()
         self.withheld = None
         self._one_token: SequenceLayout | None = None
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.states = fresh_states(
+        self.positions: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states: dict[int, LayerState] = fresh_states(
             Sizes(self.config, batch_size, self.dtype, device, max_length, rollback_window)
         )
 

@@ -154,7 +154,7 @@ class Sampler:
         on_slots: bool | None = None,
     ):
         self.options = options
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.dtype: torch.dtype = torch.promote_types(like.dtype, torch.float32)
         device = like.device
         self.asked = Asked.of(options)
         self.uniform: Uniform | None = None

@@ -43,8 +43,8 @@ class Plan:
         self._embeddings = weight
         kind = torch.promote_types(weight.dtype, torch.float32)
         stream_dtype = kind if model.config.residual_in_fp32 else weight.dtype
-        self.stream = weight.new_zeros(slots.rows, weight.shape[1], dtype=stream_dtype)
-        self.logits = weight.new_zeros(slots.rows, len(weight))
+        self.stream: Tensor = weight.new_zeros(slots.rows, weight.shape[1], dtype=stream_dtype)
+        self.logits: Tensor = weight.new_zeros(slots.rows, len(weight))
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._experts: dict[tuple[int, ...], Buffers] = {}
         self.calls: list[Call] = []

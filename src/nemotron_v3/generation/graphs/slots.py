@@ -59,12 +59,14 @@ class Slots:
     """
 
     def __init__(self, cache: NemotronHybridCache, rows: int, capacity: int):
-        self.rows, self.capacity, self.window = rows, capacity, cache.rollback_window
+        self.rows: int = rows
+        self.capacity: int = capacity
+        self.window: int = cache.rollback_window
         device = cache.device
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.ends = torch.full((MOST_ENDS,), -1, dtype=torch.int64, device=device)
+        self.tokens: Tensor = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions: Tensor = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.active: Tensor = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.ends: Tensor = torch.full((MOST_ENDS,), -1, dtype=torch.int64, device=device)
         self._numbers = torch.arange(rows, device=device)
         self.mamba: dict[int, MambaSlots] = {}
         self.attention: dict[int, KeyValueSlots] = {}
