@@ -21,7 +21,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import outside_inference_mode
 from nemotron_v3.model.protocol import CausalLM
 
-LENGTHS = (16, 2048)  # of prompts: their kernels differ by no more than that
+LENGTHS = (16, 512, 2048)  # of prompts, whose kernels differ
 
 
 @outside_inference_mode
@@ -76,7 +76,7 @@ def _cache(model: CausalLM, rows: int) -> NemotronHybridCache:
 
 
 def prefills(model: CausalLM) -> list[Call]:
-    """A short and a long prompt through one block of each kind, behind caches of their own."""
+    """Prompts of some lengths through one block of each kind, behind caches of their own."""
     blocks = {block.block_type: block for block in reversed(list(model.model.layers))}
     weight = model.model.embeddings.weight
     calls: list[Call] = []
