@@ -21,7 +21,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import outside_inference_mode
 from nemotron_v3.model.protocol import CausalLM
 
-LENGTHS = (16, 512, 2048)  # of prompts, whose kernels differ
+LENGTHS = (2048, 512, 16)  # of prompts, a few of whose kernels differ
 
 
 @outside_inference_mode
@@ -63,7 +63,9 @@ def warm(
     plans = [Plan(model, Slots(*size), asked) for size in sizes]
     calls = [call for plan in plans for call in distinct(plan.every_call)]
     device = model.model.embeddings.weight.device
-    at_once([*prefills(model), *calls], device, threads)
+    at_once([*prefills(model, LENGTHS[0]), *calls], device, threads)
+    for tokens in LENGTHS[1:]:  # behind the first, since most kernels are the same
+        at_once(prefills(model, tokens), device, threads)
     del plans, calls  # a graph makes its own
     for cache in caches:
         graphs_of(model).take(model, cache, length, asked).busy = False
@@ -75,15 +77,13 @@ def _cache(model: CausalLM, rows: int) -> NemotronHybridCache:
     return NemotronHybridCache(model.config, rows, weight.dtype, weight.device)
 
 
-def prefills(model: CausalLM) -> list[Call]:
-    """Prompts of some lengths through one block of each kind, behind caches of their own."""
+def prefills(model: CausalLM, tokens: int) -> list[Call]:
+    """A prompt through one block of each kind, behind caches of their own."""
     blocks = {block.block_type: block for block in reversed(list(model.model.layers))}
     weight = model.model.embeddings.weight
-    calls: list[Call] = []
-    for tokens in LENGTHS:
-        layout = SequenceLayout.from_lengths([tokens], weight.device)
-        for block in blocks.values():
-            stream = weight.new_zeros(tokens, weight.shape[1])
-            cache = _cache(model, 1)
-            calls.append(partial(block, stream, past_key_values=cache, layout=layout))
-    return calls
+    layout = SequenceLayout.from_lengths([tokens], weight.device)
+    stream = weight.new_zeros(tokens, weight.shape[1])
+    return [
+        partial(block, stream, past_key_values=_cache(model, 1), layout=layout)
+        for block in blocks.values()
+    ]
