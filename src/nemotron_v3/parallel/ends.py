@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
-from nemotron_v3.parallel.collectives import Sum, gathered
+from nemotron_v3.parallel.collectives import gathered, sums_of
 from nemotron_v3.parallel.experts import first_rows
 from nemotron_v3.parallel.meshes import Meshes
 from nemotron_v3.parallel.token_counts import TokenCounts
@@ -87,5 +87,5 @@ def _look_up(
     token = (everyone >= 0) & (everyone < V)
     rows = F.embedding(torch.where(token, everyone % each, everyone), weight.to_local())
     here = everyone // each == group.rank()
-    found = Sum.apply(rows.where(here[:, None], 0), group)[: len(ids)]
+    found = sums_of(rows.where(here[:, None], 0), group)()[: len(ids)]
     return found.unflatten(0, input_ids.shape)
