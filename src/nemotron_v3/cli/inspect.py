@@ -4,7 +4,7 @@ checkpoint stores and takes, from its headers."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -47,6 +47,13 @@ class Inspect:
     """tokens in the sequence that FLOPs and state are counted for"""
     dtype: Annotated[str, Choices(tuple(DTYPES))] = "bfloat16"
     """of weights, keys and values: bfloat16, float16, float32 or float64 (bf16, fp16, ...)"""
+    plan: str | None = None
+    """also what training on several GPUs takes of each, such as gpus=8,ep=4: gpus, and ep or
+    dp_replicate beside it; with --seq-len tokens a GPU in a pass"""
+    moments: Literal["float32", "8bit"] = "float32"
+    """of the optimiser, for --plan"""
+    device: Literal["h100", "h200", "b200"] = "h200"
+    """whose memory --plan compares with"""
     json: bool = False
     """print one JSON object"""
 
@@ -61,10 +68,16 @@ class Inspect:
             raise ValueError(f"seq_len is {self.seq_len}: give at least 1 token")
         config = read_target(self.target)
         costs = costs_of(config, self.seq_len, dtype)
+        if self.plan is not None:
+            from nemotron_v3.cli.inspect_plan import costs_of_plan, plan_table
+
+            costs["plan"] = costs_of_plan(config, self.plan, self.seq_len, dtype, self.moments)
         if self.json:
             print(json.dumps(costs, indent=2))
             return
         tables = [layers_table(costs), totals_table(costs, config)]
+        if self.plan is not None:
+            tables.append(plan_table(self.plan, costs["plan"], self.seq_len, self.device))
         if self.target not in PRESETS and has_weights(Path(self.target)):
             tables += weight_tables(Path(self.target), dtype)
         console = console_for(*tables)

@@ -4,6 +4,7 @@ Letters: R processes that share them, V vocabulary, T token ids of this process,
 any of them, D hidden size.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -34,6 +35,8 @@ def shard_tail(
     norm, head = model.model.norm_f, model.lm_head
     if type(head) is not nn.Linear:
         return set()
+    # What the norm returns is never changed in place: its warning is for those who do.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .*RMSNorm.* returned a view")
     norm.add_module("head", head)  # for as long as its parameters are looked for
     try:
         fully_shard(norm, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
