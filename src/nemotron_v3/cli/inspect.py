@@ -4,7 +4,7 @@ checkpoint stores and takes, from its headers."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -49,10 +49,16 @@ class Inspect:
     """tokens in the sequence that FLOPs and state are counted for"""
     dtype: Annotated[str, Choices(tuple(DTYPES))] = "bfloat16"
     """of weights, keys and values: bfloat16, float16, float32 or float64 (bf16, fp16, ...)"""
+    plan: str | None = None
+    """also what training on several GPUs takes of each, such as gpus=8,ep=4: gpus, and ep or
+    dp_replicate beside it; with --seq-len tokens a GPU in a pass"""
+    moments: Literal["float32", "8bit"] = "float32"
+    """of the optimiser, for --plan"""
     device: str | None = None
-    """a GPU (cuda, cuda:1): also how many rows of how many tokens its memory holds in generation"""
+    """a GPU by its name (h100, h200, b200), or one that is here (cuda, cuda:1): also how many rows
+    of how many tokens it holds in generation, and what --plan leaves of it"""
     memory: str | None = None
-    """in the place of --device, the memory of a GPU that is not here, such as 80GB"""
+    """in the place of --device, the memory of a GPU, such as 80GB"""
     json: bool = False
     """print one JSON object"""
 
@@ -70,12 +76,18 @@ class Inspect:
         memory = self._memory()
         if memory is not None:
             costs |= {"memory": memory, "rows_that_fit": rows_of(config, dtype, memory)}
+        if self.plan is not None:
+            from nemotron_v3.cli.inspect_plan import costs_of_plan, plan_table
+
+            costs["plan"] = costs_of_plan(config, self.plan, self.seq_len, dtype, self.moments)
         if self.json:
             print(json.dumps(costs, indent=2))
             return
         tables = [layers_table(costs), totals_table(costs, config)]
         if memory is not None:
             tables.append(rows_table(costs))
+        if self.plan is not None:
+            tables.append(plan_table(self.plan, costs["plan"], self.seq_len, memory))
         if self.target not in PRESETS and has_weights(Path(self.target)):
             tables += weight_tables(Path(self.target), dtype)
         console = console_for(*tables)
@@ -89,6 +101,7 @@ class Inspect:
         import torch
 
         from nemotron_v3.checkpoint.spelling import parse_size
+        from nemotron_v3.cli.inspect_plan import DEVICES
 
         if self.memory is not None:
             if self.device is not None:
@@ -96,11 +109,16 @@ class Inspect:
             return parse_size(self.memory)
         if self.device is None:
             return None
-        device = torch.device(self.device)
-        if device.type != "cuda" or not torch.cuda.is_available():
+        if self.device in DEVICES:
+            return DEVICES[self.device] * 2**30
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type != "cuda" or not torch.cuda.is_available():
             raise ValueError(
-                f"--device {self.device}: there is no such NVIDIA GPU here; --memory 80GB asks "
-                "about one of that memory"
+                f"--device {self.device}: there is no such NVIDIA GPU here; give "
+                f"{', '.join(DEVICES)}, or its memory: --memory 80GB"
             )
         return torch.cuda.get_device_properties(device).total_memory
 

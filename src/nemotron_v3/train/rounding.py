@@ -41,7 +41,9 @@ def round_stochastically_(target: Tensor, value: Tensor, key: int, start: int = 
         # Numbers beyond 32 bits: what is above them goes into the key.
         high, low = divmod(start + first, 2**32)
         mixed = key ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
-        told = torch.tensor([low, _as_int32(mixed)], dtype=torch.int64, device=value.device)
+        # Filled in on the device: a copy from the host would wait for all that it has to do.
+        numbers = (low, _as_int32(mixed))
+        told = torch.stack([value.new_full((), n, dtype=torch.int64) for n in numbers])
         chunk = values[first : first + size]
         flat[first : first + size] = rounded(chunk, told)
 
