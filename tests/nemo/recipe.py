@@ -57,7 +57,19 @@ def config(folder: Path, steps: int, dtype: str, size: int) -> dict[str, Any]:
             "model_save_format": "safetensors",
             "save_consolidated": True,
         },
-        "distributed": {"strategy": "fsdp2", "dp_size": size, "tp_size": 1, "cp_size": 1},
+        "distributed": {
+            "strategy": "fsdp2",
+            "dp_size": size,
+            "tp_size": 1,
+            "cp_size": 1,
+            # By itself it would compute in bf16, whatever the weights are.
+            "mp_policy": {
+                "_target_": "torch.distributed.fsdp.MixedPrecisionPolicy",
+                "param_dtype": dtype,
+                "reduce_dtype": "float32",
+                "cast_forward_inputs": False,
+            },
+        },
         "loss_fn": {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"},
         "dataset": {
             "_target_": "nemo_automodel.components.datasets.llm.mock.build_unpacked_dataset",
