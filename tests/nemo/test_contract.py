@@ -285,3 +285,18 @@ def test_a_batch_of_rows_with_offsets_has_a_document_a_row(model):
     ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
     told = model(ids, attention_mask=mask, cu_seqlens=torch.tensor([0, 6, 12])).logits
     assert torch.equal(told, model(ids).logits)
+
+
+def test_a_layer_takes_tokens_without_a_batch_dimension(model):
+    """Theirs fails there, but for Transformer Engine's attention."""
+    x, told = torch.randn(11, 48), {"cu_seqlens": torch.tensor([0, 4, 11])}
+    for block in model.model.layers.values():
+        expected = block(x[None], **told)[0]
+        torch.testing.assert_close(block(x, **told), expected)
+
+
+def test_dropout_of_attention_acts_in_training_alone(model):
+    layer = of_type(model, "attention")[0].mixer
+    layer.attention_dropout, x = 0.5, torch.randn(1, 9, 48)
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert not torch.allclose(layer.train()(x), layer(x))
