@@ -21,6 +21,7 @@ VERBS = {
     "eval": "Eval",
     "generate": "Generate",
     "inspect": "Inspect",
+    "report": "Report",
     "train": "Train",
     "completion": "Completion",
 }

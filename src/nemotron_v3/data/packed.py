@@ -72,7 +72,7 @@ class PackedData:
             self._found.append(found)
         padding = encoder.behind[-1] if encoder.behind else 0
         self._pieces = Pieces(self._stores, options.tokens_per_row, padding)
-        self.largest_token = max(store.about.largest for store in self._stores)
+        self.largest_token: int = max(store.about.largest for store in self._stores)
         self._plan = self._new_plan()
         self._position = Position()
         self._reader = ThreadPoolExecutor(1) if options.workers else None

@@ -92,9 +92,10 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path):
-        self.about = About.read(folder)
-        self.lengths, self.sizes = _numbers(folder / LENGTHS), _numbers(folder / SIZES)
-        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.about: About = About.read(folder)
+        self.lengths: Tensor = _numbers(folder / LENGTHS)
+        self.sizes: Tensor = _numbers(folder / SIZES)
+        self.starts: Tensor = self.lengths.cumsum(0) - self.lengths
         self._path = folder / TOKENS
         self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         size = os.fstat(self._file.fileno()).st_size

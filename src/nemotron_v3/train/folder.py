@@ -1,7 +1,9 @@
 """The folder of a run: what it was asked, with which versions, and whether it may be written to."""
 
 import json
+import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -53,9 +55,29 @@ def write_about(options: TrainOptions, resumed: bool) -> dict[str, Any]:
     return starts[-1]
 
 
+def write_outcome(out: Path, outcome: str) -> None:
+    """Say how what was begun last has ended; a run that was killed says nothing.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    about = out / ABOUT
+    starts = json.loads(about.read_text(encoding="utf-8"))
+    starts[-1] |= {"ended": _now(), "outcome": outcome}
+    with atomic_file(about) as path:
+        path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _about() -> dict[str, Any]:
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
+        # By these a page of the run tells whether it goes on.
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
