@@ -235,10 +235,8 @@ def _measure(
             model, subject.encoder, subject.stores, options, key, f"{name}: ", around
         )
     if options.tasks is not None:
-        around.tell(f"{name}: tasks", 0, 1)
         window = options.window
         run_tasks(model, candidate, options.tasks, manager, window, result, number, around)
-        around.tell(f"{name}: tasks", 1, 1)
     result.seconds = time.perf_counter() - started if whole else None
     del model
     gc.collect()

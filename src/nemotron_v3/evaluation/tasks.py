@@ -94,6 +94,7 @@ def run_tasks(
         batch_size=options.batch_size,
         world=around.world,
         before_pass=go_on,
+        tell=lambda kind, done, total: around.tell(f"{result.name}: {kind}", done, total),
     )
     limit = options.limit
     found = simple_evaluate(
