@@ -1,6 +1,8 @@
 """This package's models in lm-evaluation-harness, against the harness's own class."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,3 +124,12 @@ def test_requests_that_were_answered_are_not_asked_again(folder, tasks, tmp_path
     assert again.tasks == whole.tasks and again.seconds is None
     assert again.tokens_asked < whole.tokens_asked and len(passes) < total
     assert not out.with_name("e.json.partial").exists()
+
+
+def test_the_harness_knows_this_class_by_name_and_its_own_still():
+    script = (
+        "from nemotron_v3.evaluation import harness; from lm_eval.api.registry import "
+        "get_model; assert get_model('nemotron-v3') is harness.NemotronV3LM; get_model('dummy')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
