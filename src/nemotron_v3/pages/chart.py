@@ -10,6 +10,7 @@ from nemotron_v3.pages.thin import MOST_POINTS, thin
 Look = Literal["line", "faint", "points"]
 # Digits that a page keeps of a number: more than fp32 has.
 DIGITS = 8
+STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Lines:
         log: begin with a logarithmic axis; None where there is no choice.
         form: of a value that is pointed at, as d3 spells it.
         zero: whether a linear axis begins at 0.
+        x: what `steps` count. Curves of the same are looked at closer together.
+        log_x: whether that axis is logarithmic.
         note: below the title.
     """
 
@@ -67,6 +70,8 @@ class Lines:
     log: bool | None = None
     form: str = ".4~g"
     zero: bool = False
+    x: str = STEP
+    log_x: bool = False
     note: str = ""
 
     def data(self) -> dict[str, Any]:
@@ -80,6 +85,8 @@ class Lines:
             "log": self.log,
             "form": self.form,
             "zero": self.zero,
+            "x": self.x,
+            "log_x": self.log_x,
             "lines": [line.data(most) for line in self.lines],
         }
 

@@ -254,7 +254,7 @@ def _figures_of(chart: charts.Chart) -> str:
         if finite:
             told = (finite[-1], min(finite), max(finite))
             rows.append(
-                (line.name, *(f"{short(value)} (step {step:,.0f})" for value, step in told))
+                (line.name, *(f"{short(value)} ({chart.x} {step:,.0f})" for value, step in told))
             )
     if not rows:
         return ""
