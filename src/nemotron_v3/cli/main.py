@@ -18,6 +18,7 @@ from nemotron_v3.cli.terminal import one_line
 VERBS = {
     "convert": "Convert",
     "demo": "Demo",
+    "eval": "Eval",
     "generate": "Generate",
     "inspect": "Inspect",
     "report": "Report",

@@ -18,7 +18,7 @@ class Story:
     """Tells a run; holds the one console."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+        self.console: Console = console or Console(highlight=False)
 
     def title(self, text: str) -> None:
         self.console.print(f"\n[bold {GREEN}]{text}[/]\n")

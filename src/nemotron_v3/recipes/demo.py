@@ -83,7 +83,7 @@ class Corpus:
     def __init__(self, documents: list[list[int]], options: DemoOptions, vocab_size: int):
         self._documents, self._options = documents, options
         self._given = 0
-        self.largest_token = vocab_size - 1
+        self.largest_token: int = vocab_size - 1
 
     def __iter__(self) -> Iterator[list[PackedRow]]:
         options = self._options

@@ -13,7 +13,8 @@ from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.config import PRESETS, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
-from nemotron_v3.parallel import shard_model
+from nemotron_v3.parallel import Plan, parallelize
+from nemotron_v3.train.memory import device_room, recomputed_blocks
 from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
 from nemotron_v3.train.processes import World
 
@@ -54,7 +55,14 @@ def build_model(
 
     Sharded, its weights are read or drawn by the first process alone, which sends each its part:
     they are those that one process has.
+
+    Raises:
+        ValueError: a plan that does not divide the processes or the model; on all of them.
     """
+    asked = options.plan
+    plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep, dispatcher=asked.dispatcher)
+    if options.parallel == "fsdp":
+        plan = plan.over(world.size)
     sharded = world.size > 1 and options.parallel == "fsdp"
     if not sharded:
         model = _whole(options, world.device, world.device)
@@ -65,10 +73,10 @@ def build_model(
             model = NemotronV3ForCausalLM(read_model_config(options.model, world.device))
     if options.lora.rank:
         _adapt(model, options.lora, options.seed, adapters)
-    if options.memory.checkpoint_every:
-        model.gradient_checkpointing_enable(every=options.memory.checkpoint_every)
+    if blocks := _recomputed(options, model, world):
+        model.gradient_checkpointing_enable(blocks=blocks)
     if sharded:
-        _shard(model, world)
+        _shard(model, plan, world)
     if options.memory.compile:
         for block in model.model.layers:
             block.compile()
@@ -102,13 +110,24 @@ def _adapt(
     adapters.add(model, options)
 
 
-def _shard(model: NemotronV3ForCausalLM, world: World) -> None:
+def _recomputed(
+    options: TrainOptions, model: NemotronV3ForCausalLM, world: World
+) -> tuple[int, ...]:
+    """The blocks to recompute: the same ones on all processes, which gather weights together."""
+    dtype, room = model.model.embeddings.weight.dtype, device_room(world.device)
+    kernels = world.device.type == "cuda"
+    blocks = recomputed_blocks(options, model.config, dtype, world.size, kernels, room)
+    return tuple(world.told(blocks))
+
+
+def _shard(model: NemotronV3ForCausalLM, plan: Plan, world: World) -> None:
     whole = model.state_dict() if world.first else {}
     if world.first:
         whole = {name: tensor.detach().clone() for name, tensor in whole.items()}
         model.to("meta")
     # Sums of gradients are made in fp32, whatever the weights are.
-    shard_model(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    parallelize(model, plan, mp_policy=policy, device_type=world.device.type)
     model.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)

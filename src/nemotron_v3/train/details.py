@@ -5,12 +5,12 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.parallel import total_norm
 from nemotron_v3.train.loop import Trainer
 from nemotron_v3.train.processes import World
 
@@ -43,8 +43,7 @@ def gradient_norms(model: NemotronV3ForCausalLM) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             kinds.setdefault(kind_of(name, model.config), []).append(parameter.grad)
-    norms = {kind: nn.utils.get_total_norm(grads) for kind, grads in kinds.items()}
-    return {k: (n.full_tensor() if isinstance(n, DTensor) else n).item() for k, n in norms.items()}
+    return {kind: total_norm(grads).item() for kind, grads in kinds.items()}
 
 
 def _loads(load: ExpertLoad, world: World) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The folder of a run: what it was asked, with which versions, and whether it may be written to."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.config.versions import installed
 from nemotron_v3.train.checkpoints import FOLDER
 from nemotron_v3.train.config_file import config_text
 from nemotron_v3.train.metrics import METRICS
@@ -73,12 +73,6 @@ def _now() -> str:
 
 
 def _about() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "started": _now(),
         # By these a page of the run tells whether it goes on.
@@ -88,7 +82,7 @@ def _about() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": installed(_PACKAGES),
         "commit": _commit(),
     }
 

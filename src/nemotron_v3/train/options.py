@@ -45,6 +45,19 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How several processes share a sharded model."""
+
+    ep: int = 1
+    """processes that the experts of a layer are spread over: tokens travel, not weights"""
+    dp_replicate: int = 1
+    """sets of processes that hold the whole model each"""
+    dispatcher: Literal["auto", "gather", "all_to_all"] = "auto"
+    """how tokens come to experts: all to all processes of ep, or each to those that have some of
+    its experts; auto takes what sends less"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """AdamW."""
 
@@ -57,7 +70,7 @@ class OptimizerOptions:
     clip_norm: float = 1.0
     """longest gradient of all parameters together"""
     moments: Literal["float32", "8bit"] = "float32"
-    """8bit is torchao's AdamW"""
+    """8bit has torchao's codes of 8 bits, a scale for each block of a row"""
     bf16_weights: Literal["stochastic", "master", "nearest"] = "stochastic"
     """how updated bf16 weights are rounded: at random, from an fp32 copy, or to the nearest"""
     balance: float = 0.0
@@ -89,8 +102,11 @@ class MemoryOptions:
 
     rows_per_pass: int = 1
     """rows of a step that pass the model at once on a process; the rest of its rows follow"""
-    checkpoint_every: int = 0
-    """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all"""
+    checkpoint_every: int | Literal["auto"] = 0
+    """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all;
+    auto recomputes as few as the device's memory allows"""
+    device_gib: float | None = None
+    """of a device's memory that may be filled; else 92 % of what it has"""
     compile: bool = False
     """torch.compile the blocks"""
 
@@ -156,6 +172,7 @@ class TrainOptions:
     log: LogOptions = field(default_factory=LogOptions)
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """how several processes share the model: sharded, or a copy each"""
+    plan: PlanOptions = field(default_factory=PlanOptions)
     seed: int = 0
 
     def check(self) -> None:
@@ -185,6 +202,10 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
             not fresh or bool(o.model.preset or o.model.config),
         ),
         (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
+        (
+            'plan is of a model that is sharded: leave it out, or give parallel = "fsdp"',
+            o.parallel == "fsdp" or o.plan == PlanOptions(),
+        ),
         (f"lora.dropout is {o.lora.dropout}: give 0 to 1", 0 <= o.lora.dropout < 1),
         (
             f"optimizer.betas are {p.betas}: give two numbers from 0 to 1",
@@ -208,7 +229,10 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "validation.rows": o.validation.rows,
         "log.every": o.log.every,
         "log.peak_tflops": o.log.peak_tflops,
+        "memory.device_gib": o.memory.device_gib,
         "lora.alpha": o.lora.alpha,
+        "plan.ep": o.plan.ep,
+        "plan.dp_replicate": o.plan.dp_replicate,
     }
     rules += [
         (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)
@@ -217,7 +241,9 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
     not_negative = {
         "optimizer.weight_decay": p.weight_decay,
         "optimizer.balance": p.balance,
-        "memory.checkpoint_every": o.memory.checkpoint_every,
+        "memory.checkpoint_every": 0
+        if o.memory.checkpoint_every == "auto"
+        else o.memory.checkpoint_every,
         "save.every": o.save.every,
         "log.details": o.log.details,
         "log.report": o.log.report,

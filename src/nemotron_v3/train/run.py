@@ -233,11 +233,12 @@ class _Run:
         """What a run that goes on has to share with the one that it goes on with."""
         sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         lora, asked = self.options.lora, self.options.optimizer
+        moments = {"8bit": "8bit by rows"}.get(asked.moments, asked.moments)
         return {
             "the model's config": hashlib.sha256(sizes.encode()).hexdigest()[:16],
             "the weights' dtype": str(model.model.embeddings.weight.dtype),
             "lora": json.dumps(asdict(lora)),
-            "the optimiser's state": f"{asked.moments} moments, {asked.bf16_weights} bf16 weights",
+            "the optimiser's state": f"{moments} moments, {asked.bf16_weights} bf16 weights",
             "the trained parameters": f"{sum(p.numel() for p in _trained(model)):,}",
         }
 
