@@ -66,7 +66,7 @@ def evaluation_page(evaluations: Sequence[Evaluation], paths: Sequence[Path]) ->
         title=title,
         kind="evaluation",
         notices=list(_notices(sources)),
-        facts=_facts(evaluations, checkpoints),
+        facts=_facts(checkpoints),
         tabs=[
             Tab("Texts", _texts(sources), "No texts were scored."),
             Tab("Tasks", _tasks(checkpoints), "No tasks of lm-evaluation-harness were run."),
@@ -115,9 +115,7 @@ def _source_name(evaluation: Evaluation, number: int) -> str:
     return f"{path} ({split})" if len(same) > 1 else path
 
 
-def _facts(
-    evaluations: Sequence[Evaluation], checkpoints: dict[str, CheckpointResult]
-) -> dict[str, str]:
+def _facts(checkpoints: dict[str, CheckpointResult]) -> dict[str, str]:
     texts = [text for each in checkpoints.values() for text in each.texts]
     told = {"checkpoints": str(len(checkpoints))}
     if texts:
@@ -126,7 +124,6 @@ def _facts(
     tasks = {task.task for each in checkpoints.values() for task in each.tasks}
     if tasks:
         told["tasks"] = str(len(tasks))
-    told["started"] = min(evaluation.started for evaluation in evaluations)
     return told
 
 
@@ -237,7 +234,11 @@ def _of_documents(title: str, scored: Sequence[Scored]) -> list[Block]:
         Line(s.name, numbers, values, look="points" if len(numbers) < 60 else "line", colour=c)
         for c, (s, values) in enumerate(zip(scored, figures, strict=True))
     ]
-    order_told: dict[str, Any] = {"x": "document", "note": "In the order of the source."}
+    order_told: dict[str, Any] = {
+        "x": "document",
+        "note": "In the order of the source.",
+        "wide": True,
+    }
     name = f"Bits a byte by document: {title}"
     chart = Lines(name, "bits a byte", lines, form=".4f", **order_told)
     order, told = _order(figures)
@@ -251,7 +252,7 @@ def _of_documents(title: str, scored: Sequence[Scored]) -> list[Block]:
     head = ("document", "bytes", "tokens", *(f"{s.name}: bits a byte" for s in scored))
     head = (*head, *(f"{s.name}: perplexity" for s in scored))
     table = Table(head, rows, title, frozenset(range(1, len(head))), told)
-    return [chart, table]
+    return [chart, table] if len(numbers) > 1 else [table]
 
 
 def _order(figures: Sequence[Sequence[float]]) -> tuple[list[int], str]:

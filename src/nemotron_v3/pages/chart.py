@@ -61,6 +61,7 @@ class Lines:
         zero: whether a linear axis begins at 0.
         x: what `steps` count. Curves of the same are looked at closer together.
         log_x: whether that axis is logarithmic.
+        wide: whether the picture takes the whole width of the page.
         note: below the title.
     """
 
@@ -72,6 +73,7 @@ class Lines:
     zero: bool = False
     x: str = STEP
     log_x: bool = False
+    wide: bool = False
     note: str = ""
 
     def data(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class Heat:
         scale: one colour that deepens, or two from a middle value.
         low, high: ends of the scale; None is what the data have.
         note: below the title.
+        wide: whether the picture takes the whole width of the page.
     """
 
     title: str
@@ -124,6 +127,7 @@ class Heat:
     low: float | None = None
     high: float | None = None
     note: str = ""
+    wide: bool = True
 
     def data(self) -> dict[str, Any]:
         """As page.js takes it."""
@@ -158,6 +162,11 @@ class Bars:
     values: Mapping[str, Sequence[float | None]]
     form: str = ".4~g"
     note: str = ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the picture takes the whole width of the page."""
+        return len(self.names) * len(self.values) > 8
 
     def data(self) -> dict[str, Any]:
         """As page.js takes it."""

@@ -155,7 +155,8 @@
       shape.yaxis.rangemode = "tozero";
     }
     if (ranges[chart.x]) shape.xaxis.range = ranges[chart.x];
-    if (chart.log_x) shape.xaxis.type = "log";
+    if (chart.log_x) Object.assign(shape.xaxis, { type: "log", dtick: 1 });
+    else if (Math.max(...traces.flatMap((trace) => trace.x)) <= 10) shape.xaxis.dtick = 1;
     shape.showlegend = traces.length > 1;
     return [traces, shape];
   };
@@ -186,7 +187,7 @@
   const drawBars = (chart, width) => {
     const traces = chart.bars.map((bar, i) => ({
       type: "bar", name: plain(bar.name), x: chart.names.map(plain), y: bar.y,
-      marker: { color: colour(`c${i % 8}`), pattern: { shape: ["", "/", ".", "x", "-", "\\", "+", "|"][i % 8], fgcolor: colour("paper"), fgopacity: 0.5, size: 6 } },
+      marker: { color: colour(`c${i % 8}`), pattern: { shape: ["", "/", ".", "x", "-", "\\", "+", "|"][i % 8], fillmode: "overlay", fgcolor: colour("paper"), fgopacity: 0.6, size: 7 } },
       hovertemplate: `%{y:${chart.form}}`,
       texttemplate: chart.names.length * chart.bars.length <= 12 ? `%{y:${chart.form}}` : undefined,
       textposition: "outside", cliponaxis: false,
@@ -194,7 +195,9 @@
     const shape = layout(chart, width);
     shape.xaxis = { automargin: true, type: "category", tickangle: width < 500 ? -40 : "auto" };
     shape.showlegend = traces.length > 1;
-    shape.margin.t = 24;
+    // Names may be long and stand aslant, where a legend would be below.
+    Object.assign(shape.legend, { y: 1.06, yanchor: "bottom" });
+    shape.margin.t = traces.length > 1 ? 48 : 24;
     return [traces, shape];
   };
 
