@@ -106,7 +106,8 @@ def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -
     from nemotron_v3.generation import generate
 
     told = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
-    return [generate(model, prompt, **told).text[0] for prompt in prompts]
+    found = [generate(model, prompt, **told).text for prompt in prompts]
+    return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
 
 
 def _adapters(options: TrainOptions) -> Any:
