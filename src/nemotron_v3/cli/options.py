@@ -126,8 +126,15 @@ def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
         more, inner = _unwrap(inner)
         return (*marks, *more), inner
     if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
-        return _unwrap(inner)
+        choices = [choice for choice in get_args(hint) if choice is not type(None)]
+        literals = [choice for choice in choices if get_origin(choice) is Literal]
+        if len(choices) == 1 or not literals:
+            return _unwrap(choices[0])
+        # Words beside a number: the words can be completed, the number is the user's.
+        (other,) = (choice for choice in choices if choice not in literals)
+        words = tuple(str(word) for literal in literals for word in get_args(literal))
+        marks, inner = _unwrap(other)
+        return (Choices(words), *marks), inner
     if get_origin(hint) is tuple:
         return _unwrap(get_args(hint)[0])
     return (), hint

@@ -51,7 +51,7 @@ class Recorder:
         about: Mapping[str, Any],
     ):
         self._options, self._config, self._peak = options, config, peak
-        self._file = _reopened(folder / METRICS, step)
+        self._file = reopened(folder / METRICS, step)
         self._board = _tensorboard(folder / "tensorboard", step) if options.tensorboard else None
         self._wandb = _wandb(options.wandb, folder, about) if options.wandb else None
 
@@ -102,8 +102,8 @@ class Recorder:
             self._wandb.finish()
 
 
-def _reopened(path: Path, step: int) -> TextIO:
-    """The file with the lines up to a step, opened to be gone on with."""
+def reopened(path: Path, step: int) -> TextIO:
+    """A file of lines of JSON with those up to a step, opened to be gone on with."""
     kept = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
