@@ -149,10 +149,10 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     schedule = options.schedule
     if schedule.minutes is not None:
         return Length(seconds=60 * schedule.minutes)
-    there = None if data is None else data.total_steps()
     steps = schedule.steps
     if schedule.tokens is not None:
         steps = math.ceil(schedule.tokens / (options.data.tokens_per_row * options.data.rows))
+    there = None if data is None else data.total_steps(steps)
     if steps is None and there is None:
         raise ValueError(
             "the training has no end: give schedule.steps, tokens or minutes, or data.epochs"
@@ -160,7 +160,7 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     if steps is not None and there is not None and there < steps:
         raise ValueError(
             f"the data ends after {there:,} steps (data.epochs = {options.data.epochs:g}), before "
-            f'the {steps:,} of the schedule: give fewer, or data.epochs = "none" for no end'
+            f"the {steps:,} of the schedule: give fewer, or data.epochs = inf for no end"
         )
     return Length(steps=steps if steps is not None else there)
 
