@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
     from nemotron_v3.model.optim import parameter_groups
     from nemotron_v3.model.report import report
+    from nemotron_v3.model.segmented import segmented
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "parameter_groups",
     "report",
     "save_pretrained",
+    "segmented",
 ]
 
 # Where a public name comes from. A name is imported when somebody asks for it (PEP 562): torch
@@ -49,6 +51,7 @@ _SOURCES = {
     "parameter_groups": "model.optim",
     "report": "model.report",
     "save_pretrained": "checkpoint",
+    "segmented": "model.segmented",
 }
 # Rooms that need torch and safetensors alone, as attributes of the package.
 _ROOMS = ("cache", "checkpoint", "config", "layers", "layout", "model", "ops")

@@ -227,7 +227,7 @@ class MambaState(LayerState):
         """What came out of the pieces, token by token as they were given."""
         return torch.cat(list(parts)).index_select(0, self.step.piece_order)
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:
         """Both states, as a scan takes them."""
         return {"conv_states": self.conv, "ssm_states": self.ssm}
 
@@ -260,7 +260,7 @@ class MambaState(LayerState):
 
     def remember(self, rows: Tensor, positions: Tensor) -> None:
         """Keep the present states of `rows` as those after `positions` tokens."""
-        self.overwritten = True
+        self.overwritten: bool = True
         place = positions % self.window
         self.past_conv[rows, place] = self.conv.detach()[rows]
         self.past_ssm[rows, place] = self.ssm.detach()[rows]

@@ -184,7 +184,7 @@ class MambaStates:
     def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:
         yield None, self._layout
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:
         if self._held is None:
             return {}
         conv, ssm = (t.clone() for t in self._held) if in_graph else self._held

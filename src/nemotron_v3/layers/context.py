@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache, Transaction
+from nemotron_v3.layers.carry import Carry
 from nemotron_v3.layers.offsets import offsets_of_this_call
 from nemotron_v3.layout import SequenceLayout
 
@@ -28,6 +29,7 @@ class ForwardContext:
             in attention; or None.
         cache: what the tokens follow, or None.
         step: what the layers write of the cache, while `writing()` is entered; or None.
+        carry: what stands for the tokens of the documents that are not in this pass, or None.
         has_padding: whether layers are to be given the real tokens alone. A 4-D mask speaks of the
             whole grid.
     """
@@ -38,9 +40,14 @@ class ForwardContext:
         mask: Tensor | None = None,
         cache: NemotronHybridCache | None = None,
         step: Transaction | None = None,
+        carry: Carry | None = None,
     ):
-        self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
-        self.has_padding = layout.token_index is not None and mask is None
+        self.layout: SequenceLayout = layout
+        self.mask: Tensor | None = mask
+        self.cache: NemotronHybridCache | None = cache
+        self.step: Transaction | None = step
+        self.carry: Carry | None = carry
+        self.has_padding: bool = layout.token_index is not None and mask is None
 
     @classmethod
     def enter(
@@ -107,7 +114,7 @@ class ForwardContext:
 
     def packed(self) -> "ForwardContext":
         """The same pass as layers see it that are given the real tokens alone, `[T, D]`."""
-        return ForwardContext(self.layout.packed, None, self.cache, self.step)
+        return ForwardContext(self.layout.packed, None, self.cache, self.step, self.carry)
 
     def on(self, device: torch.device) -> SequenceLayout:
         """The layout on a device; moved once a pass."""

@@ -111,12 +111,19 @@ class RecurrentState(Protocol):
         """The tokens to scan one after the other: their places (None: all), and how they lie."""
         ...
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
-        """`conv_states` and `ssm_states` of the rows, or nothing where they are fresh."""
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Any]:
+        """What an op is told of the tokens before a piece: `conv_states` and `ssm_states`, or
+        nothing where they are fresh; `return_final_states=False` where nobody asks what it ends
+        with; an `exchange`, where that happens elsewhere.
+
+        Args:
+            tokens: `[T, 2*H*P + 2*G*N + H]`, the piece's own.
+            in_graph: whether a backward pass follows.
+        """
         ...
 
     def write(self, conv: Tensor, ssm: Tensor) -> None:
-        """The states after a piece."""
+        """The states after a piece; None twice where nobody asks."""
         ...
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
@@ -208,7 +215,7 @@ def mamba2_mixer(
     parts = []
     for places, piece in state.pieces():
         tokens = zxbcdt if places is None else zxbcdt.index_select(0, places)
-        y, conv, ssm = scan(tokens, piece, **state.read(in_graph))
+        y, conv, ssm = scan(tokens, piece, **state.read(tokens, in_graph))
         state.write(conv, ssm)
         parts.append(y)
     y = parts[0] if len(parts) == 1 else state.in_order(parts)

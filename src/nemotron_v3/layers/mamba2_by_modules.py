@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.common.exchange import StateExchange
 
 
 def mamba2_by_modules(
@@ -37,6 +38,7 @@ def mamba2_by_modules(
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
     return_final_states: bool = True,
+    exchange: StateExchange | None = None,
     act: Callable[[Tensor], Tensor] = F.silu,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -49,7 +51,7 @@ def mamba2_by_modules(
         taps: W.
         act: of what is convolved, `[T, C]`.
         zxbcdt, dt_bias, A_log, D, n_groups, head_dim, state_size, chunk_size, dt_limit, layout,
-            conv_states, ssm_states, return_final_states, impl: as `ops.mamba2` has them.
+            conv_states, ssm_states, return_final_states, exchange, impl: as `ops.mamba2` has them.
 
     Returns:
         What `ops.mamba2` returns.
@@ -72,10 +74,11 @@ def mamba2_by_modules(
         chunk_size=chunk_size,
         initial_states=ssm_states,
         return_final_states=return_final_states,
+        exchange=exchange,
         impl=impl,
     )
     y = norm(y.flatten(-2), z)
-    if not return_final_states:
+    if not return_final_states or exchange is not None:
         return y, None, None
     return y, grid.last(taps, conv_states), final_ssm
 

@@ -45,20 +45,22 @@ class NemotronV3Model(nn.Module):
         backend: a `BackendConfig` or a foreign object with its fields; None is the default one.
     """
 
-    accepts_loss_kwargs = AskedByTrainers()
+    accepts_loss_kwargs: AskedByTrainers = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
-        self.config = NemotronV3Config.from_any(config)
-        self.backend = BackendConfig.from_any(backend)
+        self.config: NemotronV3Config = NemotronV3Config.from_any(config)
+        self.backend: BackendConfig = BackendConfig.from_any(backend)
         self.gradient_checkpointing = False
         self.recomputed: tuple[int, ...] = ()  # blocks, where gradient_checkpointing is on
         config, backend = self.config, self.backend
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
-        self.layers = nn.ModuleList(
+        self.embeddings: nn.Embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, dtype=config.dtype
+        )
+        self.layers: nn.ModuleList = nn.ModuleList(
             NemotronV3Block(config, i, backend=backend) for i in range(config.num_hidden_layers)
         )
-        self.norm_f = NemotronV3RMSNorm(
+        self.norm_f: NemotronV3RMSNorm = NemotronV3RMSNorm(
             config.hidden_size, config.layer_norm_epsilon, config.dtype, backend
         )
         if not on_meta(self):
@@ -168,12 +170,14 @@ class NemotronV3ForCausalLM(nn.Module):
             obeys where the caller is silent, and which is saved; None where there is none.
     """
 
-    accepts_loss_kwargs = AskedByTrainers()
+    accepts_loss_kwargs: AskedByTrainers = AskedByTrainers()
 
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
-        self.model = NemotronV3Model(config, backend)
-        self.config = config = self.model.config
+        self.model: NemotronV3Model = NemotronV3Model(config, backend)
+        config = self.model.config
+        self.config: NemotronV3Config = config
+        self.lm_head: nn.Module
         if config.tie_word_embeddings:
             self.lm_head = TiedHead(self.model)
         else:
@@ -236,6 +240,9 @@ class NemotronV3ForCausalLM(nn.Module):
                 that padding would have to predict. Where a ready `layout` is given on a GPU nothing
                 is read back: the loss is then NaN.
         """
+        if (handed := layout_kwargs.get("context")) is not None:
+            targets = layout_kwargs["targets"]
+            return self._of_targets(input_ids, handed, targets, num_items_in_batch)
         shape, device = token_grid(input_ids, inputs_embeds, self.config.hidden_size)
         if labels is not None:
             check_labels(labels, shape, device)
@@ -274,6 +281,27 @@ class NemotronV3ForCausalLM(nn.Module):
                 out.last_hidden_state, labels, context.layout, logits_to_keep, num_items_in_batch
             )
             return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
+
+    def _of_targets(
+        self,
+        input_ids: Tensor | None,
+        context: ForwardContext,
+        targets: Tensor | None,
+        items: int | Tensor | None,
+    ) -> CausalLMOutput:
+        """The loss of a part of a sequence, where the labels were shifted before it was cut.
+
+        Args:
+            input_ids: `[T]`. targets: `[T]`, what each token predicts, -100 for nothing; None asks
+                for no loss.
+            context: of the pass.
+            items: see `num_items_in_batch`.
+        """
+        hidden = self.model(input_ids, context=context).last_hidden_state
+        if targets is None:
+            return CausalLMOutput(None, hidden_states=(hidden,))
+        mean, _ = self._mean(hidden, targets, context.layout, 0)
+        return CausalLMOutput(per_item(mean, targets, items))
 
     def _head(
         self,

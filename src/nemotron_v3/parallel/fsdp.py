@@ -51,20 +51,31 @@ def shard_model(
             "there is no process group to shard over: call torch.distributed.init_process_group "
             "first (torchrun starts the processes)"
         )
-    options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     policy = mp_policy or MixedPrecisionPolicy()
+    shard_dense(model, mesh, policy, reshard_after_forward, set())
+    return model
+
+
+def shard_dense(
+    model: NemotronV3ForCausalLM | NemotronV3Model,
+    mesh: DeviceMesh | None,
+    policy: MixedPrecisionPolicy,
+    reshard_after_forward: bool | int | None,
+    alone: set[nn.Parameter],
+) -> None:
+    """`shard_model` of all parameters but those that are to be left `alone`."""
+    options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
     backbone = model.model if isinstance(model, NemotronV3ForCausalLM) else model
     for block in backbone.layers:
         owners = {m: _kept(m) for m in block.modules() if isinstance(m, KeepsFp32)}
         kept = set().union(*owners.values())
-        fully_shard(block, mp_policy=policy, ignored_params=kept, **options)
+        fully_shard(block, mp_policy=policy, ignored_params=kept | alone, **options)
         for owner, own in owners.items():
             if own:
                 others = set(owner.parameters()) - own
                 fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
-    fully_shard(model, mp_policy=policy, **options)
-    return model
+    fully_shard(model, mp_policy=policy, ignored_params=alone, **options)
 
 
 def _kept(module: KeepsFp32) -> set[nn.Parameter]:

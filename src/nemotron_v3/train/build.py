@@ -13,7 +13,7 @@ from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.config import PRESETS, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
-from nemotron_v3.parallel import shard_model
+from nemotron_v3.parallel import Plan, parallelize
 from nemotron_v3.train.batches import empty_batch
 from nemotron_v3.train.memory import device_room, recomputed_blocks
 from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
@@ -56,7 +56,14 @@ def build_model(
 
     Sharded, its weights are read or drawn by the first process alone, which sends each its part:
     they are those that one process has.
+
+    Raises:
+        ValueError: a plan that does not divide the processes or the model; on all of them.
     """
+    asked = options.plan
+    plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep, dispatcher=asked.dispatcher)
+    if options.parallel == "fsdp":
+        plan = plan.over(world.size)
     sharded = world.size > 1 and options.parallel == "fsdp"
     if not sharded:
         model = _whole(options, world.device, world.device)
@@ -70,7 +77,7 @@ def build_model(
     if blocks := _recomputed(options, model, world):
         model.gradient_checkpointing_enable(blocks=blocks)
     if sharded:
-        _shard(model, world)
+        _shard(model, plan, world)
     if options.memory.compile:
         for block in model.model.layers:
             block.compile()
@@ -128,13 +135,14 @@ def _recomputed(
     return tuple(world.told(blocks))
 
 
-def _shard(model: NemotronV3ForCausalLM, world: World) -> None:
+def _shard(model: NemotronV3ForCausalLM, plan: Plan, world: World) -> None:
     whole = model.state_dict() if world.first else {}
     if world.first:
         whole = {name: tensor.detach().clone() for name, tensor in whole.items()}
         model.to("meta")
     # Sums of gradients are made in fp32, whatever the weights are.
-    shard_model(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    parallelize(model, plan, mp_policy=policy, device_type=world.device.type)
     model.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,6 +17,7 @@ from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.data.report import DataReport
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad, balance_
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.parallel import clip_gradients_, gradient_norm
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
@@ -44,7 +44,9 @@ class NotFinite(ArithmeticError):
 
     def __init__(self, step: int, loss: float, norm: float, batches: Sequence[Batch], items: float):
         super().__init__(f"step {step}: the loss is {loss}, the gradient's norm {norm}")
-        self.step, self.batches, self.items = step, batches, items
+        self.step: int = step
+        self.batches: Sequence[Batch] = batches
+        self.items: float = items
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Step:
     loss: float
     learning_rate: float
     gradient_norm: float
-    details: dict[str, float]
+    details: dict[str, Any]
 
 
 @dataclass
@@ -105,7 +107,7 @@ class Trainer:
     scheduler: LRScheduler
     load: ExpertLoad | None
     progress: Progress
-    look: Callable[["Trainer"], dict[str, float]]
+    look: Callable[["Trainer"], dict[str, Any]]
     signal: Callable[[], int]
     signalled: int = 0
 
@@ -144,11 +146,13 @@ class Trainer:
             raise ValueError(f"step {number} has no label that counts: all of them are -100")
         # What is drawn in a step is a function of the step, and no state that has to be saved.
         torch.manual_seed(zlib.crc32(f"{options.seed}/{number}/{self.world.rank}".encode()))
-        items = targets / self.world.size  # the processes' gradients are averaged
+        # DDP takes the mean of the processes' gradients, a sharded model their sum.
+        averages = isinstance(self.called, DistributedDataParallel)
+        items = targets / (self.world.size if averages else 1)
         loss = self._accumulate(batches, items)
         details = self.look(self) if self._looks_at(number) else {}
         norm = self._clip()
-        loss = self.world.mean_(loss).item()
+        loss = (self.world.mean_(loss) if averages else self.world.sum_(loss)).item()
         if not (_finite(loss) and _finite(norm)):
             self.optimizer.zero_grad()
             raise NotFinite(number, loss, norm, batches, items)
@@ -181,12 +185,12 @@ class Trainer:
     def _clip(self) -> float:
         """Shorten the gradient where it is too long; gives its norm before."""
         parameters = list(self.model.parameters())
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = gradient_norm(parameters)
         longest = self.options.optimizer.clip_norm
-        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        norm = total.item()
         # The norm is read for the log anyway, and a pass over all gradients saved where it fits.
         if norm > longest:
-            nn.utils.clip_grads_with_norm_(parameters, longest, total)
+            clip_gradients_(parameters, longest, total)
         return norm
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:

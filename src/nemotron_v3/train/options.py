@@ -45,6 +45,19 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How several processes share a sharded model."""
+
+    ep: int = 1
+    """processes that the experts of a layer are spread over: tokens travel, not weights"""
+    dp_replicate: int = 1
+    """sets of processes that hold the whole model each"""
+    dispatcher: Literal["auto", "gather", "all_to_all"] = "auto"
+    """how tokens come to experts: all to all processes of ep, or each to those that have some of
+    its experts; auto takes what sends less"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """AdamW."""
 
@@ -57,7 +70,7 @@ class OptimizerOptions:
     clip_norm: float = 1.0
     """longest gradient of all parameters together"""
     moments: Literal["float32", "8bit"] = "float32"
-    """8bit is torchao's AdamW"""
+    """8bit has torchao's codes of 8 bits, a scale for each block of a row"""
     bf16_weights: Literal["stochastic", "master", "nearest"] = "stochastic"
     """how updated bf16 weights are rounded: at random, from an fp32 copy, or to the nearest"""
     balance: float = 0.0
@@ -133,6 +146,8 @@ class LogOptions:
     """steps between lines"""
     details: int = 10
     """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
+    report: float = 5.0
+    """minutes between writings of report.html, the page of the run; 0 for no page"""
     tensorboard: bool = False
     wandb: str | None = None
     """project in Weights & Biases"""
@@ -157,6 +172,7 @@ class TrainOptions:
     log: LogOptions = field(default_factory=LogOptions)
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """how several processes share the model: sharded, or a copy each"""
+    plan: PlanOptions = field(default_factory=PlanOptions)
     seed: int = 0
 
     def check(self) -> None:
@@ -186,6 +202,10 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
             not fresh or bool(o.model.preset or o.model.config),
         ),
         (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
+        (
+            'plan is of a model that is sharded: leave it out, or give parallel = "fsdp"',
+            o.parallel == "fsdp" or o.plan == PlanOptions(),
+        ),
         (f"lora.dropout is {o.lora.dropout}: give 0 to 1", 0 <= o.lora.dropout < 1),
         (
             f"optimizer.betas are {p.betas}: give two numbers from 0 to 1",
@@ -211,6 +231,8 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "log.peak_tflops": o.log.peak_tflops,
         "memory.device_gib": o.memory.device_gib,
         "lora.alpha": o.lora.alpha,
+        "plan.ep": o.plan.ep,
+        "plan.dp_replicate": o.plan.dp_replicate,
     }
     rules += [
         (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)
@@ -224,6 +246,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         else o.memory.checkpoint_every,
         "save.every": o.save.every,
         "log.details": o.log.details,
+        "log.report": o.log.report,
     }
     rules += [
         (f"{name} is {value}: give 0 or more", finite(value) and value >= 0)

@@ -66,6 +66,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """What every process says, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        parts = [None] * self.size
+        dist.all_gather_object(parts, value)
+        return parts
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:

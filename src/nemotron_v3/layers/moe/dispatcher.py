@@ -15,7 +15,8 @@ class Dispatched(NamedTuple):
 
     Attributes:
         x: `[R, X]`.
-        indices: `[R, L]` int64: numbers among the experts that are here.
+        indices: `[R, L]` int64: numbers among the experts that are here; how many those are stands
+            for one that is not.
         weights: `[R, L]`: of each expert's output in the sum of a row.
     """
 

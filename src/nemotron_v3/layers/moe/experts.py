@@ -5,6 +5,7 @@ rank.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class LowRankUpdates(nn.Module):
         super().__init__()
         E, F, X = up_proj.shape
         factory_kwargs = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
-        self.scale = alpha / rank
-        self.up_a = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
-        self.up_b = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
-        self.down_a = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
-        self.down_b = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
+        self.scale: float = alpha / rank
+        self.up_a: nn.Parameter = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
+        self.up_b: nn.Parameter = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
+        self.down_a: nn.Parameter = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
+        self.down_b: nn.Parameter = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
         self._kept: list[tuple[Tensor, int | None]] = []  # each stack's old values, and its version
         self.register_state_dict_pre_hook(_refuse_merged)
         self.init_weights()
@@ -111,11 +112,17 @@ def _refuse_merged(module: LowRankUpdates, prefix: str, keep_vars: bool) -> None
         )
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class NemotronV3Experts(nn.Module):
     """The routed experts as two stacked tensors: `up_proj [E, F, X]`, `down_proj [E, X, F]`.
 
     Attributes:
         low_rank: a `LowRankUpdates` beside the stacks, or None.
+        local: what a call computes with in place of a stack or an update, both itself unless
+            another function is put there (stacks spread over processes).
     """
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
@@ -126,9 +133,10 @@ class NemotronV3Experts(nn.Module):
             config.moe_latent_size or config.dim,
         )
         self.impl = impl
-        self.up_proj = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
+        self.up_proj: nn.Parameter = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
+        self.down_proj: nn.Parameter = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
         self.low_rank: LowRankUpdates | None = None
+        self.local: Callable[[Tensor], Tensor] = _itself
 
     @property
     def op(self) -> str:
@@ -140,7 +148,7 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         up, down = wide(self.up_proj), wide(self.down_proj)
         if up is self.up_proj and down is self.down_proj:
-            return self._compute(x, indices, weights, up, down)
+            return self._compute(x, indices, weights, self.local(up), self.local(down))
         with keeping_codes((self.up_proj, up), (self.down_proj, down)):
             return self._compute(x, indices, weights, up, down)
 
@@ -159,10 +167,7 @@ class NemotronV3Experts(nn.Module):
             weights,
             up_proj,
             down_proj,
-            low.up_a,
-            low.up_b,
-            low.down_a,
-            low.down_b,
+            *(self.local(update) for update in (low.up_a, low.up_b, low.down_a, low.down_b)),
             scale=low.scale,
             impl=self.impl,
         )

@@ -7,15 +7,16 @@ Letters: T packed tokens, D documents, E experts, K experts a token.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.moe.router import Routing, Watcher, routers, watched
+from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers, watched
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -59,8 +60,9 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, scores: bool = False):
-        self.routers = routers(model)
-        self.training_only, self.scores = training_only, scores
+        self.routers: dict[str, NemotronV3Router] = routers(model)
+        self.training_only: bool = training_only
+        self.scores: bool = scores
         self.counts: dict[str, Tensor] = {}
         self._entropies: dict[str, Tensor] = {}
         self._watching = ExitStack()
@@ -207,6 +209,8 @@ class BalanceLoss:
             raise ValueError(f"the coefficient must not be negative, got {coefficient}")
         self.coefficient = coefficient
         self._terms: list[Tensor] = []
+        # By the layout of their tokens, which a checkpoint's recomputation has again.
+        self._parts: WeakKeyDictionary[SequenceLayout, BalanceInParts] = WeakKeyDictionary()
         self._watching = ExitStack()
         self._watching.enter_context(watched(model, lambda name: self._watch))
 
@@ -225,7 +229,28 @@ class BalanceLoss:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @contextmanager
+    def in_parts(
+        self, layout: SequenceLayout, reduce: Callable[[Tensor], Tensor | None] | None = None
+    ) -> Iterator["BalanceInParts"]:
+        """Within it the tokens of a router's calls are parts of the documents of `layout`.
+
+        Args:
+            layout: of all tokens, packed.
+            reduce: adds up counts over the processes that share the documents, as in `balance_`.
+
+        What `take` returns afterwards is the whole loss, whose gradient is that of the parts'
+        terms and was made with them.
+        """
+        parts = BalanceInParts(self.coefficient, layout, self._parts, reduce)
+        yield parts
+        self._terms += parts.values
+
     def _watch(self, routing: Routing) -> None:
+        parts = None if routing.layout is None else self._parts.get(routing.layout)
+        if parts is not None:
+            parts.watch(routing)
+            return
         if not (routing.router.training and torch.is_grad_enabled() and len(routing.x)):
             return
         # Computed in a recomputation too, which has to make the graph that the forward pass made.
@@ -234,6 +259,92 @@ class BalanceLoss:
         )
         if not routing.repeated:
             self._terms.append(term)
+
+
+def check_balance(model: nn.Module, balance: BalanceLoss | None) -> None:
+    """Raises ValueError for a loss that watches the model and would take parts of documents for
+    whole ones; `balance` is told that they are parts."""
+    for name, router in model.named_modules():
+        for watcher in router.watchers if isinstance(router, NemotronV3Router) else ():
+            owner = getattr(watcher, "__self__", None)
+            if isinstance(owner, BalanceLoss) and owner is not balance:
+                raise ValueError(
+                    f"{name} is watched by a BalanceLoss, which would take parts of documents for "
+                    "whole ones: give it as balance=..."
+                )
+
+
+class BalanceInParts:
+    """The balance loss of documents whose tokens come in several calls of a router.
+
+    `sum_e f_e P_e` is linear in the scores once the choices of whole documents are counted: each
+    token then has a term of its own. So every call is counted first, and what is repeated for the
+    backward pass, or is the last to be counted, has terms.
+
+    Args:
+        coefficient: of the loss.
+        layout: of all tokens, packed.
+        found: where calls with a part's layout look for this.
+        reduce: adds up counts over the processes that share the documents; None where there are
+            none.
+
+    Attributes:
+        values: the terms that were taken, without their graphs.
+    """
+
+    def __init__(
+        self,
+        coefficient: float,
+        layout: SequenceLayout,
+        found: MutableMapping[SequenceLayout, "BalanceInParts"],
+        reduce: Callable[[Tensor], Tensor | None] | None = None,
+    ):
+        self.coefficient, self.layout, self.reduce = coefficient, layout, reduce
+        self._found = found
+        self.values: list[Tensor] = []
+        self._choices: dict[nn.Module, Tensor] = {}
+        self._documents: WeakKeyDictionary[SequenceLayout, Tensor] = WeakKeyDictionary()
+        self._terms: list[Tensor] = []
+
+    def begin(self, part: SequenceLayout, places: slice | Tensor) -> None:
+        """Calls with the layout `part` have these of the packed tokens; the next ones do."""
+        if part not in self._documents:
+            self._documents[part] = self.layout.seq_idx[places].long()
+        self._found[part] = self
+        self._terms = []
+
+    def watch(self, routing: Routing) -> None:
+        """Count a call, and make its term where a graph is made."""
+        if not routing.router.training or (self.reduce is None and not len(routing.x)):
+            return
+        assert routing.layout is not None
+        document = self._documents[routing.layout]
+        documents, experts = self.layout.num_documents, len(routing.router.weight)
+        if not routing.repeated:
+            new = _choices_of(routing.indices, document, documents, experts)
+            if self.reduce is not None:
+                reduced = self.reduce(new)
+                new = reduced if isinstance(reduced, Tensor) else new
+            before = self._choices.get(routing.router)
+            self._choices[routing.router] = new if before is None else before + new
+        if torch.is_grad_enabled():
+            term = _balance_of(
+                routing.router.scores(routing.x),
+                document,
+                self._choices[routing.router],
+                routing.indices.shape[1],
+                self.layout,
+            )
+            self._terms.append(self.coefficient * term)
+
+    def take(self) -> Tensor | None:
+        """The sum of the terms since `begin`, with their graph; None where there are none."""
+        terms, self._terms = self._terms, []
+        if not terms:
+            return None
+        term = torch.stack(terms).sum()
+        self.values.append(term.detach())
+        return term
 
 
 def sequence_balance(scores: Tensor, indices: Tensor, layout: SequenceLayout | None) -> Tensor:
@@ -250,14 +361,32 @@ def sequence_balance(scores: Tensor, indices: Tensor, layout: SequenceLayout | N
     (T, E), K = scores.shape, indices.shape[1]
     if layout is None:
         layout = SequenceLayout.from_lengths([T], scores.device)
-    lengths = layout.cu_seqlens.diff()  # [D]
-    documents = torch.arange(layout.num_documents, device=scores.device)
-    document = documents.repeat_interleave(lengths, output_size=T)  # [T]
-    lengths = lengths.to(scores.dtype)
-    flat = (document[:, None] * E + indices).flatten()
-    choices = torch.zeros(layout.num_documents * E, dtype=torch.int64, device=flat.device)
-    choices.scatter_add_(0, flat, torch.ones_like(flat))
-    f = choices.view(-1, E) * (E / K / lengths.clamp(min=1))[:, None]
+    document = layout.seq_idx.long()  # [T]
+    choices = _choices_of(indices, document, layout.num_documents, E)
+    return _balance_of(scores, document, choices, K, layout)
+
+
+def _choices_of(indices: Tensor, document: Tensor, documents: int, experts: int) -> Tensor:
+    """`[D, E]` int64: how often each document chose each expert."""
+    flat = (document[:, None] * experts + indices).flatten()
+    choices = torch.zeros(documents * experts, dtype=torch.int64, device=flat.device)
+    return choices.scatter_add_(0, flat, torch.ones_like(flat)).view(documents, experts)
+
+
+def _balance_of(
+    scores: Tensor, document: Tensor, choices: Tensor, K: int, layout: SequenceLayout
+) -> Tensor:
+    """The tokens' part of the balance of their documents.
+
+    Args:
+        scores: `[T, E]` of some tokens.
+        document: `[T]` int64, the number of each token's document in the layout.
+        choices: `[D, E]`, of all tokens of each document.
+        K: experts a token.
+        layout: of all documents.
+    """
+    lengths = layout.cu_seqlens.diff().to(scores.dtype)  # [D]
+    f = choices * (scores.shape[1] / K / lengths.clamp(min=1))[:, None]
     share = scores / scores.sum(1, keepdim=True)
     # Summed token by token, so that no order of additions decides a gradient.
     of_token = (share * f.index_select(0, document)).sum(1) / lengths.index_select(0, document)

@@ -4,9 +4,9 @@ Letters: T packed tokens, D hidden size, E experts, K experts a token.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,24 +54,29 @@ class NemotronV3Router(KeepsFp32):
     Attributes:
         watchers: called with a `Routing` at every call, whoever makes it, in their order.
         scoped: what callers do with their own calls: watch them, or force their experts.
+        replays: whether the recomputation of a checkpoint sends tokens where the pass did that it
+            repeats, also where nobody watches. One that chooses again may choose otherwise where
+            two scores lie within a rounding: no harm on one device, but processes that exchange
+            tokens would wait for those that do not come.
     """
 
-    fp32_tensors = ("e_score_correction_bias",)
+    fp32_tensors: tuple[str, ...] = ("e_score_correction_bias",)
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
         super().__init__()
-        self.top_k = config.n_activated_experts
-        self.n_group = config.n_expert_groups
-        self.topk_group = config.n_limited_groups
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scaling_factor = config.route_scale
-        self.weights_use_bias = config.router_weight_uses_score_correction_bias
+        self.top_k: int = config.n_activated_experts
+        self.n_group: int = config.n_expert_groups
+        self.topk_group: int = config.n_limited_groups
+        self.norm_topk_prob: bool = config.norm_topk_prob
+        self.scaling_factor: float = config.route_scale
+        self.weights_use_bias: bool = config.router_weight_uses_score_correction_bias
         self.impl = impl
         self.watchers: list[Watcher] = []
         self.scoped: list[Scoped] = []
+        self.replays = False
         dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
+        self.weight: nn.Parameter = nn.Parameter(weight, requires_grad=config.train_gate)
         bias = torch.zeros(config.n_routed_experts, dtype=at_least_fp32(dtype))
         kept = config.force_e_score_correction_bias
         self.register_buffer("e_score_correction_bias", bias, persistent=kept)
@@ -92,10 +97,17 @@ class NemotronV3Router(KeepsFp32):
                 _check_thread(x)
             return self._by_scores(x)
         call = _this_call(self, len(x))
+        if call.indices is None and self.replays and in_checkpoint():
+            # Weights are then made as in the recomputation, which has to keep as many tensors.
+            with torch.no_grad():
+                call.indices = _narrow(self._by_scores(x)[1], len(self.weight))
         if call.indices is None:
             weights, indices = self._by_scores(x)
+            if call.keeps:
+                call.indices = _narrow(indices, len(self.weight))
         else:
-            weights, indices = self.weights_of(x, call.indices), call.indices
+            indices = call.indices.long()
+            weights = self.weights_of(x, indices)
         for watcher in call.watchers:
             watcher(Routing(self, x, indices, weights, layout, call.repeated))
         return weights, indices
@@ -103,7 +115,7 @@ class NemotronV3Router(KeepsFp32):
     @property
     def observed(self) -> bool:
         """Whether anything is to be done besides routing, for who calls now."""
-        if self.watchers or _remembered(self):
+        if self.watchers or _concerns(self):
             return True
         # Asked for last: a compiler cannot, and leaves its graph here.
         return bool(self.scoped) and bool(of_caller(self.scoped))
@@ -174,20 +186,39 @@ def observed(module: nn.Module) -> bool:
 
 @dataclass
 class _Call:
-    """What one call of a router does besides routing: forced experts, watchers."""
+    """What one call of a router does besides routing: forced experts, watchers; with `keeps` the
+    experts that it chooses are forced when it is repeated."""
 
     indices: Tensor | None
     watchers: tuple[Watcher, ...]
     repeated: bool = False
+    keeps: bool = False
 
 
 @dataclass
 class _Region:
-    """A checkpointed region: the calls of its forward pass, which a recomputation repeats."""
+    """A region that is computed twice: the calls of its first pass, which the second repeats."""
 
+    keeps: bool = False
     calls: dict[NemotronV3Router, list[_Call]] = field(default_factory=dict)
     repeating: bool = False
-    repeated: dict[NemotronV3Router, int] = field(default_factory=dict)
+    repeated: dict[Any, int] = field(default_factory=dict)
+    made: dict[Any, list[Any]] = field(default_factory=dict)
+
+    def call(self, router: NemotronV3Router, tokens: int, outer: "_Region | None") -> _Call:
+        """The next call of a router; `outer` is the region around this one."""
+        if self.repeating:
+            number = self.repeated.get(router, 0)
+            self.repeated[router] = number + 1
+            if router not in self.calls:  # nobody watched the pass that is repeated
+                return _Call(None, (), repeated=True)
+            return replace(self.calls[router][number], repeated=True, keeps=False)
+        if outer is not None and outer.repeating:  # a checkpoint in what is computed again itself
+            call = outer.call(router, tokens, None)
+        else:
+            call = replace(_first_call(router, tokens), keeps=self.keeps)
+        self.calls.setdefault(router, []).append(call)
+        return call
 
 
 _here = threading.local()  # the backward pass recomputes in a thread of its own on a GPU
@@ -199,7 +230,19 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     A recomputation then forces what the forward pass forced, calls the same watchers, and tells
     them that it is one. The model's own `gradient_checkpointing_enable` uses it.
     """
-    region = _Region()
+    return _contexts(_Region())
+
+
+def repeating_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of two passes over the same tokens, of which the second repeats the first.
+
+    As `checkpoint_contexts`; and every token goes to the experts of the first pass again, however
+    close its scores lie. Checkpoints may lie inside.
+    """
+    return _contexts(_Region(keeps=True))
+
+
+def _contexts(region: _Region) -> tuple[AbstractContextManager, AbstractContextManager]:
     return _inside(region, repeating=False), _inside(region, repeating=True)
 
 
@@ -210,41 +253,73 @@ class _inside:
         self.region, self.repeating = region, repeating
 
     def __enter__(self) -> None:
-        self.outer = getattr(_here, "region", None)
+        self.before = getattr(_here, "regions", ())
         self.region.repeating, self.region.repeated = self.repeating, {}
-        _here.region = self.region
+        _here.regions = (*self.before, self.region)
 
     def __exit__(self, *_: Any) -> None:
-        _here.region = self.outer
+        _here.regions = self.before
 
 
-def _remembered(router: NemotronV3Router) -> bool:
-    """Whether the call repeats one that was observed."""
-    if torch.compiler.is_compiling():
-        return False
-    region = getattr(_here, "region", None)
-    return region is not None and region.repeating and router in region.calls
+def in_checkpoint() -> bool:
+    """Whether a region that is computed twice is at work (`checkpoint_contexts`)."""
+    return bool(_regions())
+
+
+def made_once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """`make()`; in the recomputation of a checkpoint what it gave in the pass that is repeated.
+
+    Args:
+        key: of those calls in a region that are told apart by their order alone.
+    """
+    regions = _regions()
+    return _made(regions, key, make) if regions else make()
+
+
+def _made(regions: tuple[_Region, ...], key: Hashable, make: Callable[[], Any]) -> Any:
+    region, around = regions[-1], regions[:-1]
+    made = region.made.setdefault(key, [])
+    if not region.repeating:
+        again = bool(around) and around[-1].repeating
+        made.append(_made(around, key, make) if again else make())
+        return made[-1]
+    number = region.repeated.get(key, 0)
+    region.repeated[key] = number + 1
+    return made[number]
+
+
+def _regions() -> tuple[_Region, ...]:
+    """Those at work, the outermost first."""
+    return () if torch.compiler.is_compiling() else getattr(_here, "regions", ())
+
+
+def _concerns(router: NemotronV3Router) -> bool:
+    """Whether the call repeats one that was observed, or is to be remembered."""
+    regions = _regions()
+    if router.replays and regions:
+        return True
+    return any(r.keeps or (r.repeating and router in r.calls) for r in regions)
 
 
 def _this_call(router: NemotronV3Router, tokens: int) -> _Call:
-    compiling = torch.compiler.is_compiling()
-    region = None if compiling else getattr(_here, "region", None)
-    if region is not None and region.repeating:
-        number = region.repeated.get(router, 0)
-        region.repeated[router] = number + 1
-        if router not in region.calls:  # nobody watched the pass that is repeated
-            return _Call(None, (), repeated=True)
-        earlier = region.calls[router][number]
-        return _Call(earlier.indices, earlier.watchers, repeated=True)
-    if not compiling and region is None and _in_backward():
+    if regions := _regions():
+        return regions[-1].call(router, tokens, regions[-2] if len(regions) > 1 else None)
+    if not torch.compiler.is_compiling() and _in_backward():
         raise RuntimeError(_UNTOLD)
+    return _first_call(router, tokens)
+
+
+def _first_call(router: NemotronV3Router, tokens: int) -> _Call:
+    """What the caller wants done at a call that repeats none."""
     mine = of_caller(router.scoped) if router.scoped else ()
     forced = next((each.forced for each in mine if each.forced is not None), None)
     watchers = (each.watcher for each in mine if each.watcher is not None)
-    call = _Call(None if forced is None else forced(tokens), (*router.watchers, *watchers))
-    if region is not None:
-        region.calls.setdefault(router, []).append(call)
-    return call
+    return _Call(None if forced is None else forced(tokens), (*router.watchers, *watchers))
+
+
+def _narrow(indices: Tensor, experts: int) -> Tensor:
+    """A choice in a quarter of its bytes, to be kept for long."""
+    return indices.detach().to(torch.int16 if experts <= 2**15 else torch.int64)
 
 
 def _in_backward() -> bool:
@@ -258,7 +333,7 @@ def _check_thread(x: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or x.device.type == "cpu":
         return
-    if getattr(_here, "region", None) is None and _in_backward():
+    if not _regions() and _in_backward():
         raise RuntimeError(_UNTOLD)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import on_device
+from nemotron_v3.ops.common import attention_blocks as blocks
 from nemotron_v3.ops.common.long_attention import without_plans
 
 
@@ -50,6 +51,10 @@ def _group(
     from torch.nn.attention.bias import causal_lower_right
 
     total = start + length
+    if start and length > 1 and len(keys) == 1 and blocks.takes(q):
+        # No mask over all pairs of tokens, of which a CPU would make a tensor.
+        k, v = (t[0, :, :total].transpose(0, 1) for t in (keys, values))
+        return blocks.attend_after(q, k, v, scale)
     batch = q.unflatten(0, (-1, length)).transpose(1, 2)
     with without_plans(q):
         out = F.scaled_dot_product_attention(

@@ -9,7 +9,8 @@ from nemotron_v3.ops.common.cases import Draw, Inputs
 
 @dataclass(frozen=True)
 class Case:
-    """`used` experts are chosen from, the others get no token."""
+    """`used` experts are chosen from, the others get no token. `elsewhere`: of so many tokens all
+    choices, and of the others each second, are of an expert that is not here."""
 
     name: str
     tokens: int
@@ -19,6 +20,7 @@ class Case:
     top_k: int
     used: int | None = None
     strided: bool = False
+    elsewhere: int = 0
 
 
 CASES = (
@@ -28,6 +30,8 @@ CASES = (
     Case("idle-experts", 65, 40, 72, 16, 3, used=5),
     Case("crowded-expert", 129, 32, 48, 8, 2, used=2),
     Case("odd", 127, 33, 67, 7, 3, strided=True),
+    Case("elsewhere", 65, 40, 72, 6, 3, elsewhere=9),
+    Case("all-elsewhere", 5, 32, 48, 4, 2, elsewhere=5),
     Case("no-tokens", 0, 32, 48, 8, 2),
 )
 BENCHMARKS = (
@@ -50,4 +54,7 @@ def make_inputs(
             experts, case.width, case.expert_width, scale=case.expert_width**-0.5
         ),
     }
-    return Inputs(tensors, {"indices": order[:, : case.top_k].contiguous().to(device)})
+    indices = order[:, : case.top_k].contiguous()
+    if case.elsewhere:
+        indices[: case.elsewhere] = indices[case.elsewhere :, ::2] = experts
+    return Inputs(tensors, {"indices": indices.to(device)})

@@ -56,7 +56,8 @@ def experts(
 
     Args:
         x: `[T, X]`; under autocast it and the matrices take part in the autocast dtype.
-        indices: `[T, K]` int64 in [0, E).
+        indices: `[T, K]` int64 in [0, E]; E is an expert that is not here: the choice adds nothing,
+            and its weight has a gradient of 0.
         weights: `[T, K]`.
         up_proj: `[E, F, X]`. down_proj: `[E, X, F]`.
         impl: see `nemotron_v3.ops`.

@@ -11,6 +11,8 @@ expert's rows are filled up with zeros to whole tiles of M rows, and every produ
 CPU, what a token gets does not depend on where other tokens are routed. M depends on T, K and E
 alone. README.md says where this holds, and what it costs.
 
+A choice of expert E, which is not here, has a row behind all others that nothing is computed of.
+
 On a CPU in fp32 larger experts take the runs as they are: `portable_runs.py`.
 """
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
 from nemotron_v3.ops.common.precision import needs_grad, wide
 from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.relu2.portable import relu2
@@ -44,14 +47,15 @@ def experts(
     M = 1 if grouped else tile_rows(indices.numel(), E)
     tiles, place = _places(indices.flatten(), E, M)
     if grouped:
-        rows = _scatter(x, place, K, indices.numel())
-        y = _grouped(rows, tiles, up_proj, down_proj)
+        here = (indices < E)[..., None]
+        y = _grouped(_scatter(x, place, K, indices.numel(), here), tiles[:E], up_proj, down_proj)
+        y = y.index_select(0, place).unflatten(0, (-1, K)).where(here, 0)
     else:
         counts = tiles.tolist()
         rows = _scatter(x, place, K, M * sum(counts))
         tiled = rows.view(sum(counts), M, x.shape[1])
         y = _tiled(tiled, counts, up_proj, down_proj).flatten(0, 1)
-    y = y.index_select(0, place).unflatten(0, (-1, K))  # [T, K, X]
+        y = y.index_select(0, place).unflatten(0, (-1, K))  # [T, K, X]
     return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
 
 
@@ -63,10 +67,14 @@ def _row_by_row(x: Tensor, chosen: list[int], up_proj: Tensor, down_proj: Tensor
     y = x.new_empty(len(chosen), x.shape[1])
     tokens = x.split(1)
     for r, (e, row) in enumerate(zip(chosen, h.split(1), strict=True)):
-        torch.mm(tokens[r // K], up[e], out=row)
+        if e < len(up):
+            torch.mm(tokens[r // K], up[e], out=row)
     h.relu_().square_()
     for e, row, out in zip(chosen, h.split(1), y.split(1), strict=True):
-        torch.mm(row, down[e], out=out)
+        if e < len(down):
+            torch.mm(row, down[e], out=out)
+        else:
+            out.zero_()
     return y
 
 
@@ -77,8 +85,9 @@ def tile_rows(rows: int, experts: int) -> int:
 
 
 def _places(chosen: Tensor, E: int, M: int) -> tuple[Tensor, Tensor]:
-    """How many tiles each expert has `[E]`, and the row of each choice among all tiles `[R]`."""
-    counts = torch.bincount(chosen, minlength=E)
+    """How many tiles each expert has, and those elsewhere, `[E + 1]`; and the row of each choice
+    among all tiles `[R]`."""
+    counts = torch.bincount(chosen, minlength=E + 1)
     tiles = (counts + M - 1) // M
     first_row = (tiles.cumsum(0) - tiles) * M
     first_choice = counts.cumsum(0) - counts
@@ -88,28 +97,34 @@ def _places(chosen: Tensor, E: int, M: int) -> tuple[Tensor, Tensor]:
     return tiles, torch.empty_like(order).index_copy_(0, order, in_order)
 
 
-def _scatter(x: Tensor, place: Tensor, K: int, rows: int) -> Tensor:
-    """`[T, X]` -> `[rows, X]`: each token at its K places, zeros between.
+def _scatter(x: Tensor, place: Tensor, K: int, rows: int, here: Tensor | None = None) -> Tensor:
+    """`[T, X]` -> `[rows, X]`: each token at its K places, zeros between and where not `here`.
 
     The backward pass gathers and sums K rows a token, where that of an `index_select` would add up
     rows in memory.
     """
-    choices = x[:, None].expand(-1, K, -1).flatten(0, 1)
+    choices = x[:, None].expand(-1, K, -1)
+    # What a grouped product leaves in rows of no expert is no number, in its gradients too.
+    choices = (choices if here is None else choices.where(here, 0)).flatten(0, 1)
     return x.new_zeros(rows, x.shape[1]).index_copy(0, place, choices)
 
 
 def _tiled(tiles: Tensor, counts: list[int], up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """`[tiles, M, X]` -> the same, one batched product an expert and matrix."""
+    """`[tiles, M, X]` -> the same, one batched product an expert and matrix, zeros elsewhere."""
+    *counts, elsewhere = counts
+    zeros = tiles.new_zeros(elsewhere, *tiles.shape[1:])
+    if not sum(counts):
+        return of_no_tokens(zeros, tiles, up_proj, down_proj)
     # unbind, not indexing: its backward writes each expert's gradient once instead of adding E
     # zero-padded copies of the whole stack.
     parts = [
         _TiledLinear.apply(relu2(_TiledLinear.apply(part, up)), down)
         for part, up, down in zip(
-            tiles.split(counts), up_proj.unbind(0), down_proj.unbind(0), strict=True
+            tiles[: sum(counts)].split(counts), up_proj.unbind(0), down_proj.unbind(0), strict=True
         )
         if part.shape[0]
     ]
-    return torch.cat(parts) if parts else tiles
+    return torch.cat([*parts, zeros] if elsewhere else parts)
 
 
 class _TiledLinear(torch.autograd.Function):

@@ -38,8 +38,9 @@ def experts(
     x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     order = indices.flatten().argsort(stable=True)  # choices by expert
-    counts = torch.bincount(indices.flatten(), minlength=up_proj.shape[0]).tolist()
-    return _Experts.apply(x, weights.float(), up_proj, down_proj, order, counts)
+    counts = torch.bincount(indices.flatten(), minlength=up_proj.shape[0] + 1).tolist()
+    # Choices of an expert that is not here come last, and are in no run.
+    return _Experts.apply(x, weights.float(), up_proj, down_proj, order, counts[:-1])
 
 
 class _Experts(torch.autograd.Function):
@@ -55,6 +56,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         runs = _Runs(weights, order, counts)
         rows = x.new_empty(len(order), x.shape[1])
+        rows[runs.end :] = 0
         kept = []
         for e, run, tokens in runs:
             # Not oneDNN's own relu: it turns NaN into 0.
@@ -80,6 +82,9 @@ class _Experts(torch.autograd.Function):
                 for e in runs.empty:
                     gradient[e] = 0
         dx_rows = x.new_empty(len(order), x.shape[1]) if of_x else None
+        for gradient in (dx_rows, dweight_of_row):
+            if gradient is not None:
+                gradient[runs.end :] = 0
         for (e, run, tokens), positive in zip(runs, kept, strict=True):
             dy_run = dy.index_select(0, tokens)
             scale = weight_of_row[run]
@@ -109,11 +114,13 @@ class _Runs:
 
     Attributes:
         empty: the experts that have none.
+        end: the rows of all of them; what follows are choices of experts that are not here.
     """
 
     def __init__(self, weights: Tensor, order: Tensor, counts: list[int]):
         self._order, (_, self._K) = order, weights.shape
-        tokens = (order // self._K).split(counts)
+        self.end = sum(counts)
+        tokens = (order[: self.end] // self._K).split(counts)
         ends = accumulate(counts)
         self.empty = [e for e, count in enumerate(counts) if not count]
         self._runs = [

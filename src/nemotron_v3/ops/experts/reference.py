@@ -6,6 +6,8 @@ T packed tokens, K experts a token, E experts, F expert width, X width of the ex
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+
 
 def experts(
     x: Tensor,
@@ -20,7 +22,7 @@ def experts(
 
     Args:
         x: `[T, X]`.
-        indices: `[T, K]` int64.
+        indices: `[T, K]` int64; E is an expert that is not here.
         weights: `[T, K]`.
         up_proj: `[E, F, X]`.
         down_proj: `[E, X, F]`.
@@ -33,8 +35,10 @@ def experts(
     up, down = up_proj.to(dtype).unbind(0), down_proj.to(dtype).unbind(0)
     outputs = []
     for x_t, w_t, chosen in zip(x.unbind(0), weights.unbind(0), indices.tolist(), strict=True):
-        y_t = torch.zeros_like(x_t)
+        y_t = of_no_tokens(torch.zeros_like(x_t), x_t, w_t, *up, *down)
         for w, e in zip(w_t.unbind(0), chosen, strict=True):
+            if e == len(up):
+                continue
             hidden = torch.relu(up[e] @ x_t) ** 2  # [F]
             y_t = y_t + w * (down[e] @ hidden)
         outputs.append(y_t)

@@ -9,7 +9,8 @@ from nemotron_v3.ops.common.cases import Draw, Inputs
 
 @dataclass(frozen=True)
 class Case:
-    """`used` experts are chosen from, the others get no token."""
+    """`used` experts are chosen from, the others get no token. `elsewhere`: of so many tokens all
+    choices, and of the others each second, are of an expert that is not here."""
 
     name: str
     tokens: int
@@ -21,6 +22,7 @@ class Case:
     scale: float = 1.0
     used: int | None = None
     strided: bool = False
+    elsewhere: int = 0
 
 
 CASES = (
@@ -28,6 +30,7 @@ CASES = (
     Case("rank-one", 17, 32, 40, 4, 1, 1, scale=0.5),
     Case("idle-experts", 65, 40, 24, 16, 3, 8, scale=2.0, used=5),
     Case("odd", 127, 33, 19, 7, 3, 5, strided=True),
+    Case("elsewhere", 97, 32, 40, 6, 3, 4, scale=0.5, elsewhere=9),
     Case("no-tokens", 0, 16, 24, 8, 2, 4),
 )
 BENCHMARKS = (Case("nano-30b", 8192, 2688, 1856, 128, 6, 16, scale=2.0),)
@@ -49,8 +52,7 @@ def make_inputs(
         "down_a": draw.normal(E, r, F, scale=F**-0.5),
         "down_b": draw.normal(E, X, r, scale=r**-0.5),
     }
-    options = {
-        "indices": order[:, : case.top_k].contiguous().to(device),
-        "scale": case.scale,
-    }
-    return Inputs(tensors, options)
+    indices = order[:, : case.top_k].contiguous()
+    if case.elsewhere:
+        indices[: case.elsewhere] = indices[case.elsewhere :, ::2] = E
+    return Inputs(tensors, {"indices": indices.to(device), "scale": case.scale})

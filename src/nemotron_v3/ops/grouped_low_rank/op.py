@@ -55,7 +55,7 @@ def grouped_low_rank(
 
     Args:
         x: `[T, X]`; under autocast it and all matrices take part in the autocast dtype.
-        indices: `[T, K]` int64 in [0, E).
+        indices: `[T, K]` int64 in [0, E]; E is an expert that is not here, see `experts`.
         weights: `[T, K]`.
         up_proj: `[E, F, X]`. up_a: `[E, r, X]`. up_b: `[E, F, r]`.
         down_proj: `[E, X, F]`. down_a: `[E, s, F]`. down_b: `[E, X, s]`, of a rank s of its own.

@@ -4,8 +4,8 @@ Letters: T packed tokens, K choices a token, R = T*K routed rows, E experts, X w
 width, r rank.
 
 Rows are sorted by expert; each product, thin or not, is one matrix product an expert on a CPU and
-one grouped product in all on a GPU. The updates are never added to the stacks: a frozen stack has
-no gradient, and none is computed.
+one grouped product in all on a GPU. Choices of an expert that is not here come last. The updates
+are never added to the stacks: a frozen stack has no gradient, and none is computed.
 """
 
 from functools import partial
@@ -39,11 +39,13 @@ def grouped_low_rank(
     place = torch.empty_like(order).index_copy_(
         0, order, torch.arange(len(order), device=order.device)
     )
-    choices = x[:, None].expand(-1, K, -1).flatten(0, 1)
+    # What a grouped product leaves in rows of no expert is no number, in its gradients too.
+    here = (indices < up_proj.shape[0])[..., None]
+    choices = x[:, None].expand(-1, K, -1).where(here, 0).flatten(0, 1)
     rows = x.new_empty(len(order), x.shape[1]).index_copy(0, place, choices)
     h = relu2(_updated(product, rows, up_proj, up_a, up_b, scale))
     y = _updated(product, h, down_proj, down_a, down_b, scale)
-    y = y.index_select(0, place).unflatten(0, (-1, K))  # [T, K, X]
+    y = y.index_select(0, place).unflatten(0, (-1, K)).where(here, 0)  # [T, K, X]
     return (y.to(dtype) * weights.to(dtype)[..., None]).sum(1).to(x.dtype)
 
 
@@ -54,10 +56,10 @@ def _updated(product, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale:
 
 def _product(x: Tensor, chosen: Tensor, E: int, stacks: tuple[Tensor, ...]):
     """The function `([R, I], [E, O, I]) -> [R, O]` for rows sorted by expert."""
-    counts = torch.zeros(E, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(E + 1, dtype=torch.int64, device=x.device)
     counts.scatter_add_(0, chosen, torch.ones_like(chosen))
     if _takes_grouped(x, stacks):
-        return partial(_grouped, counts.cumsum(0).to(torch.int32))
+        return partial(_grouped, counts[:E].cumsum(0).to(torch.int32))
     return partial(_by_expert, counts.tolist())
 
 
@@ -73,5 +75,7 @@ def _grouped(ends: Tensor, rows: Tensor, stack: Tensor) -> Tensor:
 
 def _by_expert(counts: list[int], rows: Tensor, stack: Tensor) -> Tensor:
     # unbind, not indexing: its backward writes each expert's gradient once.
-    parts = zip(rows.split(counts), stack.unbind(0), strict=True)
-    return torch.cat([F.linear(part, matrix) for part, matrix in parts])
+    *runs, elsewhere = rows.split(counts)
+    parts = zip(runs, stack.unbind(0), strict=True)
+    zeros = elsewhere.new_zeros(len(elsewhere), stack.shape[1])
+    return torch.cat([*(F.linear(part, matrix) for part, matrix in parts), zeros])

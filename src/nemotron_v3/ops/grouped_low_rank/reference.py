@@ -6,6 +6,8 @@ T packed tokens, K experts a token, E experts, F expert width, X width of the in
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.no_tokens import of_no_tokens
+
 
 def grouped_low_rank(
     x: Tensor,
@@ -25,7 +27,7 @@ def grouped_low_rank(
 
     Args:
         x: `[T, X]`.
-        indices: `[T, K]` int64.
+        indices: `[T, K]` int64; E is an expert that is not here.
         weights: `[T, K]`.
         up_proj: `[E, F, X]`. up_a: `[E, r, X]`. up_b: `[E, F, r]`.
         down_proj: `[E, X, F]`. down_a: `[E, r, F]`. down_b: `[E, X, r]`.
@@ -40,8 +42,10 @@ def grouped_low_rank(
     down, c, d = (t.to(dtype).unbind(0) for t in (down_proj, down_a, down_b))
     outputs = []
     for x_t, w_t, chosen in zip(x.unbind(0), weights.unbind(0), indices.tolist(), strict=True):
-        y_t = torch.zeros_like(x_t)
+        y_t = of_no_tokens(torch.zeros_like(x_t), x_t, w_t, *up, *a, *b, *down, *c, *d)
         for w, e in zip(w_t.unbind(0), chosen, strict=True):
+            if e == len(up):
+                continue
             hidden = torch.relu(up[e] @ x_t + scale * (b[e] @ (a[e] @ x_t))) ** 2  # [F]
             y_t = y_t + w * (down[e] @ hidden + scale * (d[e] @ (c[e] @ hidden)))
         outputs.append(y_t)

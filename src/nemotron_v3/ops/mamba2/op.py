@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_state
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
 from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
@@ -59,6 +60,7 @@ def mamba2(
     conv_states: Tensor | None = None,
     ssm_states: Tensor | None = None,
     return_final_states: bool = True,
+    exchange: StateExchange | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution + SiLU, scan, skip, gate and grouped norm on the packed projection.
@@ -78,6 +80,7 @@ def mamba2(
         conv_states: `[n_docs, conv_dim, W]`, ssm_states: `[n_docs, H, P, N]`: the states before
             each document, zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
+        exchange: see `ssd`; then no final states come back.
         impl: see `nemotron_v3.ops`.
 
     Returns:
@@ -96,6 +99,32 @@ def mamba2(
             f"zxbcdt has shape {tuple(zxbcdt.shape)}: {heads} heads of width {head_dim} with "
             f"{n_groups} groups of state {state_size} need (tokens, {width})"
         )
+    if exchange is not None:
+        if ssm_states is not None:
+            raise ValueError("ssm_states are what an exchange gives: leave one of them out")
+        # Imported here: its parts are ops of their own.
+        from nemotron_v3.ops.mamba2 import exchanged
+
+        y = exchanged.mamba2(
+            zxbcdt,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            A_log,
+            D,
+            norm_weight,
+            n_groups=n_groups,
+            head_dim=head_dim,
+            state_size=state_size,
+            chunk_size=chunk_size,
+            dt_limit=dt_limit,
+            eps=eps,
+            layout=layout,
+            conv_states=conv_states,
+            exchange=exchange,
+            impl=impl,
+        )
+        return y, None, None
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states)
     tensors = (zxbcdt, *parameters)
     run = _OP.pick(impl, tensors, conv_weight.shape[1], head_dim, state_size)

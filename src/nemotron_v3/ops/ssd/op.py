@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed, refuse_state
 from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
-from nemotron_v3.ops.ssd import portable, reference
+from nemotron_v3.ops.ssd import exchanged, portable, reference
 
 
 def _kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -54,6 +55,7 @@ def ssd(
     chunk_size: int = 128,
     initial_states: Tensor | None = None,
     return_final_states: bool = True,
+    exchange: StateExchange | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The Mamba-2 recurrence, each document from its own initial state (arXiv 2405.21060).
@@ -75,6 +77,8 @@ def ssd(
         chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
         initial_states: `[n_docs, H, P, N]`; zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
+        exchange: what gives the initial states, of the states that the documents end with: where
+            they are parts of documents that go on elsewhere. None comes back of the final ones.
         impl: see `nemotron_v3.ops`.
 
     Returns:
@@ -87,6 +91,12 @@ def ssd(
             below 1.
     """
     _check(x, dt, A, B, C, layout, chunk_size, initial_states)
+    if exchange is not None:
+        if initial_states is not None:
+            raise ValueError("initial_states are what an exchange gives: leave one of them out")
+        options = {"D": D, "chunk_size": chunk_size, "impl": impl}
+        options |= {"dt_bias": dt_bias, "dt_limit": dt_limit, "layout": layout}
+        return exchanged.ssd(ssd, x, dt, A, B, C, **options, exchange=exchange)
     tensors = (x, B, C, dt, A, D, dt_bias, initial_states)
     run = _OP.pick(impl, tensors, x.shape[2], B.shape[2])
     results = run(

@@ -27,7 +27,7 @@ class Sorted:
     Each begins at a whole 16 bytes, for which kernels are compiled.
 
     Attributes:
-        place: `[R]`, where each row (t, k) lies among the sorted ones.
+        place: `[R]`, where each row (t, k) lies among the sorted ones; -1: its expert is not here.
         source: `[R]`, the token of each sorted row, -1 - token where its weight is nothing.
         offsets, tile_first: `[E + 1]`, first row and first tile of each expert.
         tile_expert: the expert of each tile.

@@ -15,7 +15,7 @@ def count_kernel(indices, counts, R, E, BLOCK: tl.constexpr, BLOCK_E: tl.constex
     i_b = tl.program_id(0)
     o_r = i_b * BLOCK + tl.arange(0, BLOCK)
     o_e = tl.arange(0, BLOCK_E)
-    # [BLOCK]; what is no row counts for expert E, which is not there
+    # [BLOCK]; what is no row counts for expert E, which is not here and is not counted
     b_e = tl.load(indices + o_r, mask=o_r < R, other=E).to(tl.int32)
     b_count = tl.histogram(b_e, BLOCK_E)
     tl.store(counts + i_b.to(tl.int64) * E + o_e, b_count, mask=o_e < E)
@@ -74,7 +74,8 @@ def place_kernel(
 ):
     """Where each row goes (`place` `[R]`), and what lies there: its token and its weight.
 
-    `source` holds -1 - token for a row whose weight is nothing.
+    A row of expert E, which is not here, goes nowhere: its place is -1. `source` holds
+    -1 - token for a row whose weight is nothing.
     """
     i_b = tl.program_id(0)
     first = i_b * BLOCK
@@ -83,16 +84,17 @@ def place_kernel(
     m_r = o_r < R
     # [BLOCK]
     b_e = tl.load(indices + o_r, mask=m_r, other=E).to(tl.int32)
+    m_here = b_e < E
     b_rank = tl.zeros([BLOCK], tl.int32)
     for j in range(0, BLOCK, CHUNK):
         o_j = j + tl.arange(0, CHUNK)
         b_other = tl.load(indices + first + o_j, mask=first + o_j < R, other=E).to(tl.int32)
         b_same = (b_e[:, None] == b_other[None, :]) & (o_j[None, :] < o_i[:, None])
         b_rank += tl.sum(b_same.to(tl.int32), 1)
-    b_before = tl.load(before + i_b.to(tl.int64) * E + b_e, mask=m_r, other=0)
-    b_p = tl.load(offsets + b_e, mask=m_r, other=0) + b_before + b_rank
+    b_before = tl.load(before + i_b.to(tl.int64) * E + b_e, mask=m_here, other=0)
+    b_p = tl.load(offsets + b_e, mask=m_here, other=0) + b_before + b_rank
     b_w = tl.load(weights + o_r, mask=m_r, other=0.0)
     b_token = o_r // CHOICES
-    tl.store(place + o_r, b_p, mask=m_r)
-    tl.store(source + b_p, tl.where(tl.abs(b_w) < FLOOR, -1 - b_token, b_token), mask=m_r)
-    tl.store(sorted_weights + b_p, b_w, mask=m_r)
+    tl.store(place + o_r, tl.where(m_here, b_p, -1), mask=m_r)
+    tl.store(source + b_p, tl.where(tl.abs(b_w) < FLOOR, -1 - b_token, b_token), mask=m_here)
+    tl.store(sorted_weights + b_p, b_w, mask=m_here)

@@ -1,0 +1,198 @@
+"""Context parallelism: the tokens of a batch, and of a document, over several processes.
+
+A Mamba-2 mixer hands its state on, whose size does not grow with the tokens, and the last inputs of
+its convolution; attention gathers keys and values. Nothing else of a token leaves its process.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemotron_v3.layers.context import ForwardContext
+from nemotron_v3.layers.moe.load_balancing import BalanceLoss, check_balance
+from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.model.checks import check_labels, enter, token_grid
+from nemotron_v3.model.loss import IGNORE_INDEX, check_items, refuse_stray_label, targets_of
+from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.parallel.agreement import agree
+from nemotron_v3.parallel.context_carry import ContextCarry
+from nemotron_v3.parallel.shares import Order, Shares, check_order
+
+
+def context_parallel(
+    model: NemotronV3ForCausalLM, group: ProcessGroup | None = None, *, layout: Order = "auto"
+) -> "ContextParallel":
+    """A model whose tokens are shared by the processes of a group.
+
+    Every process of the group calls this, and then the result, with the same arguments: the whole
+    batch, of which it computes its share. The model is unchanged; it may be sharded too.
+
+    Args:
+        model: the same on all processes of the group.
+        group: the processes; None is all of them.
+        layout: "contiguous" gives a process one segment of the packed tokens, "zigzag" two, an
+            early and a late one, so that all attend to as many pairs. "auto" chooses for each
+            batch, by the lengths of its documents.
+
+    Raises:
+        TypeError: another kind of module.
+        ValueError: an unknown layout, or this process is not in the group.
+        RuntimeError: no process group.
+    """
+    if not isinstance(model, NemotronV3ForCausalLM):
+        raise TypeError(
+            f"context_parallel takes a NemotronV3ForCausalLM, got a {type(model).__name__}"
+        )
+    check_order(layout)
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "there is no process group to share tokens in: call "
+            "torch.distributed.init_process_group first (torchrun starts the processes)"
+        )
+    chosen = dist.group.WORLD if group is None else group
+    if not isinstance(chosen, ProcessGroup):
+        raise ValueError("this process is not in the context-parallel group: give its own group")
+    return ContextParallel(model, chosen, layout)
+
+
+class ContextParallel:
+    """See `context_parallel`.
+
+        shared = context_parallel(model, group)
+        loss = shared(input_ids, labels=input_ids)
+        loss.backward()
+        shared.sum_gradients_()
+        print(shared.total(loss))
+
+    Attributes:
+        model: whose parameters are trained.
+        group: the processes that share each batch.
+        layout: how its tokens go to them.
+    """
+
+    def __init__(self, model: NemotronV3ForCausalLM, group: ProcessGroup, layout: Order):
+        self.model, self.group, self.layout = model, group, layout
+        self._host = group
+        if dist.get_backend(group) != "gloo":
+            ranks = dist.get_process_group_ranks(group)
+            made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            assert isinstance(made, ProcessGroup)
+            self._host = made
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        balance: BalanceLoss | None = None,
+        **layout_kwargs: Any,
+    ) -> Tensor:
+        """This process's part of the loss: the sum over its targets, divided by the number of all.
+
+        The sum over the group is the loss, and the sum of the gradients its gradient.
+
+        Args:
+            input_ids: int64 `[B, S]`, or `[T]` without a batch dimension: the whole batch.
+            attention_mask, labels, layout, position_ids, num_items_in_batch: as the model takes
+                them, of the whole batch; labels are needed.
+            balance: a `BalanceLoss` of the model, whose loss is added, over whole documents; what
+                its `take` returns afterwards has no graph, and is this process's part.
+            **layout_kwargs: what `SequenceLayout.resolve` takes.
+
+        Returns:
+            A scalar in fp32 or wider; 0, with a graph, on a process without targets.
+
+        Raises:
+            ValueError, TypeError: what the model raises; no labels; a `BalanceLoss` that watches
+                the model and is not given. Where one process raises, all do.
+            Disagreement: processes that were given different batches.
+        """
+        said, problem, work = {}, None, None
+        try:
+            check_balance(self.model, balance)
+            for name, given in (("layout", layout), ("position_ids", position_ids)):
+                if given is not None:
+                    layout_kwargs[name] = given
+            work = self._work(input_ids, attention_mask, labels, num_items_in_batch, layout_kwargs)
+            said = _described(work[0], self.layout)
+        except (ValueError, TypeError) as error:
+            problem = error
+        agree(None if problem is None else str(problem), said, self._host)
+        if problem is not None or work is None:
+            raise AssertionError("a problem is everyone's") from problem
+        shares, ids, targets, items = work
+        context = ForwardContext(shares.local, carry=ContextCarry(shares, self.group))
+        if balance is None:
+            return self._loss(ids, context, targets, items)
+        with balance.in_parts(shares.layout, self._sum_) as parts:
+            parts.begin(shares.local, shares.index)
+            loss = self._loss(ids, context, targets, items)
+            term = parts.take()
+        return loss if term is None else loss + term
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The sum of a number over the group, without a graph."""
+        return self._sum_(loss.detach().clone())
+
+    @torch.no_grad()
+    def sum_gradients_(self) -> None:
+        """Add up the gradients of all processes of the group, in place: for a model that nothing
+        else sums up (FSDP2 and DDP do)."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:  # all take part, whatever they had to do
+                    parameter.grad = torch.zeros_like(parameter)
+                self._sum_(parameter.grad)
+
+    def _loss(
+        self, ids: Tensor, context: ForwardContext, targets: Tensor, items: int | Tensor
+    ) -> Tensor:
+        out = self.model(ids, context=context, targets=targets, num_items_in_batch=items)
+        return out.loss
+
+    def _sum_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def _work(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        items: int | Tensor | None,
+        layout_kwargs: dict[str, Any],
+    ) -> tuple[Shares, Tensor, Tensor, int | Tensor]:
+        """This process's tokens and what each predicts, cut after the labels were shifted."""
+        shape, device = token_grid(input_ids, None, self.model.config.hidden_size)
+        if labels is None:
+            raise ValueError("labels are missing: a share of the tokens has no logits, only a loss")
+        check_labels(labels, shape, device)
+        check_items(items)
+        weight = self.model.model.embeddings.weight
+        context = enter(
+            self.model.config, weight, shape, device, attention_mask, None, layout_kwargs
+        )
+        refuse_stray_label(labels, context.layout)
+        whole = context.layout
+        targets = targets_of(labels, whole)
+        items = (targets != IGNORE_INDEX).sum() if items is None else items
+        shares = Shares.of(whole.packed, self.group.size(), self.group.rank(), self.layout)
+        ids = whole.pack(input_ids).index_select(0, shares.index)
+        return shares, ids, targets.index_select(0, shares.index), items
+
+
+def _described(shares: Shares, layout: str) -> dict[str, str]:
+    """What the processes of a group have to have in common; short, it is sent in every step."""
+    lengths = ",".join(map(str, shares.layout.lengths))
+    return {
+        "the layout": layout,
+        "the number of tokens": str(shares.layout.num_tokens),
+        "the documents' lengths": hashlib.sha256(lengths.encode()).hexdigest()[:16],
+    }

@@ -1,0 +1,69 @@
+"""Every process of a group gets all tokens, computes its own experts for them, and sends each
+token's sum back to where it came from.
+
+Letters: R processes of the group, T tokens of this one, n the most tokens of any of them, K choices
+a token, E experts in all, X width the experts see.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
+
+from nemotron_v3.layers.moe.dispatcher import Dispatched, Experts
+from nemotron_v3.parallel.collectives import Gather, Sum, gathered
+from nemotron_v3.parallel.token_counts import TokenCounts
+
+
+class Owned(NamedTuple):
+    """The experts of this process: those from `first` to before `end`, of all that there are."""
+
+    first: int
+    end: int
+    all: int
+
+    def numbers(self, indices: Tensor) -> Tensor:
+        """Expert numbers among all -> among those here; for others how many are here."""
+        here = (indices >= self.first) & (indices < self.end)
+        return torch.where(here, indices - self.first, self.end - self.first)
+
+
+class GatherDispatcher:
+    """For a few processes: shapes that do not depend on the routing, so that no host waits.
+
+    A process that has fewer tokens than another fills up with rows of no expert. Each half of the
+    way is copies alone, and sums are made in the order of the ranks: two runs are equal, bit for
+    bit. A token's sum over its experts is made in fp32 on each process, rounded to the dtype of the
+    experts' output for the way, and the R parts are added in fp32.
+
+    Args:
+        group: the processes that the experts are spread over.
+        owned: those of this one.
+        counts: how many tokens each process has.
+    """
+
+    def __init__(self, group: ProcessGroup, owned: Owned, counts: TokenCounts):
+        self.group, self.owned, self.counts = group, owned, counts
+
+    def dispatch(
+        self, x: Tensor, indices: Tensor, weights: Tensor
+    ) -> tuple[Dispatched, tuple[int, int]]:
+        T = len(x)
+        most = max(self.counts.of(T))
+        # Of expert E, which is nowhere; a 32-bit number is half of what travels.
+        chosen = pad(indices.to(torch.int32), (0, 0, 0, most - T), value=self.owned.all)
+        everyone = self.owned.numbers(gathered(chosen, self.group)).to(torch.int64)
+        x, weights = (pad(t, (0, 0, 0, most - T)) for t in (x, weights))
+        dispatched = Dispatched(
+            Gather.apply(x, self.group), everyone, Gather.apply(weights, self.group)
+        )
+        return dispatched, (T, most)
+
+    def compute(self, dispatched: Dispatched, experts: Experts) -> Tensor:
+        return experts(*dispatched)
+
+    def combine(self, y: Tensor, metadata: tuple[int, int]) -> Tensor:
+        tokens, _ = metadata
+        return Sum.apply(y, self.group)[:tokens]

@@ -1,0 +1,188 @@
+"""What processes of a context-parallel group do in the tests: their share against the whole."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemotron_v3 import SequenceLayout
+from nemotron_v3.layers.context import ForwardContext
+from nemotron_v3.layers.moe.load_balancing import BalanceLoss
+from nemotron_v3.parallel import collectives, halo, state_exchange
+from nemotron_v3.parallel.agreement import Disagreement
+from nemotron_v3.parallel.context import context_parallel
+from nemotron_v3.parallel.context_carry import ContextCarry
+from nemotron_v3.parallel.shares import Shares
+from tests.models import tiny_model, tokens
+
+EXACT = 1e-12  # of each tensor's largest entry, in fp64
+# Whole documents; one that begins where another's segment ends; one-token documents and one over
+# all; fewer tokens than segments; documents shorter than the convolution; odd lengths.
+PACKS = ([40], [13, 28], [1] * 5 + [30], [3], [2, 2, 3, 1, 2, 2, 21], [0, 9, 0, 8])
+
+
+def cases() -> Iterator[tuple[list[int], str]]:
+    for lengths in PACKS:
+        for order in ("contiguous", "zigzag"):
+            yield lengths, order
+
+
+def close(found: Tensor, wanted: Tensor, what: str, allowed: float = EXACT) -> None:
+    assert found.shape == wanted.shape, what
+    if wanted.numel():
+        error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)
+        assert error <= allowed, f"{what}: {float(error):.1e}"
+
+
+def mixers(rank: int) -> None:
+    """A mixer and attention alone: their outputs and all gradients."""
+    torch.set_default_dtype(torch.float64)
+    model = tiny_model("M*").double()
+    for lengths, order in cases():
+        for name, layer in (("mamba", model.model.layers[0]), ("attention", model.model.layers[1])):
+            _layer(layer, lengths, order, f"{name} {lengths} {order}")
+
+
+def _layer(layer: nn.Module, lengths: list[int], order: Any, what: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(sum(lengths), 48, generator=random) for _ in range(2))
+    layout = SequenceLayout.from_lengths(lengths)
+    shares = Shares.of(layout, dist.get_world_size(), dist.get_rank(), order)
+    carry = ContextCarry(shares, dist.group.WORLD)
+    own = x[shares.index].requires_grad_()
+    y = layer(own, context=ForwardContext(shares.local, carry=carry))
+    y.backward(dy[shares.index])
+    found = {n: p.grad for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    whole = x.clone().requires_grad_()
+    wanted = layer(whole, layout=layout)
+    wanted.backward(dy)
+    close(y, wanted[shares.index], f"{what}: y")
+    close(own.grad, whole.grad[shares.index], f"{what}: dx")
+    for n, p in layer.named_parameters():
+        dist.all_reduce(found[n])
+        close(found[n], p.grad, f"{what}: d{n}")
+    layer.zero_grad()
+
+
+def models(rank: int) -> None:
+    """The model: loss, every gradient, the balance loss; with checkpointing too."""
+    torch.set_default_dtype(torch.float64)
+    model = tiny_model("ME*-M").double().train()
+    ids = {n: tokens(n) for n in {sum(lengths) for lengths in PACKS}}
+    for i, (lengths, order) in enumerate(cases()):
+        own = ids[sum(lengths)]
+        layout = SequenceLayout.from_lengths(lengths)
+        batch: dict[str, Any] = {"input_ids": own, "labels": own, "layout": layout}
+        _model(copy.deepcopy(model), batch, order, bool(i % 3), f"{lengths} {order}")
+
+
+def _model(model: Any, batch: dict[str, Any], order: Any, recompute: bool, what: str) -> None:
+    with BalanceLoss(model, 0.1) as balance:
+        loss = model(**batch).loss + balance.take()
+        loss.backward()
+        wanted = {n: p.grad for n, p in model.named_parameters()}
+        model.zero_grad()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        shared = context_parallel(model, layout=order)
+        part = shared(**batch, balance=balance)
+        part.backward()
+        shared.sum_gradients_()
+    close(shared.total(part), loss.detach(), f"{what}: loss")
+    for n, p in model.named_parameters():
+        close(p.grad, wanted[n], f"{what}: d{n}")
+
+
+def isolated(rank: int) -> None:
+    """Another document, other tokens: the rest is equal bit for bit; and so are two runs."""
+    torch.set_default_dtype(torch.float32)
+    layer = tiny_model("M*").model.layers
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(41, 48, generator=random)
+    for order in ("contiguous", "zigzag"):
+        layout = SequenceLayout.from_lengths([13, 15, 13])
+        shares = Shares.of(layout, dist.get_world_size(), dist.get_rank(), order)
+        for block in layer:
+            changed = x.clone()
+            changed[13:28] += 1
+            y, again, other = (_out(block, part, shares) for part in (x, x, changed))
+            assert all(torch.equal(a, b) for a, b in zip(y, again, strict=True))
+            rest = (shares.index < 13) | (shares.index >= 28)
+            assert all(torch.equal(a[rest], b[rest]) for a, b in zip(y, other, strict=True))
+
+
+def _out(block: nn.Module, x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    carry = ContextCarry(shares, dist.group.WORLD)
+    own = x[shares.index].requires_grad_()
+    y = block(own, context=ForwardContext(shares.local, carry=carry))
+    (dx,) = torch.autograd.grad(y.sum(), own)
+    return y.detach(), dx
+
+
+def disagreeing(rank: int) -> None:
+    """Whoever is told something else, all processes say so; none waits."""
+    model = tiny_model("M*")
+    ids = tokens(20)
+    shared = context_parallel(model)
+    lengths = [5, 15] if rank else [6, 14]
+    with pytest.raises(Disagreement, match="the documents' lengths"):
+        shared(ids, labels=ids, layout=SequenceLayout.from_lengths(lengths))
+    with pytest.raises(ValueError, match="rank 0: labels are missing"):
+        shared(ids, labels=ids if rank else None)
+    other = context_parallel(model, layout="zigzag" if rank else "contiguous")
+    with pytest.raises(Disagreement, match="the layout"):
+        other(ids, labels=ids)
+    assert bool(shared(ids, labels=ids).isfinite())
+
+
+def sending(rank: int) -> None:
+    """A mixer sends the same number of bytes, however many tokens there are."""
+    torch.set_default_dtype(torch.float32)
+    mixer = tiny_model("M").model.layers[0]
+    config = mixer.config
+    states = config.mamba_num_heads * (config.mamba_head_dim * config.ssm_state_size + 1)
+    back = states - config.mamba_num_heads
+    halo = (config.conv_kernel - 1) * config.conv_dim
+    for order, segments in (("contiguous", 1), ("zigzag", 2)):
+        counted = {n: _bytes_sent(mixer, n, order) for n in (64, 4096)}
+        numbers = states + back + (1 + dist.get_world_size()) * halo
+        assert counted[64] == counted[4096] == 4 * segments * numbers
+
+
+def _bytes_sent(mixer: nn.Module, length: int, order: Any) -> int:
+    """Of a pass and its way back, what this process hands to collectives."""
+    layout = SequenceLayout.from_lengths([length])
+    shares = Shares.of(layout, dist.get_world_size(), dist.get_rank(), order)
+    own = torch.randn(len(shares.index), 48).requires_grad_()
+    carry = ContextCarry(shares, dist.group.WORLD)
+    with Recording() as recording:
+        y = mixer(own, context=ForwardContext(shares.local, carry=carry))
+        y.sum().backward()
+    return recording.bytes
+
+
+class Recording:
+    """Within it the bytes are counted that collectives are given."""
+
+    def __enter__(self) -> "Recording":
+        self.bytes = 0
+        self.patch = pytest.MonkeyPatch()
+        for name in ("gathered", "exchanged"):
+            function = getattr(collectives, name)
+            for module in (collectives, halo, state_exchange):
+                if hasattr(module, name):
+                    self.patch.setattr(module, name, partial(self._count, function))
+        return self
+
+    def _count(self, function: Any, x: Tensor, *rest: Any) -> Tensor:
+        self.bytes += x.nbytes
+        return function(x, *rest)
+
+    def __exit__(self, *_: Any) -> None:
+        self.patch.undo()

@@ -1,0 +1,16 @@
+"""Tokens of a batch shared by several processes, against one process."""
+
+import pytest
+
+from tests.parallel.processes import run
+from tests.parallel.shared_tokens import disagreeing, isolated, mixers, models, sending
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("size", "workers"),
+    [(2, (mixers, sending)), (4, (mixers, models, isolated, disagreeing, sending))],
+    ids=["two", "four"],
+)
+def test_shares_compute_what_the_whole_does(size, workers):
+    run(workers, size)
