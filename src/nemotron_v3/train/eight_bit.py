@@ -70,6 +70,7 @@ class EightBitAdamW(RoundedAdamW):
         count, (beta1, beta2) = state["count"], group["betas"]
         corrections = 1 - beta1**count, 1 - beta2**count
         told = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *corrections]
+        told.append(self.scale)
         numbers = torch.tensor(told, dtype=torch.float32, device=local.device)
         step = _compiled() if local.is_cuda else _step
         values = torch.empty(local.shape, dtype=torch.float32, device=local.device)
@@ -149,8 +150,8 @@ def _step(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor
 ) -> Tensor:
     """The new weights in fp32; the moments `first` and `second` are changed in place."""
-    rate, beta1, beta2, eps, decay, correction1, correction2 = numbers.unbind(0)
-    gradient = gradient.float()
+    rate, beta1, beta2, eps, decay, correction1, correction2, scale = numbers.unbind(0)
+    gradient = gradient.float() * scale
     mean = gradient + beta1 * (first.dequantize() - gradient)
     square = gradient.square() + beta2 * (second.dequantize() - gradient.square())
     update = (mean / correction1) / ((square / correction2).sqrt() + eps)

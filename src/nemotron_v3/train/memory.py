@@ -161,7 +161,8 @@ class _Run:
         )
 
     def _update(self, trained: int, shared: int) -> int:
-        if self.dtype.itemsize >= 4:
+        by_kernel = self.kernels and self.options.optimizer.moments == "float32"
+        if self.dtype.itemsize >= 4 or by_kernel:
             return 0
         adapted = self.options.lora.rank
         stacks = 1 if adapted else max(w.parameters for w in cost.model_weights(self.config))

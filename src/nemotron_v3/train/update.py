@@ -1,0 +1,111 @@
+"""One update of AdamW as one pass over a parameter, its gradient and its moments.
+
+PyTorch's fused AdamW updates fp32 weights. Weights in bfloat16 would be widened before it, their
+gradients too, and rounded after it: six passes over memory, and a wait for each parameter's key.
+Here a compiler makes one kernel of all of it.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_v3.train.rounding import rounded, what_rounds
+
+CHUNK = 2**30  # elements of a kernel, whose numbers have 32 bits
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one parameter's update needs.
+
+    Attributes:
+        weight: what this process holds of it.
+        gradient, exp_avg, exp_avg_sq: of its shape; the moments fp32.
+        master: the weight in fp32, of which `weight` is a rounded copy; or None.
+        numbers: of `update_numbers`.
+        key: of `rounding_key`, where the weight is rounded at random; or None.
+        first: the number, in the whole parameter, of the weight's first element.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None
+    numbers: tuple[float, ...]
+    key: int | None
+    first: int
+
+
+def update_numbers(group: dict[str, Any], count: int, scale: float) -> tuple[float, ...]:
+    """What AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) multiplies by in the update
+    `count`, from 1, of a parameter whose gradient is shortened by `scale`."""
+    beta1, beta2 = group["betas"]
+    return (
+        scale,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 / math.sqrt(1 - beta2**count),
+        group["eps"],
+        1 - group["lr"] * group["weight_decay"],
+        group["lr"] / (1 - beta1**count),
+    )
+
+
+@torch.no_grad()
+def update_(updates: Sequence[Update]) -> None:
+    """Make the updates, all of them on one device, for which nothing waits."""
+    device = updates[0].weight.device
+    chunks = [(u, start) for u in updates for start in range(0, u.weight.numel(), CHUNK)]
+    numbers = _sent([u.numbers for u, _ in chunks], torch.float32, device)
+    keys = _sent([what_rounds(u.key or 0, u.first + s) for u, s in chunks], torch.int64, device)
+    for (u, start), of_update, told in zip(chunks, numbers.unbind(), keys.unbind(), strict=True):
+        rows = slice(start, start + CHUNK)
+        parts = [
+            None if t is None else t.view(-1)[rows]
+            for t in (u.weight, u.gradient.contiguous(), u.exp_avg, u.exp_avg_sq, u.master)
+        ]
+        _pass(u.key is not None, device.type == "cuda")(*parts, of_update, told)
+
+
+def _sent(rows: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, without a wait for it."""
+    told = torch.tensor(rows, dtype=dtype)
+    if device.type != "cuda":
+        return told.to(device)
+    return told.pin_memory().to(device, non_blocking=True)
+
+
+def _updated(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    numbers: Tensor,
+    told: Tensor,
+    *,
+    at_random: bool,
+) -> None:
+    scale, new1, beta2, new2, root, eps, kept, rate = numbers.unbind()
+    g = gradient.float() * scale
+    m = exp_avg + new1 * (g - exp_avg)
+    v = beta2 * exp_avg_sq + new2 * (g * g)
+    w = (weight if master is None else master).float() * kept - rate * (m / (v.sqrt() * root + eps))
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    if master is not None:
+        master.copy_(w)
+    weight.copy_(rounded(w, told) if at_random else w)
+
+
+@functools.cache
+def _pass(at_random: bool, compiled: bool) -> Callable[..., None]:
+    run = functools.partial(_updated, at_random=at_random)
+    return torch.compile(run, dynamic=True) if compiled else run
