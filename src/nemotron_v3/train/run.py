@@ -29,7 +29,7 @@ from nemotron_v3.train.finite import first_not_finite
 from nemotron_v3.train.folder import check_folder, write_about, write_outcome
 from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
-from nemotron_v3.train.metrics import Recorder, peak_flops
+from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
 from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World, processes, rank_and_size
@@ -98,6 +98,7 @@ def train(
         OSError: the disk refuses; the saves before are as they were.
     """
     options.check()
+    check_log(options.log)
     rank, size = rank_and_size()
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
