@@ -34,6 +34,7 @@ from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World, processes, rank_and_size
 from nemotron_v3.train.schedule import make_scheduler
+from nemotron_v3.train.threads import thread_choice
 from nemotron_v3.train.tokenizer import read_tokenizer, with_template
 
 MakeData = Callable[[DataOptions, Any, int, int], Data]
@@ -268,8 +269,15 @@ class _Run:
             if trainer.load is not None:
                 stack.enter_context(trainer.load)
             stack.enter_context(self.display.training())
+            threads = None
+            if self.world.size == 1:
+                threads = thread_choice(self.length.seconds is not None, self.world.device)
+            if threads is not None:
+                stack.callback(torch.set_num_threads, threads.current)
             try:
                 for step in self._steps():
+                    if threads is not None:
+                        threads.note(step.tokens, step.seconds)
                     if after_step is not None:
                         after_step(step)
             except NotFinite as error:
