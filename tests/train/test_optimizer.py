@@ -84,7 +84,10 @@ def test_the_pass_of_a_gpu_makes_the_update_of_the_others(rounding, monkeypatch)
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             gradients.append([p.grad for p in model.parameters()])
+            versions = [p._version for p in model.parameters()]
             optimizer.step()
+            moved = zip(versions, model.parameters(), strict=True)
+            assert all(p._version > version for version, p in moved)
         made.append((model, optimizer))
     (first, one), (second, other) = made
     true = [nn.Parameter(p.detach().double()) for p in models(torch.bfloat16).parameters()]

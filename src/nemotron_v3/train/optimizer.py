@@ -102,7 +102,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         on_gpu: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for p in bucket:
-            by_kernel = local_part(p).is_cuda and _first_element(p) is not None
+            local = local_part(p)
+            by_kernel = local.is_cuda and local.is_contiguous() and _first_element(p) is not None
             (on_gpu if by_kernel else others).append(p)
         if on_gpu:
             self._update_on_gpu(group, on_gpu)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from nemotron_v3.train.rounding import rounded, what_rounds
 
@@ -65,13 +66,23 @@ def update_(updates: Sequence[Update]) -> None:
     chunks = [(u, start) for u in updates for start in range(0, u.weight.numel(), CHUNK)]
     numbers = _sent([u.numbers for u, _ in chunks], torch.float32, device)
     keys = _sent([what_rounds(u.key or 0, u.first + s) for u, s in chunks], torch.int64, device)
+    on_gpu = device.type == "cuda"
     for (u, start), of_update, told in zip(chunks, numbers.unbind(), keys.unbind(), strict=True):
-        rows = slice(start, start + CHUNK)
-        parts = [
-            None if t is None else t.view(-1)[rows]
-            for t in (u.weight, u.gradient.contiguous(), u.exp_avg, u.exp_avg_sq, u.master)
-        ]
-        _pass(u.key is not None, device.type == "cuda")(*parts, of_update, told)
+        run = _pass(u.key is not None, on_gpu)
+        tensors = (u.weight, u.gradient.contiguous(), u.exp_avg, u.exp_avg_sq, u.master)
+        parts = [None if t is None else _flat(t, start) for t in tensors]
+        run(*parts, _flat(of_update), _flat(told))
+    # What is no view of a weight does not tell autograd, and who keeps something of it, by itself.
+    increment_version([u.weight for u in updates])
+
+
+def _flat(tensor: Tensor, start: int = 0) -> Tensor:
+    """Elements of a contiguous tensor from a place on, as many as a kernel takes, which are no view
+    of it: a compiler would make a kernel for each shape that views are of."""
+    assert tensor.is_contiguous()
+    count = min(CHUNK, tensor.numel() - start)
+    first = tensor.storage_offset() + start
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), first, (count,), (1,))
 
 
 def _sent(rows: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -82,6 +93,19 @@ def _sent(rows: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     return told.pin_memory().to(device, non_blocking=True)
 
 
+def _updated_at_random(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    numbers: Tensor,
+    told: Tensor,
+) -> None:
+    new = _moved(weight if master is None else master, gradient, exp_avg, exp_avg_sq, numbers)
+    weight.copy_(rounded(new, told))
+
+
 def _updated(
     weight: Tensor,
     gradient: Tensor,
@@ -90,22 +114,27 @@ def _updated(
     master: Tensor | None,
     numbers: Tensor,
     told: Tensor,
-    *,
-    at_random: bool,
 ) -> None:
+    new = _moved(weight if master is None else master, gradient, exp_avg, exp_avg_sq, numbers)
+    if master is not None:
+        master.copy_(new)
+    weight.copy_(new)
+
+
+def _moved(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Tensor
+) -> Tensor:
+    """The new weight in fp32; the moments are changed in place."""
     scale, new1, beta2, new2, root, eps, kept, rate = numbers.unbind()
     g = gradient.float() * scale
     m = exp_avg + new1 * (g - exp_avg)
     v = beta2 * exp_avg_sq + new2 * (g * g)
-    w = (weight if master is None else master).float() * kept - rate * (m / (v.sqrt() * root + eps))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-    if master is not None:
-        master.copy_(w)
-    weight.copy_(rounded(w, told) if at_random else w)
+    return weight.float() * kept - rate * (m / (v.sqrt() * root + eps))
 
 
 @functools.cache
 def _pass(at_random: bool, compiled: bool) -> Callable[..., None]:
-    run = functools.partial(_updated, at_random=at_random)
+    run = _updated_at_random if at_random else _updated
     return torch.compile(run, dynamic=True) if compiled else run
