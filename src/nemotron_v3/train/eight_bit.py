@@ -90,7 +90,8 @@ class EightBitAdamW(RoundedAdamW):
         """What a step is told, filled in on the device once for all tensors of a group."""
         beta1, beta2 = group["betas"]
         corrections = 1 - beta1**count, 1 - beta2**count
-        told = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *corrections)
+        told = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        told = (*told, *corrections, self.scale)
         if self._told != (told, device):
             self._told = told, device
             filled = [torch.full((), n, dtype=torch.float32, device=device) for n in told]
@@ -166,7 +167,8 @@ def _step(
     Args:
         first, second: codes of the moments, uint8 `[n, B]`, beside their scales `[n]`.
         signed, unsigned: what the codes stand for, `[256]`.
-        numbers: rate, both betas, eps, decay, and how far the moments' weights have come.
+        numbers: rate, both betas, eps, decay, how far the moments' weights have come, and what
+            the gradient is multiplied by.
     """
     from torchao.optim.quant_utils import (
         dequant_with_qmap,
@@ -174,8 +176,8 @@ def _step(
         scale_tensor,
     )
 
-    rate, beta1, beta2, eps, decay, correction1, correction2 = numbers.unbind(0)
-    gradient = gradient.float()
+    rate, beta1, beta2, eps, decay, correction1, correction2, shorter = numbers.unbind(0)
+    gradient = gradient.float() * shorter
     mean = dequant_with_qmap(first, signed, first_scale)
     square = dequant_with_qmap(second, unsigned, second_scale)
     mean = gradient + beta1 * (mean - gradient)

@@ -29,12 +29,13 @@ from nemotron_v3.train.finite import first_not_finite
 from nemotron_v3.train.folder import check_folder, write_about, write_outcome
 from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
-from nemotron_v3.train.metrics import Recorder, peak_flops
+from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
 from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World, processes, rank_and_size
 from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
+from nemotron_v3.train.threads import thread_choice
 from nemotron_v3.train.tokenizer import read_tokenizer, with_template
 
 MakeData = Callable[[DataOptions, Any, int, int], Data]
@@ -101,6 +102,7 @@ def train(
         OSError: the disk refuses; the saves before are as they were.
     """
     options.check()
+    check_log(options.log)
     rank, size = rank_and_size()
     if options.log.samples and (write_on is None or size > 1):
         lacks = "somebody who continues prompts (write_on)" if size == 1 else "a single process"
@@ -159,10 +161,10 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     schedule = options.schedule
     if schedule.minutes is not None:
         return Length(seconds=60 * schedule.minutes)
-    there = None if data is None else data.total_steps()
     steps = schedule.steps
     if schedule.tokens is not None:
         steps = math.ceil(schedule.tokens / (options.data.tokens_per_row * options.data.rows))
+    there = None if data is None else data.total_steps(steps)
     if steps is None and there is None:
         raise ValueError(
             "the training has no end: give schedule.steps, tokens or minutes, or data.epochs"
@@ -170,7 +172,7 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     if steps is not None and there is not None and there < steps:
         raise ValueError(
             f"the data ends after {there:,} steps (data.epochs = {options.data.epochs:g}), before "
-            f'the {steps:,} of the schedule: give fewer, or data.epochs = "none" for no end'
+            f"the {steps:,} of the schedule: give fewer, or data.epochs = inf for no end"
         )
     return Length(steps=steps if steps is not None else there)
 
@@ -281,8 +283,15 @@ class _Run:
             if trainer.load is not None:
                 stack.enter_context(trainer.load)
             stack.enter_context(self.display.training())
+            threads = None
+            if self.world.size == 1:
+                threads = thread_choice(self.length.seconds is not None, self.world.device)
+            if threads is not None:
+                stack.callback(torch.set_num_threads, threads.current)
             try:
                 for step in self._steps():
+                    if threads is not None:
+                        threads.note(step.tokens, step.seconds)
                     if after_step is not None:
                         after_step(step)
             except NotFinite as error:
