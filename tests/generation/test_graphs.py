@@ -8,6 +8,7 @@ from nemotron_v3.generation import engine
 from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import capacity_of, graphs_of, row_slots
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.ops.sampling.op import workspace_size
 
 SIZES = {
     "vocab_size": 61,
@@ -95,7 +96,7 @@ def test_an_end_stops_a_row_alone():
 @pytest.fixture
 def graphed(monkeypatch):
     """Generation as on a GPU, by the same calls without a graph."""
-    monkeypatch.setattr(engine, "why_not", lambda model, cache=None, ends=0: None)
+    monkeypatch.setattr(engine, "why_not", lambda model, ends=0: None)
     monkeypatch.setattr(engine.DecodeStep, "fits", staticmethod(lambda model, cache: False))
     monkeypatch.setattr(engine, "STEPS_AT_ONCE", 4)
 
@@ -223,3 +224,79 @@ def test_a_step_that_cannot_load_leaves_its_graph_to_others(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         GraphStep(model, cache)
     assert not any(graph.busy for graph in graphs_of(model)._graphs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "seed": 5, "temperature": 0.7, "top_k": 9, "min_p": 0.01},
+        {"repetition_penalty": 1.3},
+        {"do_sample": True, "seed": [3, 1, 2], "top_p": 0.8, "repetition_penalty": 0.9},
+    ],
+    ids=["drawn", "penalised", "both"],
+)
+def test_a_step_chooses_the_samplers_tokens(graphed, monkeypatch, options):
+    """Over more than a block of numbers, several graphs, and rows that end at different times."""
+    from nemotron_v3.generation import sampling
+    from nemotron_v3.generation.graphs import drawing
+
+    for module in (sampling, drawing):
+        monkeypatch.setattr(module, "BLOCK", 6)
+    calls = []
+    eager = engine.Sampler.__call__
+    monkeypatch.setattr(engine.Sampler, "__call__", lambda *a: calls.append(1) or eager(*a))
+    model = model_of("M*")
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    options |= {"max_new_tokens": 20, "eos_token_id": [7, 17, 23]}
+    mine = run(model, "auto", prompts, **options)
+    assert len(calls) == 1  # behind the prompts
+    expected = run(model, False, prompts, **options)
+    assert torch.equal(mine.sequences, expected.sequences)
+    assert len(set(mine.lengths)) > 1 or options.get("seed") is None
+
+
+def test_a_graph_of_greedy_steps_has_no_room_for_draws():
+    greedy = workspace_size(64, 131072, draws=False)
+    drawn = workspace_size(64, 131072, cuts=False)
+    assert greedy < drawn / 16 < drawn < workspace_size(64, 131072)
+
+
+def test_a_graph_serves_other_numbers_and_not_another_question(graphed):
+    model = model_of("M")
+    for options in (
+        {"top_p": 0.5, "seed": 1},
+        {"top_p": 0.9, "seed": 2, "temperature": 3.0},
+        {"top_k": 5, "seed": 2},
+    ):
+        options |= {"max_new_tokens": 12, "eos_token_id": [], "do_sample": True}
+        mine, expected = (run(model, g, [[1, 2, 3]], **options) for g in ("auto", False))
+        assert torch.equal(mine.sequences, expected.sequences)
+    assert len(graphs_of(model)._graphs) == 2
+
+
+def test_a_rollback_window_is_kept(graphed):
+    """Each row can be taken back as far as behind `forward`'s steps, and no further."""
+    model = model_of("M*M")
+    prompts = [[1, 2, 3, 4, 5, 6], [4, 8], [5, 6]]
+    caches = [NemotronHybridCache(model.config, 3, rollback_window=3) for _ in range(2)]
+    for cache in caches:  # what is left of a window counts on
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3, 4], [4, 9, 9, 9], [5, 9, 9, 9]]), past_key_values=cache)
+        cache.rollback([2, 3, 3])
+    options = {"max_new_tokens": 9, "eos_token_id": [10, 23, 42]}
+    mine, expected = (
+        run(model, graph, prompts, cache, **options)
+        for graph, cache in zip(("auto", False), caches, strict=True)
+    )
+    assert torch.equal(mine.sequences, expected.sequences) and len(set(mine.lengths)) == 3
+    assert caches[0]._floors == caches[1]._floors
+    for _ in range(3):
+        for cache in caches:
+            cache.rollback(1)
+        longest = max(caches[0].lengths)
+        for layer, state in caches[1].states.items():
+            other = caches[0].states[layer].held(longest)
+            for one, two in zip(state.held(longest).pair(), other.pair(), strict=True):
+                torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="can be taken back 0 tokens"):
+        caches[0].rollback(1)

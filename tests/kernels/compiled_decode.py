@@ -65,7 +65,7 @@ def parts() -> dict[str, int]:
     cut = attention.tile(torch.bfloat16, 128)
     constants = HEADS | {"stride": 4608, "M": 16, "N": cut.n, "SPLIT": 1024, "STAGES": cut.stages}
     constants |= {"PDL": False}
-    constants |= {"PRECISION": "tf32", "WHOLE": False}
+    constants |= {"WIDE": False, "WHOLE": False}
     return compiled(attention.parts_kernel, constants, cut.warps, {"partial", "log_sums"})
 
 
@@ -78,7 +78,7 @@ def combine() -> dict[str, int]:
 
 def sample(kernel: Any, **constants: Any) -> dict[str, int]:
     """With everything asked for, over the 131 072 words of Nemotron-3."""
-    asked = ("PENALIZED", "FLOORED", "CUT", "SAMPLED", "BY_K", "BY_P", "LOGGED")
+    asked = ("PENALIZED", "FLOORED", "CUT", "SAMPLED", "BY_K", "BY_P", "LOGGED", "COUNTED")
     constants |= dict.fromkeys(asked, True)
     constants |= {"SIZE": 8192, "ROWS": 8, "COLUMNS": 1024, "BLOCK_C": 16}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}

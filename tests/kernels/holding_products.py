@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nemotron_v3 import ops
 from nemotron_v3.ops.common.cases import Inputs
-from nemotron_v3.ops.decode_experts import Buffers
+from nemotron_v3.ops.decode_experts import Buffers, Updates
 from nemotron_v3.ops.decode_experts import cases as expert_cases
 from nemotron_v3.ops.decode_experts import reference as expert_reference
-from nemotron_v3.ops.skinny_linear import Norm, cases, reference
+from nemotron_v3.ops.skinny_linear import LowRank, Norm, cases, reference
 from tests.accuracy import PlainPyTorch, Report, check
 
 Choice = dict[str, Tensor]
@@ -31,7 +31,13 @@ def linear(run: Callable[..., Tensor], *, group: int, wide_stream: bool, **tenso
     if residual is not None:  # a step adds to the stream in place
         residual = out.copy_(residual)
     norm = None if gain is None else Norm(gain, 1e-5, group)
-    return run(x, weights, biases, norm=norm, residual=residual, out=out)
+    updates = [update(given[f"a_{i}"], given[f"b_{i}"]) for i in range(3) if f"a_{i}" in given]
+    given = {"norm": norm, "residual": residual, "low_rank": tuple(updates) or None}
+    return run(x, weights, biases, **given, out=out)
+
+
+def update(a: Tensor | None, b: Tensor | None) -> LowRank | None:
+    return None if a is None else LowRank(a, b, 0.75)
 
 
 def form(impl: str) -> Callable[..., Tensor]:
@@ -136,7 +142,9 @@ def experts(
         )
     ]
     residual = out if case.residual else None
-    return run(x, *pairs, active, buffers, residual=residual, out=out)
+    names = ("up", "down", "shared_up", "shared_down")
+    updates = Updates(*(update(given[f"{name}_a"], given[f"{name}_b"]) for name in names))
+    return run(x, *pairs, active, buffers, residual=residual, updates=updates, out=out)
 
 
 def hold_experts(case: expert_cases.Case, dtype: torch.dtype, device: str, impl: str) -> Report:

@@ -48,6 +48,10 @@ def test_the_choice(name, dtype, monkeypatch):
         ("forty-rows", BF16),
         ("many-rows", F32),
         ("none-active", F32),
+        ("one-row-updated", BF16),
+        ("one-row-updated-alone", F32),
+        ("updated", BF16),
+        ("shared-updated", F32),
     ],
 )
 def test_accuracy(name, dtype, monkeypatch):

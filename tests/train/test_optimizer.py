@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nemotron_v3.train.eight_bit import EightBitAdamW, block_of
 from nemotron_v3.train.optimizer import RoundedAdamW, make_optimizer
 from nemotron_v3.train.options import OptimizerOptions
 from tests.models import tiny_model, tokens
@@ -109,3 +110,45 @@ def test_8_bits_and_masters_contradict_each_other():
     options = replace(OPTIONS, moments="8bit", bf16_weights="master")
     with pytest.raises(ValueError, match="give bf16_weights = 'stochastic'"):
         make_optimizer(models(torch.bfloat16), options, 0)
+
+
+def test_moments_of_8_bits_lie_in_rows():
+    """Each block has its own scale: what a row's moments are depends on no other row."""
+    pytest.importorskip("torchao")
+    shapes = {"stack": (4, 24, 64), "matrix": (40, 128), "odd": (64, 67), "vector": (8192,)}
+    blocks = {"stack": 64, "matrix": 128, "odd": None, "vector": None}
+    assert {name: block_of(shape) for name, shape in shapes.items()} == blocks
+    generator = torch.Generator().manual_seed(0)
+    values = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    slopes = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+
+    def updated(part: slice) -> torch.Tensor:
+        weight = nn.Parameter(values["stack"][part].clone())
+        kind = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "rounding": "nearest"}
+        optimizer = EightBitAdamW([weight], **kind, names={weight: "w"})
+        for _ in range(3):
+            weight.grad = slopes["stack"][part].clone()
+            optimizer.step()
+        assert optimizer.state[weight]["exp_avg"].dtype == torch.uint8
+        return weight.detach()
+
+    assert torch.equal(updated(slice(None))[:3], updated(slice(0, 3)))
+
+
+def test_a_step_with_moments_of_8_bits_is_adamws():
+    """Its first step is exact where the moments are 0 before; later ones are within the codes."""
+    pytest.importorskip("torchao")
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 256, generator=generator)
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    kind = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    ours = EightBitAdamW([narrow], **kind, rounding="nearest", names={narrow: "w"})
+    ours.param_groups[0]["weight_decay"] = 0.1
+    truth = torch.optim.AdamW([wide], **kind, weight_decay=0.1)
+    for number in range(10):
+        slope = torch.randn(64, 256, generator=generator)
+        narrow.grad, wide.grad = slope.clone(), slope.clone()
+        ours.step()
+        truth.step()
+        away = (narrow - wide).norm() / (wide - start).norm()
+        assert away <= (1e-5 if not number else 0.05)

@@ -69,11 +69,11 @@ class NemotronHybridCache(OutsideView, Rows):
         max_length: int | None = None,
         rollback_window: int = 0,
     ):
-        self.config = NemotronV3Config.from_any(config, "cache")
+        self.config: NemotronV3Config = NemotronV3Config.from_any(config, "cache")
         batch_size = at_least("batch_size", batch_size, 1)
         rollback_window = at_least("rollback_window", rollback_window, 0)
         max_length = None if max_length is None else at_least("max_length", max_length, 1)
-        self.dtype = dtype or self.config.dtype or torch.get_default_dtype()
+        self.dtype: torch.dtype = dtype or self.config.dtype or torch.get_default_dtype()
         check_dtype(self.dtype)
         self.max_length = max_length
         self.rollback_window = rollback_window
@@ -84,8 +84,8 @@ class NemotronHybridCache(OutsideView, Rows):
         self._behind = frozenset()
         self.withheld = None
         self._one_token: SequenceLayout | None = None
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.states = fresh_states(
+        self.positions: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states: dict[int, LayerState] = fresh_states(
             Sizes(self.config, batch_size, self.dtype, device, max_length, rollback_window)
         )
 
@@ -271,9 +271,10 @@ class NemotronHybridCache(OutsideView, Rows):
 
     @torch.no_grad()
     def take_over(self, lengths: Sequence[int], write: Callable[[int, LayerState], None]) -> None:
-        """Hold other tokens than before: `write` puts a layer's state, by its number, in place.
+        """Hold more tokens than before: `write` puts a layer's state, by its number, in place.
 
-        For whoever moved the rows on elsewhere. Stopped half-way, the cache is withheld.
+        For whoever moved the rows on elsewhere, and kept the states of the rollback window too.
+        Stopped half-way, the cache is withheld.
 
         Args:
             lengths: tokens that each row holds now.
@@ -284,8 +285,9 @@ class NemotronHybridCache(OutsideView, Rows):
                 write(layer, state)
             self._step = None
             self._updated.clear()
+            floors = zip(self._floors, lengths, strict=True)
+            self._floors = [max(floor, n - self.rollback_window) for floor, n in floors]
             self._set_lengths(lengths)
-            self._floors = [max(0, n - self.rollback_window) for n in lengths]
 
     # --- rows -----------------------------------------------------------------------------------
 

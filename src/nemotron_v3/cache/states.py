@@ -260,7 +260,7 @@ class MambaState(LayerState):
 
     def remember(self, rows: Tensor, positions: Tensor) -> None:
         """Keep the present states of `rows` as those after `positions` tokens."""
-        self.overwritten = True
+        self.overwritten: bool = True
         place = positions % self.window
         self.past_conv[rows, place] = self.conv.detach()[rows]
         self.past_ssm[rows, place] = self.ssm.detach()[rows]

@@ -98,7 +98,7 @@ class Stored:
         names = {name: shard for shard in shards.values() for name in shard.entries}
         inside = {name: shard for name, shard in names.items() if name.startswith(outer)}
         self.outer = outer
-        self.beside = tuple(name for name in names if name not in inside)
+        self.beside: tuple[str, ...] = tuple(name for name in names if name not in inside)
         self._shard_of = {name.removeprefix(outer): shard for name, shard in inside.items()}
 
     def __iter__(self) -> Iterator[str]:
@@ -160,7 +160,7 @@ class Checkpoint:
         self.index_metadata = index_metadata
         self.stored = stored
         self.narrow = narrow
-        self.wide_dtype = _dtype_of(config)
+        self.wide_dtype: torch.dtype = _dtype_of(config)
         hidden, name_of = narrow.companions, narrow.name_of
         self._names = {name_of.get(name, name): None for name in self.stored if name not in hidden}
 

@@ -51,7 +51,7 @@ class Conversation:
         from nemotron_v3.generation import Chat, ChatTemplate
 
         tokenizer = PretrainedTokenizer.load(path, add_special_tokens=False, keep=MARKUP)
-        self.chat = Chat(model, tokenizer, ChatTemplate.load(path), system, **arguments)
+        self.chat: Chat = Chat(model, tokenizer, ChatTemplate.load(path), system, **arguments)
 
     def hold(self, first: str | None = None) -> None:
         """Talk until standard input ends; `first` is said at once."""

@@ -10,7 +10,7 @@ import tyro
 
 # Where neither the user nor the checkpoint says how.
 MAX_NEW_TOKENS = 256
-DRAWS = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+DRAWS: dict[str, bool | float] = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 MAX_TOOLS_BYTES = 2**24
 
 

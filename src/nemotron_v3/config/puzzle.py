@@ -23,7 +23,12 @@ _MOE = {
     "topk_group": _COUNT,
     "routed_scaling_factor": values.number(),
 }
-SIZES = {"moe": _MOE, "mlp": {"intermediate_size": _COUNT}, "mamba": {}, "attention": {}}
+SIZES: dict[str, dict[str, values.Codec[Any, Any]]] = {
+    "moe": _MOE,
+    "mlp": {"intermediate_size": _COUNT},
+    "mamba": {},
+    "attention": {},
+}
 """The settings that a block may have for itself, by block type, and how each is read."""
 
 _TYPE = "block_type"

@@ -75,12 +75,12 @@ class Pieces:
     def __init__(self, stores: Sequence[TokenStore], tokens_per_row: int, padding: int):
         self._stores, self._tokens_per_row, self._padding = stores, tokens_per_row, padding
         parts = [self._of(store) for store in stores]
-        self.counts = [len(lengths) for _, _, lengths, _ in parts]
-        self.cut = [int((store.lengths > tokens_per_row).sum()) for store in stores]
-        self.left_out = [left_out for _, _, _, left_out in parts]
+        self.counts: list[int] = [len(lengths) for _, _, lengths, _ in parts]
+        self.cut: list[int] = [int((store.lengths > tokens_per_row).sum()) for store in stores]
+        self.left_out: list[int] = [left_out for _, _, _, left_out in parts]
         self._documents = torch.cat([documents for documents, _, _, _ in parts])
         self._starts = torch.cat([starts for _, starts, _, _ in parts])
-        self.lengths = torch.cat([lengths for _, _, lengths, _ in parts])
+        self.lengths: Tensor = torch.cat([lengths for _, _, lengths, _ in parts])
         self._ends = torch.tensor(self.counts, device="cpu").cumsum(0)
 
     def row(self, pieces: Sequence[int]) -> PackedRow:

@@ -59,9 +59,12 @@ class Chat:
         thinking_budget: int | None = None,
         **options: Any,
     ):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.options = {"tokenizer": tokenizer, "num_return_sequences": 1} | options
-        self.tools, self.template_variables = tools, dict(template_variables or {})
+        self.model: CausalLM = model
+        self.tokenizer: Any = tokenizer
+        self.template: ChatTemplate = template
+        self.options: dict[str, Any] = {"tokenizer": tokenizer, "num_return_sequences": 1} | options
+        self.tools: Sequence[Any] | None = tools
+        self.template_variables: dict[str, Any] = dict(template_variables or {})
         self.thinking_budget = thinking_budget
         self.messages: list[Message] = []
         if system is not None:
@@ -110,7 +113,7 @@ class Chat:
             held = []
             embedding = self.model.model.embeddings.weight
             cache = NemotronHybridCache(self.model.config, 1, embedding.dtype, embedding.device)
-        self.reused_tokens = len(held)
+        self.reused_tokens: int = len(held)
         answer, tokens = "", []
         for token in self._tokens(prompt, cache, thinking):
             answer += token.text

@@ -316,11 +316,11 @@ class _Run:
         steps = self.options.limit - produced
         if not self.options.graph or steps < 2:
             return
-        if (reason := why_not(model, cache, len(ends))) is not None:
+        if (reason := why_not(model, len(ends))) is not None:
             say_once(reason, self.device)
             return
         try:
-            self._step = GraphStep(model, cache, ends, steps)
+            self._step = GraphStep(model, cache, ends, steps, self.sampler)
         except torch.cuda.OutOfMemoryError as error:
             _log.warning("generation: no memory for a CUDA graph, forward decodes: %s", error)
             return
@@ -335,11 +335,13 @@ class _Run:
         assert step is not None  # made before the first segment
         segment = _Segment(pending, [], [])
         for _ in range(steps):
-            if pending is not None:
-                logits = step(pending)
-            drawn, logprob = self.sampler(logits)
-            segment.drawn.append(drawn)
-            pending = drawn.clamp(min=0)  # something to feed until the host looks
+            if isinstance(step, GraphStep) and pending is not None:
+                drawn, logprob = step.draw(pending)
+            else:
+                if pending is not None:
+                    logits = step(pending.clamp(min=0))  # something, until the host looks
+                drawn, logprob = self.sampler(logits)
+            segment.drawn.append(pending := drawn)
             if logprob is not None:
                 segment.logprobs.append(logprob)
         return segment

@@ -9,7 +9,7 @@ from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.generation.generation_config import SAMPLING, settings_of
 
 MAX_NEW_TOKENS = 128
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SAMPLING_DEFAULTS: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 # Of seeds, as torch's generators take them.
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1
 

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemotron_v3 import ops
+from nemotron_v3.generation.choice import Asked, Choice, normal
 from nemotron_v3.generation.options import GenerationOptions
-from nemotron_v3.ops.sampling.sizes import workspace_size
 
 BLOCK = 64  # uniform numbers drawn ahead
 NO_TOKEN = -1  # of a row whose logits are not finite
@@ -30,7 +29,7 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     never to come, stays.
     """
     info = torch.finfo(logits.dtype)
-    penalty = _normal(penalty, logits.dtype)
+    penalty = normal(penalty, logits.dtype)
     changed = torch.where(logits > 0, logits / penalty, logits * penalty)
     changed = changed.clamp(info.min, info.max)
     return torch.where(seen & (logits > -torch.inf), changed, logits)
@@ -39,14 +38,7 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def divide(logits: Tensor, temperature: float) -> Tensor:
     """Logits `[R, V]` by a temperature, each row's largest being 0, so that none overflows."""
     below = logits - logits.amax(-1, keepdim=True)
-    return below / _normal(temperature, logits.dtype)
-
-
-def _normal(number: float, dtype: torch.dtype) -> float:
-    """`number`, above 0, as a normal number of `dtype`, of which there are fewer than a host has:
-    a kernel would take a smaller one for 0."""
-    info = torch.finfo(dtype)
-    return min(max(float(number), info.tiny), info.max)
+    return below / normal(temperature, logits.dtype)
 
 
 def candidates(
@@ -76,7 +68,7 @@ def candidates(
             probabilities, tokens = probabilities.sort(dim=-1, descending=True)
         # A token stays while those before it have not reached top_p, so the first always does.
         before = probabilities.cumsum(-1) - probabilities
-        least = _normal(top_p, probabilities.dtype)
+        least = normal(top_p, probabilities.dtype)
         probabilities = probabilities.masked_fill(before >= least, 0)
     if min_p > 0:
         least = min_p * probabilities.amax(-1, keepdim=True)
@@ -98,30 +90,43 @@ def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Uniform:
-    """A stream of uniform numbers in [0, 1) for each row, from the row's own seed."""
+    """A stream of uniform numbers in [0, 1) for each row, from the row's own seed.
+
+    Attributes:
+        block: fp64 `[BLOCK, R]`, the present numbers of all rows; before the first draw `[0, R]`.
+        used: how many of them each row has drawn.
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
         self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._device = device
-        self._block = torch.empty(0, len(seeds), device=device)
-        self._next = 0
+        self.block = torch.empty(0, len(seeds), dtype=torch.float64, device=device)
+        self.used = 0
 
     def __call__(self) -> Tensor:
         """fp64 `[R]`."""
-        if self._next == len(self._block):
+        self.advance()
+        return self.block[self.used - 1]
+
+    def advance(self) -> bool:
+        """Count a draw of every row; whether a new block was begun for it."""
+        begun = self.used == len(self.block)
+        if begun:
             numbers = [
                 torch.rand(BLOCK, generator=generator, dtype=torch.float64, device="cpu")
                 for generator in self._generators
             ]
-            self._block = torch.stack(numbers, dim=1).to(self._device)
-            self._next = 0
-        self._next += 1
-        return self._block[self._next - 1]
+            block = torch.stack(numbers, dim=1)
+            if self._device.type == "cuda":  # the host goes on while it is copied
+                block = block.pin_memory()
+            self.block, self.used = block.to(self._device, non_blocking=True), 0
+        self.used += 1
+        return begun
 
     def select(self, rows: Sequence[int], index: Tensor) -> None:
         """Go on with these rows alone."""
         self._generators = [self._generators[row] for row in rows]
-        self._block = self._block.index_select(1, index)
+        self.block = self.block.index_select(1, index)
 
 
 class Sampler:
@@ -133,6 +138,11 @@ class Sampler:
         vocab_size: V.
         like: a tensor of the logits' device and dtype.
         on_slots: whether `ops.sample` chooses; on a GPU by default.
+
+    Attributes:
+        asked: what takes part in the choice.
+        uniform: the numbers that are drawn with, or None.
+        seen: bool `[R, V]`, the tokens that each row holds, where they count.
     """
 
     def __init__(
@@ -144,110 +154,70 @@ class Sampler:
         on_slots: bool | None = None,
     ):
         self.options = options
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.dtype: torch.dtype = torch.promote_types(like.dtype, torch.float32)
         device = like.device
-        self._uniform: Uniform | None = None
-        self._seen: Tensor | None = None
+        self.asked = Asked.of(options)
+        self.uniform: Uniform | None = None
+        self.seen: Tensor | None = None
         if options.do_sample:
             seeds = options.seeds(len(prompts))
             if seeds is None:
                 seeds = torch.randint(2**62, (len(prompts),), device="cpu").tolist()
-            self._uniform = Uniform(seeds, device)
+            self.uniform = Uniform(seeds, device)
         if options.repetition_penalty != 1:
             seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device="cpu")
             for row, prompt in enumerate(prompts):
                 seen[row, prompt] = True
-            self._seen = seen.to(device)
-        self._slots: _Slots | None = None
+            self.seen = seen.to(device)
+        self._choice: Choice | None = None
         if like.is_cuda if on_slots is None else on_slots:
-            self._slots = _Slots(options, len(prompts), vocab_size, self.dtype, device)
+            self._choice = Choice(self.asked, len(prompts), self.dtype, device)
+            self._choice.take(options)
+            self._active = torch.ones(len(prompts), dtype=torch.bool, device=device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for.
 
         `NO_TOKEN` for a row that has NaN or +inf among its logits, or nothing but -inf.
         """
-        if self._slots is not None:
-            uniform = None if self._uniform is None else self._uniform()
-            return self._slots(logits, uniform, self._seen)
+        if self._choice is not None:
+            return self._choose(self._choice, logits)
         logits = logits.to(self.dtype)
         peak, tokens = logits.max(-1)  # a NaN is the largest of all
         shaped = logits
-        if self._seen is not None:
-            shaped = penalize_repetition(shaped, self._seen, self.options.repetition_penalty)
-            tokens = shaped.argmax(-1) if self._uniform is None else tokens
-        if self._uniform is not None:
+        if self.seen is not None:
+            shaped = penalize_repetition(shaped, self.seen, self.options.repetition_penalty)
+            tokens = shaped.argmax(-1) if self.uniform is None else tokens
+        if self.uniform is not None:
             tokens = self._draw(shaped)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
         logprobs = None
         if self.options.return_logprobs:
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         return tokens.masked_fill(~peak.isfinite(), NO_TOKEN), logprobs
 
+    def _choose(self, choice: Choice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows are alike, so that the first places serve any."""
+        rows = len(logits)
+        uniform = None if self.uniform is None else self.uniform()[None]
+        choice(logits, self._active[:rows], uniform, self.seen)
+        logprobs = None if choice.logprobs is None else choice.logprobs[:rows].clone()
+        return choice.tokens[:rows].clone(), logprobs
+
     def _draw(self, logits: Tensor) -> Tensor:
         options = self.options
-        assert self._uniform is not None, "there are numbers where something is drawn"
+        assert self.uniform is not None, "there are numbers where something is drawn"
         probabilities, tokens = candidates(
             divide(logits, options.temperature), options.top_k, options.top_p, options.min_p
         )
         # Where probabilities are no numbers, so that none is passed, the last index is as good.
-        drawn = invert(probabilities, self._uniform()).clamp(max=probabilities.shape[-1] - 1)
+        drawn = invert(probabilities, self.uniform()).clamp(max=probabilities.shape[-1] - 1)
         return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]
 
     def select(self, rows: Sequence[int], index: Tensor) -> None:
         """Go on with these rows alone; `index` is int64 `[rows]`, the same on the device."""
-        if self._uniform is not None:
-            self._uniform.select(rows, index)
-        if self._seen is not None:
-            self._seen = self._seen.index_select(0, index)
-
-
-class _Slots:
-    """The choice by `ops.sample`: what the options ask of every row, in tensors that stay."""
-
-    def __init__(
-        self,
-        options: GenerationOptions,
-        rows: int,
-        vocab_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        asked: dict[str, float] = {}
-        if options.do_sample:
-            asked["temperature"] = _normal(options.temperature, dtype)
-            asked |= {"top_p": options.top_p} if options.top_p < 1 else {}
-            asked |= {"min_p": options.min_p} if options.min_p > 0 else {}
-        if options.repetition_penalty != 1:
-            asked["penalty"] = options.repetition_penalty
-        self._numbers = {
-            name: torch.full((rows,), number, dtype=dtype, device=device)
-            for name, number in asked.items()
-        }
-        if options.do_sample and options.top_k > 0:
-            self._numbers["top_k"] = torch.full((rows,), options.top_k, device=device)
-        self._active = torch.ones(rows, dtype=torch.bool, device=device)
-        self._drawn = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._zeros = torch.zeros(rows, dtype=torch.float64, device=device)
-        size = workspace_size(rows, vocab_size) if device.type == "cuda" else 0
-        self._workspace = torch.empty(size, dtype=torch.float64, device=device) if size else None
-        self._logprobs, self._dtype = options.return_logprobs, dtype
-
-    def __call__(
-        self, logits: Tensor, uniform: Tensor | None, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `Sampler`'s; `seen` is updated. Rows are alike, so the first ones serve any."""
-        rows = len(logits)
-        logprobs = logits.new_empty(rows, dtype=self._dtype) if self._logprobs else None
-        tokens = ops.sample(
-            logits,
-            (self._zeros[:rows] if uniform is None else uniform)[None],
-            self._drawn[:rows],
-            self._active[:rows],
-            **{name: tensor[:rows] for name, tensor in self._numbers.items()},
-            seen=seen,
-            logprobs=logprobs,
-            workspace=self._workspace,
-        )
-        return tokens, logprobs
+        if self.uniform is not None:
+            self.uniform.select(rows, index)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, index)

@@ -57,7 +57,7 @@ class StopStrings:
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:
-            self.stopped = True
+            self.stopped: bool = True
             self._held = ""
             return text[: min(found)]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)

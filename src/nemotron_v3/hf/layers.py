@@ -104,7 +104,7 @@ class NemotronHMLP(Accelerated, theirs.NemotronHMLP):
 
 @takes_place_of(theirs.NemotronHTopkRouter)
 class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
-    wide = ("e_score_correction_bias",)
+    wide: tuple[str, ...] = ("e_score_correction_bias",)
 
     def forward(
         self, hidden_states: Tensor, return_logits: bool = False
@@ -263,7 +263,7 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
 
 @takes_place_of(theirs.NemotronHMamba2Mixer)
 class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer):
-    wide = ("A_log", "D", "dt_bias")
+    wide: tuple[str, ...] = ("A_log", "D", "dt_bias")
 
     def forward(
         self,

@@ -13,9 +13,9 @@ from nemotron_v3.layers import mamba2_by_modules as by_modules
 from nemotron_v3.model import loss
 from nemotron_v3.ops.registry import FUNCTIONS
 
-mamba2_by_modules = torch.compiler.disable(by_modules.mamba2_by_modules)
-refuse_stray_label = torch.compiler.disable(loss.refuse_stray_label)
-targets_of = torch.compiler.disable(loss.targets_of)
+mamba2_by_modules: Callable[..., Any] = torch.compiler.disable(by_modules.mamba2_by_modules)
+refuse_stray_label: Callable[..., Any] = torch.compiler.disable(loss.refuse_stray_label)
+targets_of: Callable[..., Any] = torch.compiler.disable(loss.targets_of)
 
 _OPS = {name: torch.compiler.disable(function) for name, function in FUNCTIONS.items()}
 

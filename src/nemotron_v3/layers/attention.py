@@ -4,10 +4,11 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, H query heads, J k
 head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_v3 import ops
 from nemotron_v3.cache import NemotronHybridCache
@@ -50,26 +51,29 @@ class NemotronV3Attention(RefusesContextParallel):
     def __init__(self, config: Any, backend: BackendConfig | None = None):
         super().__init__()
         config = NemotronV3Config.from_any(config, "attention")
-        self.backend = BackendConfig() if backend is None else backend
-        self.chosen = chosen = BackendConfig.from_any(backend, "attention")
-        self.hidden_size = config.hidden_size
-        self.num_attention_heads = config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.attention_bias = config.attention_bias
-        self.attention_dropout = config.attention_dropout
-        self.num_hidden_layers = config.num_hidden_layers
-        self.initializer_range = config.initializer_range
+        self.backend: BackendConfig = BackendConfig() if backend is None else backend
+        chosen = BackendConfig.from_any(backend, "attention")
+        self.chosen: BackendConfig = chosen
+        self.hidden_size: int = config.hidden_size
+        self.num_attention_heads: int = config.num_attention_heads
+        self.num_key_value_heads: int = config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+        self.attention_bias: bool = config.attention_bias
+        self.attention_dropout: float = config.attention_dropout
+        self.num_hidden_layers: int = config.num_hidden_layers
+        self.initializer_range: float = config.initializer_range
 
         query_width = self.num_attention_heads * self.head_dim
         key_width = self.num_key_value_heads * self.head_dim
         factory_kwargs = {"bias": self.attention_bias, "backend": chosen, "dtype": config.dtype}
-        self.q_proj = make_linear(self.hidden_size, query_width, **factory_kwargs)
-        self.k_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
-        self.v_proj = make_linear(self.hidden_size, key_width, **factory_kwargs)
-        self.o_proj = make_linear(query_width, self.hidden_size, **factory_kwargs)
-        self.core = make_te_attention(config) if chosen.attn == "te" else ops.attention
-        self.impl = "flex" if chosen.attn == "flex" else chosen.impl
+        self.q_proj: nn.Module = make_linear(self.hidden_size, query_width, **factory_kwargs)
+        self.k_proj: nn.Module = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.v_proj: nn.Module = make_linear(self.hidden_size, key_width, **factory_kwargs)
+        self.o_proj: nn.Module = make_linear(query_width, self.hidden_size, **factory_kwargs)
+        self.core: Callable[..., Any] = (
+            make_te_attention(config) if chosen.attn == "te" else ops.attention
+        )
+        self.impl: str = "flex" if chosen.attn == "flex" else chosen.impl
         if not on_meta(self):
             self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
 

@@ -61,26 +61,26 @@ class NemotronV3Block(nn.Module):
         part = canonical_block_type(block_type)
         if part == "moe" and moe_config is not None:
             part = "moe beside a moe_config"
-        self.block_type = canonical_block_type(block_type)
+        self.block_type: str = canonical_block_type(block_type)
         config = NemotronV3Config.from_any(config, "block", part)
         own = config.block_configs
         if 0 <= layer_idx < len(own) and own[layer_idx].block_type == self.block_type:
             config = config.of_block(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.residual_in_fp32 = config.residual_in_fp32
+        self.residual_in_fp32: bool = config.residual_in_fp32
         dtype = config.dtype
         if self.block_type == "moe":
             moe_config = MoEConfig.from_any(config if moe_config is None else moe_config)
             dtype = moe_config.dtype or dtype
         # The norm hands the stream over in the mixer's dtype, which is its weight's.
-        self.norm = NemotronV3RMSNorm(
+        self.norm: NemotronV3RMSNorm = NemotronV3RMSNorm(
             config.hidden_size,
             config.layer_norm_epsilon,
             dtype,
             BackendConfig.from_any(backend, "block"),
         )
-        self.mixer = MIXERS[self.block_type].make(config, layer_idx, backend, moe_config)
+        self.mixer: nn.Module = MIXERS[self.block_type].make(config, layer_idx, backend, moe_config)
 
     @property
     def layer_type(self) -> str:

@@ -42,9 +42,12 @@ class ForwardContext:
         step: Transaction | None = None,
         carry: Carry | None = None,
     ):
-        self.layout, self.mask, self.cache, self.step = layout, mask, cache, step
-        self.carry = carry
-        self.has_padding = layout.token_index is not None and mask is None
+        self.layout: SequenceLayout = layout
+        self.mask: Tensor | None = mask
+        self.cache: NemotronHybridCache | None = cache
+        self.step: Transaction | None = step
+        self.carry: Carry | None = carry
+        self.has_padding: bool = layout.token_index is not None and mask is None
 
     @classmethod
     def enter(

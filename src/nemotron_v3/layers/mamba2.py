@@ -39,33 +39,35 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         ValueError: a config that contradicts itself.
     """
 
-    fp32_tensors = ("A_log", "D", "dt_bias")
+    fp32_tensors: tuple[str, ...] = ("A_log", "D", "dt_bias")
 
     def __init__(self, config: Any, layer_idx: int, *, backend: BackendConfig | None = None):
         super().__init__()
         config = NemotronV3Config.from_any(config, "mamba")
-        self.backend = BackendConfig.from_any(backend, "mamba")
+        self.backend: BackendConfig = BackendConfig.from_any(backend, "mamba")
         self.layer_idx = layer_idx
-        self.hidden_size = config.hidden_size
-        self.num_heads = config.mamba_num_heads
-        self.head_dim = config.mamba_head_dim
-        self.intermediate_size = config.mamba_intermediate_size
-        self.ssm_state_size = config.ssm_state_size
-        self.n_groups = config.n_groups
-        self.conv_dim = config.conv_dim
-        self.conv_kernel_size = config.conv_kernel
-        self.use_conv_bias = config.use_conv_bias
-        self.activation = config.mamba_hidden_act
-        self.chunk_size = config.chunk_size
-        self.time_step_limit = config.time_step_limit
-        self.time_step_min = config.time_step_min
-        self.time_step_max = config.time_step_max
-        self.time_step_floor = config.time_step_floor
-        self.initializer_range = config.initializer_range
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.mamba_num_heads
+        self.head_dim: int = config.mamba_head_dim
+        self.intermediate_size: int = config.mamba_intermediate_size
+        self.ssm_state_size: int = config.ssm_state_size
+        self.n_groups: int = config.n_groups
+        self.conv_dim: int = config.conv_dim
+        self.conv_kernel_size: int = config.conv_kernel
+        self.use_conv_bias: bool = config.use_conv_bias
+        self.activation: str = config.mamba_hidden_act
+        self.chunk_size: int = config.chunk_size
+        self.time_step_limit: tuple[float, float] = config.time_step_limit
+        self.time_step_min: float = config.time_step_min
+        self.time_step_max: float = config.time_step_max
+        self.time_step_floor: float = config.time_step_floor
+        self.initializer_range: float = config.initializer_range
 
         factory_kwargs = {"bias": config.use_bias, "backend": self.backend, "dtype": config.dtype}
-        self.in_proj = make_linear(self.hidden_size, config.in_proj_size, **factory_kwargs)
-        self.conv1d = nn.Conv1d(
+        self.in_proj: nn.Module = make_linear(
+            self.hidden_size, config.in_proj_size, **factory_kwargs
+        )
+        self.conv1d: nn.Conv1d = nn.Conv1d(
             self.conv_dim,
             self.conv_dim,
             self.conv_kernel_size,
@@ -75,15 +77,17 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             dtype=config.dtype,
         )
         wide = at_least_fp32(config.dtype)
-        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
-        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
+        self.dt_bias: nn.Parameter = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
+        self.A_log: nn.Parameter = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=wide))
-        self.norm = NemotronV3MambaRMSNormGated(
+        self.norm: NemotronV3MambaRMSNormGated = NemotronV3MambaRMSNormGated(
             self.intermediate_size,
             self.intermediate_size // self.n_groups,
             config.layer_norm_epsilon,
         ).to(config.dtype)
-        self.out_proj = make_linear(self.intermediate_size, self.hidden_size, **factory_kwargs)
+        self.out_proj: nn.Module = make_linear(
+            self.intermediate_size, self.hidden_size, **factory_kwargs
+        )
         if not on_meta(self):
             self.init_weights(config.num_hidden_layers, config.rescale_prenorm_residual)
 

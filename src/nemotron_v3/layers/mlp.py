@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
@@ -49,10 +49,10 @@ class NemotronV3MLP(RefusesContextParallel):
         self.intermediate_size = intermediate_size
         self.initializer_range = initializer_range
         backend = BackendConfig.from_any(backend, "mlp")
-        self.impl = backend.impl
+        self.impl: str = backend.impl
         factory_kwargs = {"bias": bias, "backend": backend, "dtype": dtype}
-        self.up_proj = make_linear(hidden_size, intermediate_size, **factory_kwargs)
-        self.down_proj = make_linear(intermediate_size, hidden_size, **factory_kwargs)
+        self.up_proj: nn.Module = make_linear(hidden_size, intermediate_size, **factory_kwargs)
+        self.down_proj: nn.Module = make_linear(intermediate_size, hidden_size, **factory_kwargs)
         if draw and not on_meta(self):
             self.init_weights(num_hidden_layers, rescale_prenorm_residual)
 

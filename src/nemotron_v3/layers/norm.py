@@ -35,10 +35,12 @@ class NemotronV3RMSNorm(nn.Module):
         backend: BackendConfig | None = None,
     ):
         super().__init__()
-        self.backend = backend or BackendConfig()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+        self.backend: BackendConfig = backend or BackendConfig()
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
         self.variance_epsilon = eps
-        self.te_norm = TERMSNorm(self.weight, eps) if self.backend.rms_norm == "te" else None
+        self.te_norm: TERMSNorm | None = (
+            TERMSNorm(self.weight, eps) if self.backend.rms_norm == "te" else None
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` of any float dtype -> `[..., D]` in the weight's dtype."""
@@ -83,7 +85,7 @@ class NemotronV3MambaRMSNormGated(nn.Module):
                 f"group_size {group_size} does not divide hidden_size {hidden_size}: it is the "
                 "inner width divided by n_groups"
             )
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
         self.group_size = group_size
 

@@ -37,7 +37,7 @@ class TEAttention(nn.Module):
             qkv_format="bshd",
             attn_mask_type="causal",
         )
-        self.attention = keep_state_dict_names(attention)
+        self.attention: nn.Module = keep_state_dict_names(attention)
 
     def forward(
         self,

@@ -59,7 +59,8 @@ class once(Generic[R]):
     """
 
     def __init__(self, function: Callable[[Any], R]):
-        self.function, self.name = function, function.__name__
+        self.function: Callable[[Any], R] = function
+        self.name: str = function.__name__
         self.__doc__ = function.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> R:

@@ -76,11 +76,13 @@ class Unread:
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor):
-        self.head, self.hidden, self.grad = head, hidden, torch.is_grad_enabled()
-        self.weight = head.weight
-        self.state = _state(self.weight)
+        self.head: nn.Module = head
+        self.hidden: Tensor = hidden
+        self.grad: bool = torch.is_grad_enabled()
+        self.weight: Tensor | nn.Module = head.weight
+        self.state: tuple[torch.dtype, torch.device, int] = _state(self.weight)
         kind = hidden.device.type
-        self.autocast = None
+        self.autocast: torch.dtype | None = None
         if kind != "meta" and torch.is_autocast_enabled(kind):
             self.autocast = torch.get_autocast_dtype(kind)
 

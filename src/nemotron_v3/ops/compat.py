@@ -5,6 +5,7 @@ use no other.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch.autograd import forward_ad
 
 # The current stream of a CUDA device by its index, without an object around it; absent from builds
 # without CUDA.
-current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_raw_stream: Callable[[int], int] | None = getattr(
+    torch._C, "_cuda_getCurrentRawStream", None
+)
 
 
 # The innermost transform of torch.func, functionalisation included, or None; and how many dispatch
 # modes see each operation (fake tensors, selective checkpointing). Plain aliases: every op asks.
 current_transform = peek_interpreter_stack
-dispatch_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def in_derivative_or_batch() -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -31,8 +31,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nemotron_v3.train.loop import Progress
 from nemotron_v3.train.options import SaveOptions
@@ -97,7 +95,7 @@ class Checkpoints:
             content = {"progress": asdict(progress), "identity": self.identity}
             self._guard(lambda: (saving / STATE).write_text(json.dumps(content)), step)
         self.world.wait()
-        state = as_plain_tensors(self._state())
+        state = self._state()
         writer = FileSystemWriter(saving, sync_files=True)
         kind: dict[str, Any] = {
             "storage_writer": writer,
@@ -180,15 +178,13 @@ class Checkpoints:
         content = json.loads((place / STATE).read_text(encoding="utf-8"))
         self._check(place, content["identity"])
         state = self._state()
-        plain = as_plain_tensors(state)
         with _quiet():
             state_dict_loader.load(
-                plain,
+                state,
                 storage_reader=FileSystemReader(place),
                 process_group=self._group,
                 no_dist=self.world.size == 1,
             )
-        take_values(state, plain)
         set_state_dict(
             self.model,
             self.optimizer,
@@ -220,30 +216,6 @@ class Checkpoints:
 
     def _path(self, step: int, before: str = "") -> Path:
         return self.folder / FOLDER / f"{before}step-{step:08d}"
-
-
-def as_plain_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """A state in which tensors that are made of others, as torchao's moments of 8 bits, are told
-    by those, which they share."""
-    plain = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            plain[name] = as_plain_tensors(value)
-        elif is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
-            parts, _ = value.__tensor_flatten__()
-            plain[name] = {part: getattr(value, part) for part in parts}
-        else:
-            plain[name] = value
-    return plain
-
-
-def take_values(state: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Take what was loaded into `as_plain_tensors(state)` and is no tensor; those are shared."""
-    for name, value in state.items():
-        if isinstance(value, dict):
-            take_values(value, plain[name])
-        elif not isinstance(value, Tensor):
-            state[name] = plain[name]
 
 
 def _disk_error(error: BaseException) -> OSError | None:

@@ -22,8 +22,9 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, *, facts: bool = True):
-        self.console = console or Console(stderr=True, highlight=False)
-        self.facts, self.speaks = facts, True
+        self.console: Console = console or Console(stderr=True, highlight=False)
+        self.facts: bool = facts
+        self.speaks: bool = True
         self._loss: float | None = None
         self._speed: float | None = None
         self._bar: tuple[Progress, TaskID] | None = None

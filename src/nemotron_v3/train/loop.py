@@ -44,7 +44,9 @@ class NotFinite(ArithmeticError):
 
     def __init__(self, step: int, loss: float, norm: float, batches: Sequence[Batch], items: float):
         super().__init__(f"step {step}: the loss is {loss}, the gradient's norm {norm}")
-        self.step, self.batches, self.items = step, batches, items
+        self.step: int = step
+        self.batches: Sequence[Batch] = batches
+        self.items: float = items
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Step:
     loss: float
     learning_rate: float
     gradient_norm: float
-    details: dict[str, float]
+    details: dict[str, Any]
 
 
 @dataclass
@@ -105,7 +107,7 @@ class Trainer:
     scheduler: LRScheduler
     load: ExpertLoad | None
     progress: Progress
-    look: Callable[["Trainer"], dict[str, float]]
+    look: Callable[["Trainer"], dict[str, Any]]
     signal: Callable[[], int]
     signalled: int = 0
 

@@ -20,50 +20,30 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> to
     """The optimiser of a model's trainable parameters; made after they were sharded.
 
     Raises:
-        ValueError: moments of 8 bits with fp32 masters, of a sharded model, or without torchao.
+        ValueError: moments of 8 bits with fp32 masters, or without torchao.
     """
     groups = parameter_groups(model, options.weight_decay)
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
-    if options.moments == "8bit" and any(
-        isinstance(p, DTensor) for group in groups for p in group["params"]
-    ):
-        raise ValueError(
-            "moments of 8 bits of a sharded model cannot be saved and gone on from: give "
-            "optimizer.moments = 'float32', or parallel = 'ddp'"
-        )
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    kind = RoundedAdamW
     if options.moments == "8bit":
-        return _eight_bit(groups, options, narrow, common)
-    if not narrow:
+        from nemotron_v3.train.eight_bit import EightBitAdamW as kind
+
+        if narrow and options.bf16_weights == "master":
+            raise ValueError(
+                "optimizer.moments = '8bit' saves memory and bf16_weights = 'master' spends it: "
+                "give bf16_weights = 'stochastic'"
+            )
+    elif not narrow:
         # PyTorch updates tensors of several meshes one by one alone.
         meshes = {getattr(p, "device_mesh", None) for group in groups for p in group["params"]}
         fused = len(meshes) == 1
         return torch.optim.AdamW(groups, **common, eps=options.eps, fused=fused, foreach=False)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return RoundedAdamW(
+    return kind(
         groups, **common, eps=options.eps, rounding=options.bf16_weights, names=names, seed=seed
     )
-
-
-def _eight_bit(
-    groups: list[dict[str, Any]], options: OptimizerOptions, narrow: bool, common: dict[str, Any]
-) -> torch.optim.Optimizer:
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise ValueError(
-            "moments of 8 bits need torchao: pip install torchao, or give optimizer.moments = "
-            "'float32'"
-        ) from None
-    if narrow and options.bf16_weights == "master":
-        raise ValueError(
-            "optimizer.moments = '8bit' saves memory and bf16_weights = 'master' spends it: give "
-            "bf16_weights = 'stochastic'"
-        )
-    # torchao draws the bits of its rounding from torch's generator, which a step seeds anew.
-    stochastic = narrow and options.bf16_weights == "stochastic"
-    return AdamW8bit(groups, **common, eps=options.eps, bf16_stochastic_round=stochastic)
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -91,7 +71,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.rounding, self.seed = rounding, seed
+        self.rounding: str = rounding
+        self.seed: int = seed
         self._names = names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -114,13 +95,14 @@ class RoundedAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in bucket]
         weights = [
-            _local(state.get("master", p)).float() for p, state in zip(bucket, states, strict=True)
+            local_part(state.get("master", p)).float()
+            for p, state in zip(bucket, states, strict=True)
         ]
         adamw(
             weights,
             [_gradient(p) for p in bucket],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -138,18 +120,24 @@ class RoundedAdamW(torch.optim.Optimizer):
     def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            # Counted on the host too, for the key: the other one is on the device.
-            state["count"] = 0
-            if self.rounding == "master" and p.dtype == torch.bfloat16:
-                state["master"] = p.detach().float()
+            state.update(self._new_state(p))
         state["count"] += 1
         return state
 
+    def _new_state(self, p: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+            "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
+            # Counted on the host too, for the key: the other one is on the device.
+            "count": 0,
+        }
+        if self.rounding == "master" and p.dtype == torch.bfloat16:
+            state["master"] = p.detach().float()
+        return state
+
     def _write(self, p: nn.Parameter, weight: Tensor) -> None:
-        local = _local(p)
+        local = local_part(p)
         if self.rounding != "stochastic" or p.dtype != torch.bfloat16:
             if weight is not local and weight.data_ptr() != local.data_ptr():
                 local.copy_(weight)
@@ -163,7 +151,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        numel = _local(parameter).numel()
+        numel = local_part(parameter).numel()
         if bucket and size + numel > BUCKET:
             yield bucket
             bucket, size = [], 0
@@ -173,7 +161,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -182,7 +170,7 @@ def _gradient(p: nn.Parameter) -> Tensor:
     """What this process holds of a parameter's gradient, in fp32."""
     if p.grad is None:
         raise ValueError("a parameter without a gradient is not updated")
-    return _local(p.grad).float()
+    return local_part(p.grad).float()
 
 
 def _runs(p: Tensor, local: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:

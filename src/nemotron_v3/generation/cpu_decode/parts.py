@@ -28,11 +28,12 @@ class Form:
     """
 
     def __init__(self, model: CausalLM, like: Tensor, rows: int):
-        self.rows, self._like = rows, like
+        self.rows: int = rows
+        self._like = like
         small = sum(p.numel() for p in model.parameters()) <= LAID_OUT
         copies = small and like.dtype == torch.float32
-        self.streams = copies and rows == 1
-        self.packs = copies and 1 < rows <= FEW_TOKENS and onednn_works()
+        self.streams: bool = copies and rows == 1
+        self.packs: bool = copies and 1 < rows <= FEW_TOKENS and onednn_works()
 
     @property
     def copies(self) -> bool:
@@ -62,7 +63,7 @@ class Norm:
         self._by_group = self._result.view(-1, *shape, n)
         self._root = form.empty(*shape, 1)
         weight = norm.weight * n**0.5
-        self.folded = weight if folded and form.copies else None
+        self.folded: Tensor | None = weight if folded and form.copies else None
         self._weight = None if self.folded is not None else weight
 
     def argument(self, form: Form) -> Tensor:
@@ -98,7 +99,7 @@ class Linear:
             weight = weight * norm.folded
         self._weight, self._bias = weight, bias
         B, m = form.rows, len(weight)
-        self.result = form.empty(m)
+        self.result: Tensor = form.empty(m)
         self._rows = self._columns = self._packed = None
         if form.streams:
             self._rows = WeightedRows(weight.t())

@@ -41,9 +41,10 @@ class DecodeStep:
 
     def __init__(self, model: CausalLM, cache: NemotronHybridCache):
         self.cache = cache
-        self.layout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
+        self.layout: SequenceLayout = SequenceLayout.plain(cache.batch_size, 1, cache.device).packed
         self._embeddings = model.model.embeddings.weight.detach()
-        self.form = form = Form(model, self._embeddings, cache.batch_size)
+        form = Form(model, self._embeddings, cache.batch_size)
+        self.form: Form = form
         self._blocks = [
             BLOCKS[block.block_type](self, block, layer)
             for layer, block in enumerate(model.model.layers)

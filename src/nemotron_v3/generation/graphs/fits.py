@@ -1,13 +1,14 @@
-"""Which models and caches a step on fixed buffers knows."""
+"""Which models a step on fixed buffers knows."""
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
-from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.graphs.slots import MOST_ENDS
+from nemotron_v3.generation.graphs.updates import is_update, why_not_update
 from nemotron_v3.generation.plain import why_called
 from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
 from nemotron_v3.layers.moe.moe import NemotronV3MoE
@@ -18,7 +19,7 @@ from nemotron_v3.ops.common import host
 _log = logging.getLogger("nemotron_v3")
 
 
-def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int = 0) -> str | None:
+def why_not(model: CausalLM, ends: int = 0) -> str | None:
     """Why `forward` has to run the steps of generation, or None where one CUDA graph can.
 
     Args:
@@ -33,8 +34,6 @@ def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int
         return f"the model is in {weight.dtype}, and the kernels of a step compute in fp32"
     if ends > MOST_ENDS:
         return f"{ends} tokens end a row, and a graph knows {MOST_ENDS} at most"
-    if cache is not None and cache.rollback_window:
-        return "the cache keeps earlier states (rollback_window)"
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast is on"
     backend = model.model.backend
@@ -42,9 +41,8 @@ def why_not(model: CausalLM, cache: NemotronHybridCache | None = None, ends: int
         return f"the model's backend asks for impl={backend.impl!r}"
     if (backend.attn, backend.linear) != ("sdpa", "torch"):
         return "the model's backend asks for other layers than the plain ones"
-    for name, module in model.named_modules():
-        if reason := _why_not_module(module):
-            return f"{name or 'the model'} {reason}"
+    if reason := _why_not_modules(model, "the model"):
+        return reason
     return _why_not_tensors(model, weight)
 
 
@@ -59,10 +57,20 @@ def _say_once(reason: str) -> None:
     _log.warning("generation: forward decodes, and not a CUDA graph: %s", reason)
 
 
-def _why_not_module(module: nn.Module) -> str | None:
-    if reason := why_called(module):
-        return reason
-    return _why_not_moe(module) if isinstance(module, NemotronV3MoE) else None
+def _why_not_modules(module: Any, name: str, path: str = "") -> str | None:
+    """Of a module and all that it holds; an adapter is looked at as a whole."""
+    if is_update(module):
+        reason = why_not_update(module)
+        return f"{name} {reason}" if reason else None
+    reason = why_called(module, updates=True)
+    if reason is None and isinstance(module, NemotronV3MoE):
+        reason = _why_not_moe(module)
+    if reason is not None:
+        return f"{name} {reason}"
+    for part, child in module.named_children():
+        if reason := _why_not_modules(child, f"{path}{part}", f"{path}{part}."):
+            return reason
+    return None
 
 
 def _why_not_moe(moe: NemotronV3MoE) -> str | None:
@@ -82,6 +90,7 @@ def _why_not_tensors(model: CausalLM, like: torch.Tensor) -> str | None:
             return f"{name} is a {type(parameter).__name__}"
         if parameter.device != like.device or not parameter.is_contiguous():
             return f"{name} is on {parameter.device}, or not contiguous"
-        if parameter.dtype not in wide or (parameter.dim() == 3 and parameter.dtype != like.dtype):
+        stack = parameter.dim() == 3 and ".low_rank." not in name
+        if parameter.dtype not in wide or (stack and parameter.dtype != like.dtype):
             return f"{name} is in {parameter.dtype}, the model in {like.dtype}"
     return None

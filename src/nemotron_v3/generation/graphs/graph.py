@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.generation.choice import Asked
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.generation.graphs.updates import fixed_of
 from nemotron_v3.model.protocol import CausalLM
 
 SMALLEST_CAPACITY = 1024
@@ -32,11 +34,13 @@ class Graph:
 
     Attributes:
         weights: where the model's tensors were when it was captured, and its modules' numbers.
+        asked: of the choice of tokens in it; None where it ends with the logits.
         seconds: what the capture took, compilation of kernels included.
     """
 
     plan: Plan
     weights: tuple[object, ...]
+    asked: Asked | None = None
     busy: bool = True
     seconds: float = 0.0
     cuda: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
@@ -47,7 +51,8 @@ class Graph:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.slots.rows, self.slots.capacity, self.weights
+        slots = self.slots
+        return slots.rows, slots.capacity, slots.window, self.weights, self.asked
 
     def capture(self) -> None:
         """Record the step; no slot is active, so that it changes nothing."""
@@ -86,10 +91,17 @@ class Graphs:
         self._graphs: list[Graph] = []
         self._lock = threading.Lock()
 
-    def take(self, model: CausalLM, cache: NemotronHybridCache, length: int) -> Graph:
+    def take(
+        self,
+        model: CausalLM,
+        cache: NemotronHybridCache,
+        length: int,
+        asked: Asked | None = None,
+    ) -> Graph:
         """A graph that nobody uses, for the rows of a cache and rows of `length` tokens."""
         weights = fixed_by(model)
-        key = (row_slots(cache.batch_size), capacity_of(length), weights)
+        sizes = row_slots(cache.batch_size), capacity_of(length)
+        key = (*sizes, cache.rollback_window, weights, asked)
         with self._lock:
             self._graphs = [g for g in self._graphs if g.weights == weights]
             for graph in self._graphs:
@@ -101,7 +113,7 @@ class Graphs:
             idle = [graph for graph in self._graphs if not graph.busy]
             for graph in idle[: max(0, len(idle) - KEPT + 1)]:
                 self._graphs.remove(graph)
-        graph = Graph(Plan(model, Slots(cache, *key[:2])), weights)
+        graph = Graph(Plan(model, Slots(cache, *sizes), asked), weights, asked)
         graph.capture()
         with self._lock:
             self._graphs.append(graph)
@@ -129,7 +141,8 @@ def fixed_by(model: CausalLM) -> tuple[object, ...]:
         for name, value in vars(module).items()
         if name != "training" and _is_number(value)
     )
-    return (*addresses, *numbers)
+    updates = (fixed for module in model.modules() for fixed in fixed_of(module))
+    return (*addresses, *numbers, *updates)
 
 
 def _is_number(value: object) -> bool:

@@ -15,29 +15,36 @@ import torch
 from torch import Tensor
 
 from nemotron_v3 import ops
+from nemotron_v3.generation.choice import Asked
+from nemotron_v3.generation.graphs.drawing import Drawing
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.generation.graphs.updates import update_of, updates_of
 from nemotron_v3.model.head import TiedHead
 from nemotron_v3.model.protocol import CausalLM
 from nemotron_v3.ops.decode_attention.op import decode_attention
 from nemotron_v3.ops.decode_attention.split import workspace_size
-from nemotron_v3.ops.decode_experts import Buffers, Router, decode_experts, decode_route
+from nemotron_v3.ops.decode_experts import Buffers, Router, Updates, decode_experts, decode_route
 from nemotron_v3.ops.decode_mamba2.op import decode_mamba2
-from nemotron_v3.ops.skinny_linear import Norm, skinny_linear
+from nemotron_v3.ops.skinny_linear import LowRank, Norm, skinny_linear
 
 Call = Callable[[], object]
 
 
 class Plan:
-    """One token a row: tokens in `slots`, logits `[R, V]` out."""
+    """One token a row: tokens in `slots`, logits `[R, V]` out.
 
-    def __init__(self, model: CausalLM, slots: Slots):
+    Attributes:
+        drawing: what chooses the next tokens, where the step is to do it.
+    """
+
+    def __init__(self, model: CausalLM, slots: Slots, asked: Asked | None = None):
         self.slots = slots
         weight = model.model.embeddings.weight.detach()
         self._embeddings = weight
         kind = torch.promote_types(weight.dtype, torch.float32)
         stream_dtype = kind if model.config.residual_in_fp32 else weight.dtype
-        self.stream = weight.new_zeros(slots.rows, weight.shape[1], dtype=stream_dtype)
-        self.logits = weight.new_zeros(slots.rows, len(weight))
+        self.stream: Tensor = weight.new_zeros(slots.rows, weight.shape[1], dtype=stream_dtype)
+        self.logits: Tensor = weight.new_zeros(slots.rows, len(weight))
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._experts: dict[tuple[int, ...], Buffers] = {}
         self.calls: list[Call] = []
@@ -54,20 +61,25 @@ class Plan:
                 head.weight.detach(),
                 biases=(None if bias is None else bias.detach(),),
                 norm=norm,
+                low_rank=_updates(head),
                 out=self.logits,
             )
         )
+        self.drawing = None if asked is None else Drawing(asked, self.logits, slots)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Feed `slots.tokens` to the active rows that they do not end."""
+        """Feed `slots.tokens` to the active rows that they do not end, and choose the next."""
         slots = self.slots
         ended = (slots.tokens[:, None] == slots.ends).any(1)
         slots.active.masked_fill_(ended, 0)
+        slots.remember()
         self.stream.copy_(self._embeddings.index_select(0, slots.tokens))
         for call in self.calls:
             call()
         slots.positions.add_(slots.active)
+        if self.drawing is not None:
+            self.drawing()
 
     def _array(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An array `[R, *shape]` that all layers share."""
@@ -93,6 +105,7 @@ class Plan:
                 *(linear.weight.detach() for linear in linears),
                 biases=tuple(None if bias is None else bias.detach() for bias in biases),
                 norm=norm,
+                low_rank=_updates(*linears),
                 residual=self.stream if out is None else None,
                 out=self.stream if out is None else out,
             )
@@ -187,6 +200,7 @@ class Plan:
             weights_use_bias=gate.weights_use_bias,
         )
         self.calls.append(partial(decode_route, self.stream, router, slots.active, buffers))
+        updates = updates_of(moe)
         if moe.fc1_latent_proj is None:
             self.calls.append(
                 partial(
@@ -196,6 +210,7 @@ class Plan:
                     shared,
                     slots.active,
                     buffers,
+                    updates=updates,
                     residual=self.stream,
                     out=self.stream,
                 )
@@ -204,7 +219,16 @@ class Plan:
         latent, routed = self._array("latent", X), self._array("routed", X)
         self._project(buffers.normed, moe.fc1_latent_proj, out=latent)
         self.calls.append(
-            partial(decode_experts, latent, (up, down), None, slots.active, buffers, out=routed)
+            partial(
+                decode_experts,
+                latent,
+                (up, down),
+                None,
+                slots.active,
+                buffers,
+                updates=Updates(updates.up, updates.down),
+                out=routed,
+            )
         )
         self._project(routed, moe.fc2_latent_proj)
         if shared is not None:
@@ -216,7 +240,14 @@ class Plan:
                     shared,
                     slots.active,
                     buffers,
+                    updates=updates._replace(up=None, down=None),
                     residual=self.stream,
                     out=self.stream,
                 )
             )
+
+
+def _updates(*linears: Any) -> tuple[LowRank | None, ...] | None:
+    """Of projections side by side; None where none has one."""
+    found = tuple(map(update_of, linears))
+    return found if any(found) else None

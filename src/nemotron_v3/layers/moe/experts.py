@@ -35,11 +35,11 @@ class LowRankUpdates(nn.Module):
         super().__init__()
         E, F, X = up_proj.shape
         factory_kwargs = {"dtype": dtype or up_proj.dtype, "device": up_proj.device}
-        self.scale = alpha / rank
-        self.up_a = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
-        self.up_b = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
-        self.down_a = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
-        self.down_b = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
+        self.scale: float = alpha / rank
+        self.up_a: nn.Parameter = nn.Parameter(torch.empty(E, rank, X, **factory_kwargs))
+        self.up_b: nn.Parameter = nn.Parameter(torch.empty(E, F, rank, **factory_kwargs))
+        self.down_a: nn.Parameter = nn.Parameter(torch.empty(E, rank, F, **factory_kwargs))
+        self.down_b: nn.Parameter = nn.Parameter(torch.empty(E, X, rank, **factory_kwargs))
         self._kept: list[tuple[Tensor, int | None]] = []  # each stack's old values, and its version
         self.register_state_dict_pre_hook(_refuse_merged)
         self.init_weights()
@@ -133,8 +133,8 @@ class NemotronV3Experts(nn.Module):
             config.moe_latent_size or config.dim,
         )
         self.impl = impl
-        self.up_proj = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
+        self.up_proj: nn.Parameter = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
+        self.down_proj: nn.Parameter = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
         self.low_rank: LowRankUpdates | None = None
         self.local: Callable[[Tensor], Tensor] = _itself
 

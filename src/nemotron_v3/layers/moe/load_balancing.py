@@ -60,8 +60,9 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, scores: bool = False):
-        self.routers = routers(model)
-        self.training_only, self.scores = training_only, scores
+        self.routers: dict[str, NemotronV3Router] = routers(model)
+        self.training_only: bool = training_only
+        self.scores: bool = scores
         self.counts: dict[str, Tensor] = {}
         self._entropies: dict[str, Tensor] = {}
         self._watching = ExitStack()

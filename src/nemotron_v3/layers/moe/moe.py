@@ -7,7 +7,7 @@ the experts see (D, or the latent size), F expert width.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.context import ForwardContext
@@ -61,14 +61,14 @@ class NemotronV3MoE(RefusesContextParallel):
     ):
         super().__init__()
         config = MoEConfig.from_any(config)
-        self.backend = BackendConfig.from_any(backend, "moe")
+        self.backend: BackendConfig = BackendConfig.from_any(backend, "moe")
         dtype = dtype or config.dtype
-        self.hidden_size = config.dim
+        self.hidden_size: int = config.dim
         self.initializer_range = initializer_range
         self.dispatcher: ExpertDispatcher = LocalDispatcher()
         router = EvenRouter if self.backend.fake_balanced_gate else NemotronV3Router
-        self.gate = router(config, dtype, self.backend.impl)
-        self.experts = NemotronV3Experts(config, dtype, self.backend.impl)
+        self.gate: EvenRouter | NemotronV3Router = router(config, dtype, self.backend.impl)
+        self.experts: NemotronV3Experts = NemotronV3Experts(config, dtype, self.backend.impl)
         factory_kwargs = {"bias": mlp_bias, "backend": self.backend, "dtype": dtype}
         self.shared_experts: NemotronV3MLP | None = None
         if config.n_shared_experts:
@@ -79,7 +79,8 @@ class NemotronV3MoE(RefusesContextParallel):
                 draw=False,
                 **factory_kwargs,
             )
-        self.fc1_latent_proj = self.fc2_latent_proj = None
+        self.fc1_latent_proj: nn.Module | None = None
+        self.fc2_latent_proj: nn.Module | None = None
         if config.moe_latent_size is not None:
             self.fc1_latent_proj = make_linear(config.dim, config.moe_latent_size, **factory_kwargs)
             self.fc2_latent_proj = make_linear(config.moe_latent_size, config.dim, **factory_kwargs)

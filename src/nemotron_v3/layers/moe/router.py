@@ -60,23 +60,23 @@ class NemotronV3Router(KeepsFp32):
             tokens would wait for those that do not come.
     """
 
-    fp32_tensors = ("e_score_correction_bias",)
+    fp32_tensors: tuple[str, ...] = ("e_score_correction_bias",)
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
         super().__init__()
-        self.top_k = config.n_activated_experts
-        self.n_group = config.n_expert_groups
-        self.topk_group = config.n_limited_groups
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scaling_factor = config.route_scale
-        self.weights_use_bias = config.router_weight_uses_score_correction_bias
+        self.top_k: int = config.n_activated_experts
+        self.n_group: int = config.n_expert_groups
+        self.topk_group: int = config.n_limited_groups
+        self.norm_topk_prob: bool = config.norm_topk_prob
+        self.scaling_factor: float = config.route_scale
+        self.weights_use_bias: bool = config.router_weight_uses_score_correction_bias
         self.impl = impl
         self.watchers: list[Watcher] = []
         self.scoped: list[Scoped] = []
         self.replays = False
         dtype = config.gate_dtype or dtype
         weight = torch.empty(config.n_routed_experts, config.dim, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=config.train_gate)
+        self.weight: nn.Parameter = nn.Parameter(weight, requires_grad=config.train_gate)
         bias = torch.zeros(config.n_routed_experts, dtype=at_least_fp32(dtype))
         kept = config.force_e_score_correction_bias
         self.register_buffer("e_score_correction_bias", bias, persistent=kept)

@@ -23,7 +23,9 @@ class Launcher:
         self.kernel = kernel
         self.compiled: dict[tuple, Any] = {}
         # Whether Triton compiles for a parameter's value (ops/common/jit.py).
-        self.by_value = [] if interpreted() else [not p.do_not_specialize for p in kernel.params]
+        self.by_value: list[bool] = (
+            [] if interpreted() else [not p.do_not_specialize for p in kernel.params]
+        )
 
     def __call__(
         self,

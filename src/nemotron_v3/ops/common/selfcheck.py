@@ -11,15 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nemotron_v3.ops import compat
-
-if TYPE_CHECKING:
-    from nemotron_v3.ops.registry import Op
 
 SEED = 335  # with it no two experts' scores are closer than rounding to tf32 could swap
 
@@ -46,6 +43,19 @@ class Check:
     adapt: str | None = None
 
 
+class Checkable(Protocol):
+    """What a check asks of an op: see `ops.registry.Op`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reference(self) -> Callable[..., Any]: ...
+
+    @property
+    def check(self) -> Check | None: ...
+
+
 class SelfChecked:
     """An implementation of an op that is checked at its first call on a device and dtype.
 
@@ -59,8 +69,11 @@ class SelfChecked:
         case: of the op's `cases.py`; None is that of the op's `Check`.
     """
 
-    def __init__(self, op: "Op", form: str, function: Callable[..., Any], case: Any = None):
-        self.op, self.form, self.function, self.case = op, form, function, case
+    def __init__(self, op: Checkable, form: str, function: Callable[..., Any], case: Any = None):
+        self.op: Checkable = op
+        self.form: str = form
+        self.function: Callable[..., Any] = function
+        self.case: Any = case
         self.passed: set[tuple[torch.device, torch.dtype]] = set()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +84,7 @@ class SelfChecked:
 
 
 def check(
-    op: "Op",
+    op: Checkable,
     form: str,
     function: Callable[..., Any],
     device: torch.device,
@@ -95,7 +108,7 @@ def check(
 
 
 def measure(
-    op: "Op",
+    op: Checkable,
     form: str,
     function: Callable[..., Any],
     device: torch.device,

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.decode_attention.split import split_of
 
 LOG2E = math.log2(math.e)
+C_COLUMNS = tl.constexpr(32)  # that a score in fp32 sums in one go
 
 
 @kernel
@@ -43,14 +45,15 @@ def parts_kernel(
     N: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program has one part of the keys of a key/value head in one slot, for all its queries.
 
     `partial` `[R, J, parts, H / J, P]` is a part's result, `log_sums` `[R, J, parts, H / J]` the
-    logarithm of its sum, to base 2 as `scale`. WHOLE: there is one part, which writes `out`.
+    logarithm of its sum, to base 2 as `scale`. WHOLE: there is one part, which writes `out`. WIDE:
+    products in fp32, which a thread adds up one after another: no such sum is longer than a tile.
 
     The newest key and value come from `qkv`: the part that they fall into stores them, and reads
     from the buffers what stands before them.
@@ -83,16 +86,23 @@ def parts_kernel(
         for n in tl.range(first, end, N, num_stages=STAGES):
             o_n = n + tl.arange(0, N)
             m_n = o_n < end
-            b_k = load_rows(p_keys, o_n, m_n, P, P, BLOCK_P, True)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [M, N]
+            if WIDE:
+                b_s = _wide_scores(p_row + i_j * SHARE * P, p_keys, o_m, m_m, o_n, m_n, scale,
+                                   P, BLOCK_P, M, N)  # fmt: skip
+            else:
+                b_k = load_rows(p_keys, o_n, m_n, P, P, BLOCK_P, True)
+                b_s = tl.dot(b_q, tl.trans(b_k)) * scale  # [M, N]
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             b_w = tl.exp2(b_s - b_new[:, None])
             b_less = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_less + tl.sum(b_w, 1)
             b_v = load_rows(p_values, o_n, m_n, P, P, BLOCK_P, True)
-            b_out = b_out * b_less[:, None]
-            b_out = tl.dot(b_w.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            if WIDE:
+                b_part = tl.dot(b_w, b_v, input_precision="ieee")
+                b_out = tl.fma(b_out, b_less[:, None], b_part)
+            else:
+                b_out = tl.dot(b_w.to(b_v.dtype), b_v, b_out * b_less[:, None])
             b_max = b_new
         m_new = tl.where(newest, m_p, False)
         # [BLOCK_P]
@@ -117,6 +127,25 @@ def parts_kernel(
     elif WHOLE:
         b_none = tl.zeros([M, BLOCK_P], tl.float32) + tl.where(on, float("nan"), 0.0)
         store_rows(p_out, o_m, m_m, b_none, P, P, BLOCK_P)
+
+
+@triton.jit
+def _wide_scores(
+    p_q, p_keys, o_m, m_m, o_n, m_n, scale, P: tl.constexpr, BLOCK_P: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Scores in fp32 `[M, N]`, each the sum of sums of at most `C_COLUMNS` products."""
+    COLUMNS: tl.constexpr = BLOCK_P if BLOCK_P < C_COLUMNS else C_COLUMNS
+    b_s = tl.zeros([M, N], tl.float32)
+    for c in tl.static_range(0, BLOCK_P, COLUMNS):
+        o_p = c + tl.arange(0, COLUMNS)
+        m_p = (o_p < P)[None, :]
+        b_q = tl.load(p_q + o_m[:, None] * P + o_p[None, :], mask=m_m[:, None] & m_p, other=0.0)
+        p_k = p_keys + o_n.to(tl.int64)[:, None] * P + o_p[None, :]
+        b_k = tl.load(p_k, mask=m_n[:, None] & m_p, other=0.0)
+        # Not `+=`, which Triton would make one long sum of.
+        b_s = tl.fma(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), scale, b_s)
+    return b_s
 
 
 @kernel
@@ -213,14 +242,13 @@ def _run(
     narrow = qkv.dtype != torch.float32
     # Below 64 columns Triton 3.6 computes products wrongly in loops without a pipeline.
     block_p = max(64 if narrow and not interpreted() else 16, power_of_two(P))
-    precision = "tf32" if narrow else "ieee"
     partial, log_sums = workspace.split([R * heads * parts * P, R * heads * parts])
     m = max(16, power_of_two(heads // J))
     parts_kernel[R * J * parts,](
         *(qkv, keys, values, positions, active, partial, log_sums, out),
         *(R, parts, L, scale),
         *(qkv.stride(0), heads, J, P, block_p, m, cut.n, split, cut.stages),
-        *(precision, parts == 1),
+        *(not narrow, parts == 1),
         num_warps=cut.warps,
         **early(qkv.device),
     )

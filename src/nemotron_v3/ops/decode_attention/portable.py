@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.long_attention import without_plans
 
+COLUMNS, PLACES = 32, 128  # that a product in fp32 sums in one go
+
 
 def decode_attention(
     qkv: Tensor,
@@ -32,18 +34,42 @@ def decode_attention(
     _put(keys, k, place, on & inside)
     _put(values, v, place, on & inside)
     seen = torch.arange(L, device=keys.device) <= place[:, None]
-    with without_plans(q):
-        y = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys.to(q.dtype),
-            values.to(q.dtype),
-            attn_mask=seen[:, None, None],
-            scale=scale,
-            enable_gqa=num_heads != num_kv_heads,
-        )
+    if q.dtype in (torch.float32, torch.float64):
+        y = _in_short_sums(q.unflatten(1, (J, -1)), keys, values, seen, scale)
+    else:
+        with without_plans(q):
+            y = F.scaled_dot_product_attention(
+                q[:, :, None],
+                keys.to(q.dtype),
+                values.to(q.dtype),
+                attn_mask=seen[:, None, None],
+                scale=scale,
+                enable_gqa=num_heads != num_kv_heads,
+            )
     y = y.reshape(R, num_heads * P)
     y = y.masked_fill(~inside[:, None], math.nan).masked_fill(~on[:, None], 0)
     return out.copy_(y)
+
+
+def _in_short_sums(
+    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of `[R, J, H / J, P]` in fp32 or wider.
+
+    A GPU's products in fp32 add up one after another, and over a long context the rounding of such
+    a sum is all the error there is. So each is the sum of shorter ones.
+    """
+    P, L = keys.shape[3], keys.shape[2]
+    factor: float = P**-0.5 if scale is None else scale
+    scores = q.new_zeros(*q.shape[:3], L)
+    for q_part, k_part in zip(q.split(COLUMNS, 3), keys.split(COLUMNS, 3), strict=True):
+        scores += q_part @ k_part.to(q.dtype).transpose(2, 3)
+    scores = (scores * factor).masked_fill(~seen[:, None, None], -math.inf)
+    more = -L % PLACES
+    weights = F.pad(torch.softmax(scores, 3), (0, more)).unflatten(3, (-1, PLACES))
+    values = values.to(q.dtype)
+    values = (F.pad(values, (0, 0, 0, more)) if more else values).unflatten(2, (-1, PLACES))
+    return (weights.transpose(2, 3) @ values).sum(2)  # of [R, J, parts, H / J, P]
 
 
 def _put(buffer: Tensor, new: Tensor, place: Tensor, on: Tensor) -> None:

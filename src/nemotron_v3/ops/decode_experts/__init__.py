@@ -2,6 +2,6 @@
 
 from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.op import decode_experts, decode_route
-from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops.decode_experts.weights import Router, Updates
 
-__all__ = ["Buffers", "Router", "decode_experts", "decode_route"]
+__all__ = ["Buffers", "Router", "Updates", "decode_experts", "decode_route"]

@@ -34,6 +34,7 @@ class Case:
     weights_use_bias: bool = False
     residual: bool = True
     wide_stream: bool = False  # stream, residual and result in fp32
+    ranks: tuple[int, int] = (0, 0)  # of the updates of routed experts and of the shared one
 
     @property
     def seen(self) -> int:
@@ -73,6 +74,10 @@ CASES = (
     Case("forty-rows", 40, 64, 4, 4, 32, shared=36, idle=(39,)),
     Case("many-rows", 70, 32, 4, 2, 16, shared=20),
     Case("none-active", 3, 32, 4, 2, 16, shared=16, idle=(0, 1, 2)),
+    Case("one-row-updated", 1, 64, 8, 2, 37, shared=50, ranks=(4, 7)),
+    Case("one-row-updated-alone", 1, 64, 8, 2, 24, latent=40, residual=False, ranks=(16, 0)),
+    Case("updated", 17, 48, 6, 3, 37, shared=40, idle=(0, 5), ranks=(16, 3)),
+    Case("shared-updated", 3, 40, 4, 2, 24, shared=33, wide_stream=True, ranks=(0, 8)),
 )
 BENCHMARKS = tuple(
     Case(f"nano-30b-{rows}", rows, 2688, 128, 6, 1856, shared=3712) for rows in (1, 8, 32, 128)
@@ -100,6 +105,12 @@ def make_inputs(
         "shared_up": draw.normal(case.shared, D, scale=D**-0.5) if case.shared else None,
         "shared_down": draw.normal(D, case.shared, scale=D**-0.5) if case.shared else None,
     }
+    sizes = {"up": (E, F, X), "down": (E, X, F)}
+    sizes |= {"shared_up": (case.shared, D), "shared_down": (D, case.shared)}
+    for name, (*stack, m, n) in sizes.items():
+        rank = case.ranks[name.startswith("shared")]
+        tensors[f"{name}_a"] = draw.normal(*stack, rank, n, scale=n**-0.5) if rank else None
+        tensors[f"{name}_b"] = draw.normal(*stack, m, rank, scale=rank**-0.5) if rank else None
     order = torch.rand(R, E, generator=generator).argsort(1)
     active = torch.tensor([row not in case.idle for row in range(R)])
     chosen = order[:, :K].masked_fill(~active[:, None], -1)

@@ -13,7 +13,7 @@ from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.slots import check_slots
 from nemotron_v3.ops.decode_experts import portable, reference
 from nemotron_v3.ops.decode_experts.buffers import Buffers
-from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops.decode_experts.weights import Router, Updates
 from nemotron_v3.ops.registry import Op
 
 Pair = tuple[Tensor, Tensor]
@@ -95,6 +95,7 @@ def decode_experts(
     buffers: Buffers,
     *,
     residual: Tensor | None = None,
+    updates: Updates | None = None,
     out: Tensor,
     impl: str = "auto",
 ) -> Tensor:
@@ -110,6 +111,7 @@ def decode_experts(
         active: bool or integers `[R]`.
         buffers: what `route` wrote to.
         residual: laid out as `out`; it may be `out` itself.
+        updates: low-rank ones of the experts that are given.
         out: `[R, X]`, contiguous (`[R, D]` of the shared expert alone); inactive rows stay as they
             are, or hold anything if R is 1.
         impl: see `nemotron_v3.ops`.
@@ -123,9 +125,11 @@ def decode_experts(
     _check_experts(routed, shared, buffers)
     _check_rows(x, routed, residual, out, buffers)
     check_slots(len(out), None, active)
-    weights = (*(routed or ()), *(shared or ()))
+    updates = None if updates is None or not any(updates) else updates
+    given = _check_updates(routed, shared, updates)
+    weights = (*(routed or ()), *(shared or ()), *given)
     run = _EXPERTS.pick(impl, (x, *weights), _contiguous(weights))
-    return run(x, routed, shared, active, buffers, residual=residual, out=out)
+    return run(x, routed, shared, active, buffers, residual=residual, updates=updates, out=out)
 
 
 def _check_router(stream: Tensor, router: Router, buffers: Buffers) -> None:
@@ -174,6 +178,34 @@ def _check_experts(routed: Pair | None, shared: Pair | None, buffers: Buffers) -
             )
     if routed is not None and shared is not None and X != D:
         raise ValueError(f"routed experts of {X} inputs and a shared one of {D}: call them apart")
+
+
+def _check_updates(
+    routed: Pair | None, shared: Pair | None, updates: Updates | None
+) -> list[Tensor]:
+    """The matrices of all updates."""
+    if updates is None:
+        return []
+    places = (("up", routed, 0), ("down", routed, 1), ("shared_up", shared, 0))
+    given: list[Tensor] = []
+    for name, pair, which in (*places, ("shared_down", shared, 1)):
+        update = getattr(updates, name)
+        if update is None:
+            continue
+        if pair is None:
+            raise ValueError(f"an update {name} of experts that are not given")
+        weight = pair[which]
+        shapes = tuple(update.a.shape), tuple(update.b.shape)
+        r = update.a.shape[-2]
+        needed = (*weight.shape[:-2], r, weight.shape[-1]), (*weight.shape[:-1], r)
+        if shapes != needed or update.a.dtype != update.b.dtype:
+            raise ValueError(
+                f"{name}: a {shapes[0]} in {update.a.dtype} and b {shapes[1]} in {update.b.dtype} "
+                f"do not fit a weight {tuple(weight.shape)}: {needed[0]} and {needed[1]} of one "
+                "dtype are needed"
+            )
+        given += update[:2]
+    return given
 
 
 def _check_rows(

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_v3.ops.common.low_rank import LowRank, with_update
 from nemotron_v3.ops.common.precision import wide
 from nemotron_v3.ops.decode_experts.buffers import Buffers
-from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops.decode_experts.weights import Router, Updates
 from nemotron_v3.ops.router.portable import choose
 
 
@@ -42,21 +43,34 @@ def experts(
     buffers: Buffers,
     *,
     residual: Tensor | None,
+    updates: Updates | None = None,
     out: Tensor,
 ) -> Tensor:
+    updates = updates or Updates()
     sum_ = torch.zeros_like(out, dtype=buffers.y.dtype)
     if routed is not None:
         up, down = routed
         chosen = buffers.experts.clamp(min=0).long()  # [R, K]
-        u = torch.einsum("rkfx,rx->rkf", up[chosen], x)
-        h = _squared(u) * buffers.weights[..., None]
-        sum_ += torch.einsum("rkxf,rkf->rkx", down[chosen], h.to(u.dtype)).to(sum_.dtype).sum(1)
+        u = _by_choice(x[:, None].expand(-1, chosen.shape[1], -1), up, chosen, updates.up)
+        h = (_squared(u) * buffers.weights[..., None]).to(u.dtype)
+        sum_ += _by_choice(h, down, chosen, updates.down).to(sum_.dtype).sum(1)
     if shared is not None:
-        u = F.linear(buffers.normed, shared[0])
-        sum_ += F.linear(_squared(u).to(u.dtype), shared[1])
+        normed = buffers.normed
+        u = with_update(normed, F.linear(normed, shared[0]), updates.shared_up)
+        h = _squared(u).to(u.dtype)
+        sum_ += with_update(h, F.linear(h, shared[1]), updates.shared_down)
     if residual is not None:
         sum_ += residual
     return out.copy_(torch.where(active[:, None] != 0, sum_.to(out.dtype), out))
+
+
+def _by_choice(x: Tensor, stack: Tensor, chosen: Tensor, update: LowRank | None) -> Tensor:
+    """`[R, K, n]` times the matrix `[E, m, n]` that each choice `[R, K]` names: `[R, K, m]`."""
+    y = torch.einsum("rkmn,rkn->rkm", stack[chosen], x)
+    if update is None:
+        return y
+    thin = torch.einsum("rkmn,rkn->rkm", update.a[chosen], x.to(update.a.dtype))
+    return (y + update.scale * torch.einsum("rkmn,rkn->rkm", update.b[chosen], thin)).to(y.dtype)
 
 
 def _squared(u: Tensor) -> Tensor:

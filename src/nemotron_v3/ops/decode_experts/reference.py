@@ -6,8 +6,9 @@ Letters: R rows, D hidden size, E experts, K choices a row, F expert width, X wi
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.decode_experts.buffers import Buffers
-from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops.decode_experts.weights import Router, Updates
 
 
 def route(
@@ -77,14 +78,20 @@ def experts(
     buffers: Buffers,
     *,
     residual: Tensor | None,
+    updates: Updates | None = None,
     out: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Arguments: see `op.py`."""
 
-    def expert(x: Tensor, up: Tensor, down: Tensor, weight: float | Tensor = 1.0) -> Tensor:
-        u = (up.to(dtype) @ x.to(dtype)).relu()
-        return down.to(dtype) @ (weight * u.square())
+    updates = updates or Updates()
+
+    def product(x: Tensor, weight: Tensor, update: LowRank | None, e: int | None = None) -> Tensor:
+        y = weight.to(dtype) @ x.to(dtype)
+        if update is None:
+            return y
+        a, b = (update.a, update.b) if e is None else (update.a[e], update.b[e])
+        return y + update.scale * (b.to(dtype) @ (a.to(dtype) @ x.to(dtype)))
 
     for row in range(len(out)):
         if not active[row]:
@@ -93,8 +100,10 @@ def experts(
         if routed is not None:
             weights = buffers.weights[row].to(dtype)
             for weight, e in zip(weights, buffers.experts[row].tolist(), strict=True):
-                y += expert(x[row], routed[0][e], routed[1][e], weight)
+                u = product(x[row], routed[0][e], updates.up, e).relu()
+                y += product(weight * u.square(), routed[1][e], updates.down, e)
         if shared is not None:
-            y += expert(buffers.normed[row], *shared)
+            u = product(buffers.normed[row], shared[0], updates.shared_up).relu()
+            y += product(u.square(), shared[1], updates.shared_down)
         out[row] = y if residual is None else y + residual[row].to(dtype)
     return out

@@ -1,8 +1,10 @@
-"""What the router of a layer is told."""
+"""What the router of a layer is told, and the low-rank updates of its experts."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+from nemotron_v3.ops.common.low_rank import LowRank
 
 
 class Router(NamedTuple):
@@ -24,3 +26,18 @@ class Router(NamedTuple):
     norm_topk_prob: bool
     scaling_factor: float
     weights_use_bias: bool
+
+
+class Updates(NamedTuple):
+    """Low-rank updates (`LowRank`) of a layer's experts, each of which may be missing.
+
+    Attributes:
+        up, down: of the routed experts, one an expert: a `[E, r, X]` and b `[E, F, r]`; a
+            `[E, r, F]` and b `[E, X, r]`.
+        shared_up, shared_down: of the shared expert.
+    """
+
+    up: LowRank | None = None
+    down: LowRank | None = None
+    shared_up: LowRank | None = None
+    shared_down: LowRank | None = None

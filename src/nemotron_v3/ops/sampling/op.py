@@ -80,8 +80,8 @@ def sample(
         penalty, seen: `[R]` and bool `[R, V]`: a token that is seen has its logit divided by the
             penalty, or multiplied by it where it is below 0. The token chosen is then seen.
         logprobs: `[R]`, fp32 or wider, for the token's log-probability under the logits themselves.
-        workspace: fp64, at least `workspace_size(R, V)` elements, contiguous, whose contents do not
-            matter; a new tensor by default.
+        workspace: fp64, at least `workspace_size(R, V)` elements (fewer where it is told what is
+            not given), contiguous, whose contents do not matter; a new tensor by default.
         out: int64 `[R]`, for the tokens; by default new, of zeros.
         impl: see `nemotron_v3.ops`.
 
@@ -105,7 +105,9 @@ def sample(
         raise ValueError(f"seen {tuple(seen.shape)} in {seen.dtype}: bool ({R}, {V}) is needed")
     if (seen is None) != (penalty is None):
         raise ValueError("penalty and seen belong together: give both or none")
-    check_workspace(workspace, workspace_size(R, V), torch.float64)
+    cuts = top_k is not None or top_p is not None
+    needed = workspace_size(R, V, draws=temperature is not None, cuts=cuts)
+    check_workspace(workspace, needed, torch.float64)
     run = _OP.pick(impl, (logits,), V, seen is None or seen.is_contiguous())
     return run(
         logits,

@@ -16,19 +16,30 @@ def blocks_of(vocabulary: int) -> int:
     return -(-vocabulary // CHUNK)
 
 
-def parts_of(rows: int, vocabulary: int) -> dict[str, int]:
-    """The arrays of a workspace by name, in elements of fp64."""
+def parts_of(rows: int, vocabulary: int, draws: bool = True, cuts: bool = True) -> dict[str, int]:
+    """The arrays of a workspace by name, in elements of fp64.
+
+    Args:
+        draws: whether any slot may draw: the likeliest token needs `stats` alone.
+        cuts: whether any slot may be cut by top-k or top-p, which needs searches.
+    """
     blocks = rows * blocks_of(vocabulary)
+    searched = draws and cuts
     return {
         "stats": blocks * STATS,
-        "floors": blocks,
-        "tables": LEVELS * blocks * BINS * 2,
-        "records": QUERIES * LEVELS * rows * RECORD,
-        "kept": QUERIES * rows,
-        "below": (rows * vocabulary + 1) // 2,  # of fp32
+        "floors": blocks if draws else 0,
+        "tables": LEVELS * blocks * BINS * 2 if searched else 0,
+        "records": QUERIES * LEVELS * rows * RECORD if searched else 0,
+        "kept": QUERIES * rows if searched else 0,
+        "below": (rows * vocabulary + 1) // 2 if draws else 0,  # of fp32
     }
 
 
-def workspace_size(rows: int, vocabulary: int) -> int:
-    """Elements, in fp64, of the workspace of `sample` for these logits."""
-    return sum(parts_of(rows, vocabulary).values())
+def workspace_size(rows: int, vocabulary: int, *, draws: bool = True, cuts: bool = True) -> int:
+    """Elements, in fp64, of the workspace of `sample` for these logits.
+
+    Args:
+        draws: whether `temperature` is given.
+        cuts: whether `top_k` or `top_p` is.
+    """
+    return sum(parts_of(rows, vocabulary, draws, cuts).values())

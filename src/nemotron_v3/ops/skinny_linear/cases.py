@@ -22,6 +22,7 @@ class Case:
     wide: bool = False  # x in fp32, as a mixer hands it on
     wide_stream: bool = False  # residual and result in fp32
     strided: bool = False
+    ranks: tuple[int, ...] = ()  # of updates, 0 for none
 
 
 CASES = (
@@ -35,6 +36,11 @@ CASES = (
     Case("forty-rows", 40, 97, (33, 20), norm=0, bias=True, strided=True),
     Case("wide-stream", 33, 64, (48,), residual=True, wide_stream=True),
     Case("many-rows", 130, 64, (24,), norm=0),
+    Case("one-row-updated", 1, 200, (33, 70, 20), norm=0, bias=True, ranks=(4, 0, 7)),
+    Case("one-row-updated-groups", 1, 256, (40,), norm=64, residual=True, wide=True, ranks=(16,)),
+    Case("one-row-updated-odd", 1, 192, (40,), norm=64, residual=True, wide=True, ranks=(3,)),
+    Case("rows-updated", 17, 97, (33, 70), norm=0, residual=True, ranks=(0, 16)),
+    Case("rows-updated-groups", 5, 128, (40,), norm=32, wide=True, wide_stream=True, ranks=(20,)),
 )
 _ONE_ROW = (
     Case("in_proj", 1, 2688, (10304,), norm=0),
@@ -61,6 +67,9 @@ def make_inputs(
     for place, size in enumerate(case.outputs):
         tensors[f"weight_{place}"] = draw.normal(size, n, scale=n**-0.5)
         tensors[f"bias_{place}"] = draw.normal(size) if case.bias else None
+    for place, (size, rank) in enumerate(zip(case.outputs, case.ranks, strict=False)):
+        tensors[f"a_{place}"] = draw.normal(rank, n, scale=n**-0.5) if rank else None
+        tensors[f"b_{place}"] = draw.normal(size, rank, scale=rank**-0.5) if rank else None
     tensors["gain"] = None if case.norm is None else 1 + draw.normal(n, scale=0.2)
     stream = draw.wide if case.wide_stream else dtype
     tensors["residual"] = draw.normal(R, m).to(stream) if case.residual else None

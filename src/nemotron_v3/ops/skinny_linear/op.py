@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.skinny_linear import portable, reference
@@ -45,6 +46,7 @@ def skinny_linear(
     biases: tuple[Tensor | None, ...] | None = None,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    low_rank: tuple[LowRank | None, ...] | None = None,
     out: Tensor,
     impl: str = "auto",
 ) -> Tensor:
@@ -59,6 +61,7 @@ def skinny_linear(
         weights: one to three `[m, n]` of one dtype, side by side in the result.
         biases: of each weight, `[m]`, for all of them or for none.
         norm: of x.
+        low_rank: of each weight, what is added to it, or None.
         residual: `[R, sum of m]`, laid out as `out`; it may be `out` itself.
         out: `[R, sum of m]`, in any floating dtype, neighbouring columns; not x.
         impl: see `nemotron_v3.ops`.
@@ -72,10 +75,37 @@ def skinny_linear(
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check_weights(x, weights, biases, norm)
     _check_result(x, sum(map(len, weights)), residual, out)
-    contiguous = all(t is None or t.is_contiguous() for t in (*weights, *biases))
-    others = (x, *biases, None if norm is None else norm.weight, residual, out)
+    updates = _matrices(weights, low_rank)
+    contiguous = all(t is None or t.is_contiguous() for t in (*weights, *biases, *updates))
+    others = (x, *biases, None if norm is None else norm.weight, residual, out, *updates)
     run = _OP.pick(impl, (*others, *weights), len(weights), contiguous)
-    return run(x, weights, biases, norm=norm, residual=residual, out=out)
+    return run(x, weights, biases, norm=norm, residual=residual, low_rank=low_rank, out=out)
+
+
+def _matrices(
+    weights: tuple[Tensor, ...], low_rank: tuple[LowRank | None, ...] | None
+) -> list[Tensor]:
+    """Those of all updates; raises ValueError where one does not fit its weight."""
+    if low_rank is None:
+        return []
+    if len(low_rank) != len(weights):
+        raise ValueError(f"{len(low_rank)} updates of {len(weights)} weights: give one a weight")
+    for weight, update in zip(weights, low_rank, strict=True):
+        if update is not None:
+            _check_update(update, *weight.shape)
+    return [matrix for update in low_rank if update is not None for matrix in update[:2]]
+
+
+def _check_update(update: LowRank, m: int, n: int) -> None:
+    """Raises ValueError unless an update fits a weight `[m, n]`."""
+    r = update.a.shape[0]
+    if tuple(update.a.shape) != (r, n) or tuple(update.b.shape) != (m, r) or not r:
+        raise ValueError(
+            f"a {tuple(update.a.shape)} and b {tuple(update.b.shape)} do not fit a weight "
+            f"({m}, {n}): (rank, {n}) and ({m}, rank) are needed"
+        )
+    if update.a.dtype != update.b.dtype:
+        raise ValueError(f"a in {update.a.dtype} and b in {update.b.dtype}: one is needed")
 
 
 def _check_weights(

@@ -49,15 +49,15 @@ class Decays:
         steps = run.take(dt)
         if run.valid is not None:
             steps = steps.masked_fill(~run.valid[..., None], 0)
-        self.dt = steps.transpose(1, 2).contiguous()
+        self.dt: Tensor = steps.transpose(1, 2).contiguous()
         a = (self.dt.double() * (A.double() * LOG2_E)[:, None]).cumsum(2)  # [n, H, q]
         self._coarse = a.to(dt.dtype)
         self._fine = (a - self._coarse).to(dt.dtype)
-        self.to_end = torch.exp2((a[..., -1:] - a).to(dt.dtype))
+        self.to_end: Tensor = torch.exp2((a[..., -1:] - a).to(dt.dtype))
         from_start = torch.exp2(self._coarse)
-        self.whole = from_start[..., -1]
-        self.from_start = of_rows(from_start, sizes)
-        self.trace = of_rows(self.dt * self.to_end, sizes)
+        self.whole: Tensor = from_start[..., -1]
+        self.from_start: Tensor = of_rows(from_start, sizes)
+        self.trace: Tensor = of_rows(self.dt * self.to_end, sizes)
         # For j > i the difference is positive and may be large: it is taken out before it becomes
         # an infinity, which no 0 can undo.
         q = run.size

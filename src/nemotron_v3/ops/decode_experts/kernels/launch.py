@@ -12,7 +12,8 @@ from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.kernels import one_row
 from nemotron_v3.ops.decode_experts.kernels.products import combine_kernel, down_kernel, up_kernel
 from nemotron_v3.ops.decode_experts.kernels.routing import route_kernel
-from nemotron_v3.ops.decode_experts.weights import Router
+from nemotron_v3.ops.decode_experts.kernels.updates import down_arguments, up_arguments
+from nemotron_v3.ops.decode_experts.weights import Router, Updates
 from nemotron_v3.ops.router.kernels.choose import Sizes
 from nemotron_v3.ops.skinny_linear.kernels.launch import Blocks
 
@@ -97,18 +98,22 @@ def experts(
     buffers: Buffers,
     *,
     residual: Tensor | None,
+    updates: Updates | None,
     out: Tensor,
 ) -> Tensor:
+    updates = updates or Updates()
     if len(out) == 1:
-        _of_one_row(x, routed, shared, buffers, residual, out)
+        _of_one_row(x, routed, shared, buffers, updates, residual, out)
     elif len(out):
-        _of_rows(x, routed, shared, buffers)
+        _of_rows(x, routed, shared, buffers, updates)
         _combine(buffers, routed, shared, active, residual, out)
     return out
 
 
 @on_device_of_first
-def _of_rows(x: Tensor, routed: Pair | None, shared: Pair | None, buffers: Buffers) -> None:
+def _of_rows(
+    x: Tensor, routed: Pair | None, shared: Pair | None, buffers: Buffers, updates: Updates
+) -> None:
     """Both products of every choice and of the shared expert, to `buffers.y` and `shared_y`."""
     up, down = routed or shared
     shared_up, shared_down = shared or routed
@@ -128,6 +133,7 @@ def _of_rows(x: Tensor, routed: Pair | None, shared: Pair | None, buffers: Buffe
         choices=buffers.choices,
         h=buffers.h,
         shared_h=buffers.shared_h,
+        **up_arguments(x, updates.up, updates.shared_up, buffers),
         R=R,
         X=X,
         D=D,
@@ -156,6 +162,7 @@ def _of_rows(x: Tensor, routed: Pair | None, shared: Pair | None, buffers: Buffe
         choices=buffers.choices,
         y=buffers.y,
         shared_y=buffers.shared_y,
+        **down_arguments(updates.down, updates.shared_down, buffers),
         R=R,
         X=X,
         D=D,
@@ -208,6 +215,7 @@ def _of_one_row(
     routed: Pair | None,
     shared: Pair | None,
     buffers: Buffers,
+    updates: Updates,
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -228,6 +236,7 @@ def _of_one_row(
         experts=buffers.experts,
         h=buffers.h,
         shared_h=buffers.shared_h,
+        **up_arguments(x, updates.up, updates.shared_up, buffers),
         X=X,
         D=buffers.normed.shape[1],
         F_SHARED=wide,
@@ -248,6 +257,7 @@ def _of_one_row(
         experts=buffers.experts,
         residual=residual,
         out=out,
+        **down_arguments(updates.down, updates.shared_down, buffers),
         X=out.shape[1],
         F_SHARED=wide,
         F=F,

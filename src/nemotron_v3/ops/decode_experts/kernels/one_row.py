@@ -7,7 +7,10 @@ import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
 from nemotron_v3.ops.common.jit import kernel
-from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_vector
+from nemotron_v3.ops.skinny_linear.kernels.tiles import (
+    low_rank_vector,
+    weight_times_vector,
+)
 
 
 @kernel
@@ -20,11 +23,19 @@ def up_kernel(
     experts,
     h,
     shared_h,
+    up_b,
+    shared_b,
+    thin,
+    shared_thin,
     X,
     D,
     F_SHARED,
+    rank,
+    shared_rank,
     shared_blocks,
     F: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -40,6 +51,9 @@ def up_kernel(
         b_u = weight_times_vector(
             p_w, shared_x, shared_x, m_m, D, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
         )
+        if SHARED_RANK > 0:
+            p_shared_b = shared_b + o_m * shared_rank
+            b_u += low_rank_vector(p_shared_b, shared_thin, m_m, shared_rank, SHARED_RANK)
         b_u = tl.maximum(b_u.to(shared_h.dtype.element_ty).to(tl.float32), 0.0)
         tl.store(shared_h + o_m, (b_u * b_u).to(shared_h.dtype.element_ty), mask=m_m)
     else:
@@ -50,6 +64,9 @@ def up_kernel(
         m_m = o_m < F
         p_w = up + tl.maximum(expert, 0).to(tl.int64) * F * X + o_m.to(tl.int64) * X
         b_u = weight_times_vector(p_w, x, x, m_m, X, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES)
+        if RANK > 0:
+            p_b = up_b + tl.maximum(expert, 0).to(tl.int64) * F * rank + o_m * rank
+            b_u += low_rank_vector(p_b, thin + choice * rank, m_m, rank, RANK)
         b_u = tl.maximum(b_u, 0.0)
         b_h = (b_u * b_u * weight).to(h.dtype.element_ty)
         tl.store(h + choice * F + o_m, b_h, mask=m_m)
@@ -64,13 +81,21 @@ def down_kernel(
     experts,
     residual,
     out,
+    down_b,
+    shared_b,
+    thin,
+    shared_thin,
     X,
     F_SHARED,
+    rank,
+    shared_rank,
     F: tl.constexpr,
     K: tl.constexpr,
     ROUTED: tl.constexpr,
     SHARED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -95,11 +120,19 @@ def down_kernel(
             b_h = tl.load(h + choice * F + o_f, mask=m_f, other=0.0).to(tl.float32)
             b_sum += b_w.to(tl.float32) * b_h[None, :]
         b_y += tl.sum(b_sum, 1)
+        if RANK > 0:
+            for k in tl.static_range(K):
+                expert = tl.maximum(tl.load(experts + k), 0).to(tl.int64)
+                p_b = down_b + expert * X * rank + o_m * rank
+                b_y += low_rank_vector(p_b, thin + k * rank, m_m, rank, RANK)
     if SHARED:
         p_w = shared_down + o_m.to(tl.int64) * F_SHARED
         b_y += weight_times_vector(
             p_w, shared_h, shared_h, m_m, F_SHARED, 0.0, False, 0, BLOCK_M, BLOCK_N, STAGES
         )
+        if SHARED_RANK > 0:
+            p_shared_b = shared_b + o_m * shared_rank
+            b_y += low_rank_vector(p_shared_b, shared_thin, m_m, shared_rank, SHARED_RANK)
     if RESIDUAL:
         b_y += tl.load(residual + o_m, mask=m_m, other=0.0).to(tl.float32)
     tl.store(out + o_m, b_y.to(out.dtype.element_ty), mask=m_m)

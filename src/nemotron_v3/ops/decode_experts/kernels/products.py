@@ -7,7 +7,7 @@ import triton.language as tl
 
 from nemotron_v3.ops.common.early import start_early
 from nemotron_v3.ops.common.jit import kernel
-from nemotron_v3.ops.skinny_linear.kernels.tiles import weight_times_rows
+from nemotron_v3.ops.skinny_linear.kernels.tiles import low_rank_rows, weight_times_rows
 
 
 @kernel
@@ -21,14 +21,22 @@ def up_kernel(
     choices,
     h,
     shared_h,
+    up_b,
+    shared_b,
+    thin,
+    shared_thin,
     R,
     X,
     D,
     F_SHARED,
+    rank,
+    shared_rank,
     shared_blocks,
     F: tl.constexpr,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -63,6 +71,11 @@ def up_kernel(
                 EVEN_D,
                 STAGES,
             )
+            if SHARED_RANK > 0:
+                p_t = shared_thin + o_r.to(tl.int64) * shared_rank
+                b_u += low_rank_rows(
+                    shared_b + o_m * shared_rank, p_t, m_m, m_r, shared_rank, SHARED_RANK
+                )
             b_u = tl.maximum(b_u.to(x.dtype.element_ty).to(tl.float32), 0.0)
             p_h = shared_h + o_r[None, :].to(tl.int64) * F_SHARED + o_m[:, None]
             b_h = (b_u * b_u).to(shared_h.dtype.element_ty)
@@ -92,6 +105,9 @@ def up_kernel(
                     EVEN_X,
                     STAGES,
                 )
+                if RANK > 0:
+                    p_b = up_b + expert.to(tl.int64) * F * rank + o_m * rank
+                    b_u += low_rank_rows(p_b, thin + b_choice * rank, m_m, m_c, rank, RANK)
                 b_u = tl.maximum(b_u, 0.0)
                 b_weight = tl.load(weights + b_choice, mask=m_c, other=0.0)
                 b_h = (b_u * b_u * b_weight[None, :]).to(h.dtype.element_ty)
@@ -109,13 +125,21 @@ def down_kernel(
     choices,
     y,
     shared_y,
+    down_b,
+    shared_b,
+    thin,
+    shared_thin,
     R,
     X,
     D,
     F_SHARED,
+    rank,
+    shared_rank,
     shared_blocks,
     F: tl.constexpr,
     SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -147,6 +171,11 @@ def down_kernel(
                 EVEN_S,
                 STAGES,
             )
+            if SHARED_RANK > 0:
+                p_t = shared_thin + o_r.to(tl.int64) * shared_rank
+                b_y += low_rank_rows(
+                    shared_b + o_m * shared_rank, p_t, m_m, m_r, shared_rank, SHARED_RANK
+                )
             p_y = shared_y + o_r[None, :].to(tl.int64) * D + o_m[:, None]
             tl.store(p_y, b_y.to(shared_y.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
     else:
@@ -174,6 +203,9 @@ def down_kernel(
                     EVEN_F,
                     STAGES,
                 )
+                if RANK > 0:
+                    p_b = down_b + expert.to(tl.int64) * X * rank + o_m * rank
+                    b_y += low_rank_rows(p_b, thin + b_choice * rank, m_m, m_c, rank, RANK)
                 p_y = y + b_choice[None, :].to(tl.int64) * X + o_m[:, None]
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 

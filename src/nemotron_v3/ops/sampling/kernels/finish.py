@@ -36,7 +36,7 @@ def _cell_of(
     p_last = record_of(records, i_r, R, C_DRAW, C_LEVELS - 1)
     before, target = tl.load(p_last + 1), tl.load(p_last + 3)
     i_b, before, count, mass, number = pick(
-        p_table, blocks, before, before, target, C_DRAW, BLOCK_C
+        p_table, blocks, before, before, target, C_DRAW, False, BLOCK_C
     )
     p_mass = p_table + (o_c * C_BINS + i_b) * 2
     b_mass = tl.load(p_mass, mask=o_c < blocks, other=0.0)

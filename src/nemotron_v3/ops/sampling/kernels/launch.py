@@ -34,16 +34,16 @@ def _run(
 ) -> None:
     R, V = logits.shape
     blocks, stride = blocks_of(V), logits.stride(0)
-    sizes = parts_of(R, V)
+    by = (top_k is not None, top_p is not None)
+    sizes = parts_of(R, V, temperature is not None, any(by))
     arrays = dict(
-        zip(sizes, workspace[: workspace_size(R, V)].split(list(sizes.values())), strict=True)
+        zip(sizes, workspace[: sum(sizes.values())].split(list(sizes.values())), strict=True)
     )
     stats, floors, tables = (arrays[name] for name in ("stats", "floors", "tables"))
     below = arrays["below"].view(torch.float32)
     block_c, tile = power_of_two(blocks), (ROWS, CHUNK // ROWS)
     marked = None if seen is None else seen.view(torch.uint8)
     penalized, floored = seen is not None, min_p is not None
-    by = (top_k is not None, top_p is not None)
     top_k, top_p = drawn if top_k is None else top_k, temperature if top_p is None else top_p
     shaped = (logits, active, penalty if penalized else active, marked)
     _stats(R * blocks, (*shaped, stats), (V, blocks, stride), (CHUNK, penalized), WARPS)
@@ -52,7 +52,7 @@ def _run(
             R * blocks,
             (*shaped, temperature, min_p, stats, below, floors, tables),
             (V, blocks, stride),
-            (*tile, block_c, penalized, floored, any(by)),
+            (*tile, block_c, penalized, floored, any(by), by[0]),
             WARPS,
         )
         previous = NONE
@@ -106,7 +106,9 @@ def sample(
     if R == 0:
         return out
     if workspace is None:
-        workspace = torch.empty(workspace_size(R, V), dtype=torch.float64, device=logits.device)
+        cuts = top_k is not None or top_p is not None
+        size = workspace_size(R, V, draws=temperature is not None, cuts=cuts)
+        workspace = torch.empty(size, dtype=torch.float64, device=logits.device)
     given = unit_stride(logits), uniform.contiguous(), drawn, active
     numbers = temperature, top_k, top_p, min_p, penalty
     _run(*given, *numbers, seen, logprobs, workspace.view(-1), out)

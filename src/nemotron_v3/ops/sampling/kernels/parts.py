@@ -69,29 +69,42 @@ def key_of(b_below):
 
 
 @triton.jit
-def store_bins(p_table, b_below, b_bin):
-    """Mass and number of the tokens in each bin of a chunk `[ROWS, COLUMNS]`."""
+def store_bins(p_table, b_below, b_bin, COUNTED: tl.constexpr):
+    """Mass, and if COUNTED number, of the tokens in each bin of a chunk `[ROWS, COLUMNS]`."""
     b_e = mass_of(b_below)
     for b in tl.static_range(C_BINS):
         b_in = b_bin == b
         # A few masses of a thread in fp32, all else in fp64.
         b_mass = tl.sum(tl.where(b_in, b_e, 0.0), 0).to(tl.float64)
-        b_count = tl.sum(b_in.to(tl.int32), 0)
         tl.store(p_table + 2 * b, tl.sum(b_mass, 0))
-        tl.store(p_table + 2 * b + 1, tl.sum(b_count, 0).to(tl.float64))
+        if COUNTED:
+            b_count = tl.sum(b_in.to(tl.int32), 0)
+            tl.store(p_table + 2 * b + 1, tl.sum(b_count, 0).to(tl.float64))
 
 
 @triton.jit
-def pick(p_table, blocks, before, count, target, QUERY: tl.constexpr, BLOCK_C: tl.constexpr):
+def pick(
+    p_table,
+    blocks,
+    before,
+    count,
+    target,
+    QUERY: tl.constexpr,
+    COUNTED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The bin in which a search goes on, what comes before it, and what it holds.
 
-    Tokens whose mass, or number, is `before`, or `count`, come before all bins.
+    Tokens whose mass, or number, is `before`, or `count`, come before all bins. Numbers are 0 where
+    the table is not COUNTED.
     """
     o_c, o_b = tl.arange(0, BLOCK_C), tl.arange(0, C_BINS)
     p_bins = p_table + (o_c[:, None] * C_BINS + o_b[None, :]) * 2
     m_c = (o_c < blocks)[:, None] & (o_b < C_BINS)[None, :]
     b_mass = tl.sum(tl.load(p_bins, mask=m_c, other=0.0), 0)
-    b_count = tl.sum(tl.load(p_bins + 1, mask=m_c, other=0.0), 0)
+    b_count = tl.zeros_like(b_mass)
+    if COUNTED:
+        b_count = tl.sum(tl.load(p_bins + 1, mask=m_c, other=0.0), 0)
     if QUERY == C_TOP_K:
         b_there, b_passed = b_count > 0, count + tl.cumsum(b_count, 0) >= target
     elif QUERY == C_TOP_P:
@@ -113,7 +126,9 @@ def mass_kept(p_table, p_record, blocks, QUERY: tl.constexpr, BLOCK_C: tl.conste
     """The mass that a finished search for top-k or top-p keeps; equal tokens have equal masses."""
     before, count = tl.load(p_record + 1), tl.load(p_record + 2)
     target = tl.load(p_record + 3)
-    i_b, before, count, mass, number = pick(p_table, blocks, before, count, target, QUERY, BLOCK_C)
+    i_b, before, count, mass, number = pick(
+        p_table, blocks, before, count, target, QUERY, True, BLOCK_C
+    )
     each = mass / tl.maximum(number, 1.0)
     if QUERY == C_TOP_K:
         more = target - count

@@ -82,6 +82,7 @@ def scale_kernel(
     PENALIZED: tl.constexpr,
     FLOORED: tl.constexpr,
     CUT: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """A chunk of a row: `below`, the mass that min-p keeps of it, and, if CUT, its first bins."""
     i_r, i_c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -109,7 +110,8 @@ def scale_kernel(
         if CUT:
             SHIFT: tl.constexpr = C_BITS * (C_LEVELS - 1)
             b_bin = tl.where(m_v, key_of(b_below) >> SHIFT, -1)
-            store_bins(table + tl.program_id(0).to(tl.int64) * (C_BINS * 2), b_below, b_bin)
+            p_table = table + tl.program_id(0).to(tl.int64) * (C_BINS * 2)
+            store_bins(p_table, b_below, b_bin, COUNTED)
 
 
 @kernel
@@ -183,7 +185,7 @@ def descend_kernel(
             SHIFT: tl.constexpr = C_BITS * (C_LEVELS - 1 - LEVEL)
             p_from = p_table + (LEVEL - 1) * size
             i_b, before, count, mass, number_of = pick(
-                p_from, blocks, before, count, target, QUERY, BLOCK_C
+                p_from, blocks, before, count, target, QUERY, QUERY == C_TOP_K, BLOCK_C
             )
             first = low.to(tl.int32) + (i_b << (SHIFT + C_BITS))
             if i_c == 0:
@@ -197,4 +199,7 @@ def descend_kernel(
             b_below = tl.load(below + i_r * V + o_v, mask=o_v < V, other=float("inf"))
             b_key = tl.where(o_v < V, key_of(b_below) - first, -1)
             b_bin = b_key >> SHIFT  # -1 of what comes before, BINS or more of what comes after
-            store_bins(p_table + LEVEL * size + i_c * (C_BINS * 2), b_below, b_bin)
+            # How many are equal is asked at the end; up to there top-k alone goes by numbers.
+            LAST: tl.constexpr = LEVEL == C_LEVELS - 1
+            COUNTED: tl.constexpr = (QUERY == C_TOP_K) | ((QUERY == C_TOP_P) & LAST)
+            store_bins(p_table + LEVEL * size + i_c * (C_BINS * 2), b_below, b_bin, COUNTED)

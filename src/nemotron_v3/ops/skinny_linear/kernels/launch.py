@@ -11,10 +11,15 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.early import early
 from nemotron_v3.ops.common.host import on_device_of_first, power_of_two, shared_memory
+from nemotron_v3.ops.common.low_rank import LowRank
 from nemotron_v3.ops.skinny_linear.kernels.products import group_norm_kernel, linear_kernel
+from nemotron_v3.ops.skinny_linear.kernels.thin import thin_kernel
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
+Updates = tuple[LowRank | None, ...]
+
 LARGEST_GROUP = 1024  # of a norm that the product of one row does itself
+THIN_RANKS = 2  # that a program of a thin product has
 
 
 class Blocks(NamedTuple):
@@ -81,11 +86,22 @@ def skinny_linear(
     *,
     norm: Norm | None,
     residual: Tensor | None,
+    low_rank: Updates | None,
     out: Tensor,
 ) -> Tensor:
     if len(x):
-        _linear(x, weights, biases, norm, residual, out)
+        _linear(x, weights, biases, norm, residual, low_rank, out)
     return out
+
+
+def rank_block(rank: int, dtype: torch.dtype, R: int) -> int:
+    """A rank filled up to what a product of tensor cores takes; 0 for none.
+
+    In 16 bits Triton 3.6 computes products over fewer than 64 wrongly in some loops.
+    """
+    if rank == 0 or R == 1:
+        return power_of_two(rank) if rank else 0
+    return max(16 if dtype == torch.float32 else 64, power_of_two(rank))
 
 
 @on_device_of_first
@@ -95,6 +111,7 @@ def _linear(
     biases: tuple[Tensor | None, ...],
     norm: Norm | None,
     residual: Tensor | None,
+    low_rank: Updates | None,
     out: Tensor,
 ) -> None:
     R, n = x.shape
@@ -102,10 +119,17 @@ def _linear(
     kind = weights[0].dtype
     blocks = blocks_of(R, sum(m), kind, shared_memory(x.device))
     group = 0 if norm is None or norm.group in (0, n) else norm.group
-    if group and R == 1 and power_of_two(group) == group <= LARGEST_GROUP:
+    whole = low_rank is None or power_of_two(n) == n
+    if group and R == 1 and power_of_two(group) == group <= LARGEST_GROUP and whole:
         blocks = blocks._replace(n=group)
     elif group:
         x, norm, group = _by_group(x, norm, kind), None, 0
+    updates = low_rank or (None,) * len(weights)
+    ranks = [0 if update is None else len(update.a) for update in updates]
+    thin = _thin(x, updates, ranks, norm, group) if any(ranks) else None
+    b_0, b_1, b_2 = _three(_of_any(updates, "b"))
+    rank_0, rank_1, rank_2 = (*ranks, 0, 0)[:3]
+    kind_b = kind if b_0 is None else b_0.dtype
     w_0, w_1, w_2 = _three(weights)
     bias_0, bias_1, bias_2 = _three(biases)
     m_0, m_1, m_2 = (*m, 0, 0)[:3]
@@ -121,11 +145,18 @@ def _linear(
         gain=None if norm is None else norm.weight,
         residual=residual,
         out=out,
+        b_0=b_0,
+        b_1=b_1,
+        b_2=b_2,
+        thin=thin,
         R=R,
         N=n,
         m_0=m_0,
         m_1=m_1,
         m_2=m_2,
+        rank_0=rank_0,
+        rank_1=rank_1,
+        rank_2=rank_2,
         blocks_0=blocks_0,
         blocks_1=blocks_1,
         eps=0.0 if norm is None else norm.eps,
@@ -136,6 +167,7 @@ def _linear(
         BIAS=bias_0 is not None,
         RESIDUAL=residual is not None,
         PARTS=len(weights),
+        RANK=rank_block(max(ranks), kind_b, R),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_R=blocks.r,
@@ -149,6 +181,51 @@ def _linear(
 def _three(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """With the first in the places of those that are not there."""
     return (*tensors, *tensors[:1] * (3 - len(tensors)))
+
+
+def _of_any(updates: Updates, name: str) -> tuple[Tensor | None, ...]:
+    """A matrix of each update; where one has none, another's, of which nothing is read."""
+    given = [None if update is None else getattr(update, name) for update in updates]
+    one = next((matrix for matrix in given if matrix is not None), None)
+    return tuple(one if matrix is None else matrix for matrix in given)
+
+
+def _thin(x: Tensor, updates: Updates, ranks: list[int], norm: Norm | None, group: int) -> Tensor:
+    """fp32 `[R, sum of ranks]`."""
+    R, n = x.shape
+    thin = torch.empty(R, sum(ranks), dtype=torch.float32, device=x.device)
+    a_0, a_1, a_2 = _three(_of_any(updates, "a"))
+    scales = [0.0 if update is None else float(update.scale) for update in updates]
+    scale_0, scale_1, scale_2 = (*scales, 0.0, 0.0)[:3]
+    rank_0, rank_1, rank_2 = (*ranks, 0, 0)[:3]
+    blocks = [triton.cdiv(rank, THIN_RANKS) for rank in (*ranks, 0, 0)]
+    thin_kernel[sum(blocks), R](
+        x=x,
+        gain=None if norm is None else norm.weight,
+        a_0=a_0,
+        a_1=a_1,
+        a_2=a_2,
+        thin=thin,
+        N=n,
+        rank_0=rank_0,
+        rank_1=rank_1,
+        rank_2=rank_2,
+        scale_0=scale_0,
+        scale_1=scale_1,
+        scale_2=scale_2,
+        blocks_0=blocks[0],
+        blocks_1=blocks[1],
+        eps=0.0 if norm is None else norm.eps,
+        stride_x=x.stride(0),
+        NORM=norm is not None,
+        GROUP=group,
+        PARTS=len(updates),
+        BLOCK_M=THIN_RANKS,
+        ALL_N=power_of_two(n),
+        num_warps=8,
+        **early(x.device),
+    )
+    return thin
 
 
 def _by_group(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ import triton.language as tl
 from nemotron_v3.ops.common.early import start_early
 from nemotron_v3.ops.common.jit import kernel
 from nemotron_v3.ops.skinny_linear.kernels.tiles import (
+    low_rank_rows,
+    low_rank_vector,
     multiply,
     weight_times_rows,
     weight_times_vector,
@@ -27,11 +29,18 @@ def linear_kernel(
     gain,
     residual,
     out,
+    b_0,
+    b_1,
+    b_2,
+    thin,
     R,
     N,
     m_0,
     m_1,
     m_2,
+    rank_0,
+    rank_1,
+    rank_2,
     blocks_0,
     blocks_1,
     eps,
@@ -42,6 +51,7 @@ def linear_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PARTS: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -50,20 +60,26 @@ def linear_kernel(
     PDL: tl.constexpr,
 ):
     """One block of outputs of up to three weights side by side, for BLOCK_R rows; a BLOCK_R of 1
-    takes no tensor core."""
+    takes no tensor core.
+
+    RANK is 0 without low-rank updates; `thin` holds what `thin_kernel` makes of them.
+    """
     start_early(PDL)
     block = tl.program_id(0)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     weight, bias, m, first = w_0, bias_0, m_0, 0
+    low, rank, t_first = b_0, rank_0, 0
     if PARTS > 1:  # noqa: SIM102 - a constant's and a tensor's
         if block >= blocks_0:
             block -= blocks_0
             weight, bias, m, first = w_1, bias_1, m_1, m_0
+            low, rank, t_first = b_1, rank_1, rank_0
             if PARTS > 2:  # noqa: SIM102
                 if block >= blocks_1:
                     block -= blocks_1
                     weight, bias, m, first = w_2, bias_2, m_2, m_0 + m_1
+                    low, rank, t_first = b_2, rank_2, rank_0 + rank_1
     o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < m
     p_w = weight + o_m.to(tl.int64) * N
@@ -76,6 +92,13 @@ def linear_kernel(
         b_y = _normalised(p_w, p_x, gain, m_m, m_r, N, eps, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
     else:
         b_y = weight_times_rows(p_w, p_x, m_m, m_r, N, BLOCK_M, BLOCK_N, BLOCK_R, EVEN, STAGES)
+    if RANK > 0:
+        p_b = low + o_m.to(tl.int64) * rank
+        if BLOCK_R == 1:
+            b_y += low_rank_vector(p_b, thin + t_first, m_m, rank, RANK)[:, None]
+        else:
+            p_t = thin + o_r.to(tl.int64) * (rank_0 + rank_1 + rank_2) + t_first
+            b_y += low_rank_rows(p_b, p_t, m_m, m_r, rank, RANK)
     if BIAS:
         b_y += tl.load(bias + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
     p_out = out + o_r[None, :].to(tl.int64) * stride_out + (first + o_m)[:, None]

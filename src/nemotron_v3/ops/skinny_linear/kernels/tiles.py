@@ -94,3 +94,30 @@ def weight_times_vector(
     if NORM and GROUP == 0:
         b_y = b_y / tl.sqrt_rn(tl.sum(b_square) / n + eps)
     return b_y
+
+
+@triton.jit
+def low_rank_rows(p_b, p_t, m_m, m_r, rank, RANK: tl.constexpr):
+    """`b t`, fp32 `[BLOCK_M, BLOCK_R]`: a low-rank update behind its thin products.
+
+    Args:
+        p_b: where the rows of b begin, `[BLOCK_M]`.
+        p_t: where the thin products of each row of x begin, `[BLOCK_R]`.
+        m_m, m_r: which of them there are.
+        RANK: `rank`, filled up.
+    """
+    o_k = tl.arange(0, RANK)
+    m_k = o_k < rank
+    b_b = tl.load(p_b[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+    b_t = tl.load(p_t[None, :] + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0)
+    return multiply(b_b, b_t)
+
+
+@triton.jit
+def low_rank_vector(p_b, t, m_m, rank, RANK: tl.constexpr):
+    """The same of one row, fp32 `[BLOCK_M]`."""
+    o_k = tl.arange(0, RANK)
+    m_k = o_k < rank
+    b_b = tl.load(p_b[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+    b_t = tl.load(t + o_k, mask=m_k, other=0.0)
+    return tl.sum(b_b.to(tl.float32) * b_t[None, :], 1)
