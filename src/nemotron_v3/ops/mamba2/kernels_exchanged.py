@@ -6,6 +6,7 @@ between the halves of the backward: no token is passed a second time.
 Letters: T packed tokens, n_docs pieces of documents, H heads, P head width, N state.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d.kernels import launch as conv
 from nemotron_v3.ops.common.exchange import StateExchange
-from nemotron_v3.ops.common.host import contiguous, empty_like, unit_stride
+from nemotron_v3.ops.common.host import empty_like, unit_stride
 from nemotron_v3.ops.gated_rms_norm import kernels as norm
 from nemotron_v3.ops.mamba2 import kernels
 from nemotron_v3.ops.ssd.kernels import launch as scan
@@ -25,12 +26,25 @@ from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
 TENSORS = 8  # of `_Core`: the projection, six parameters and the conv states
 
 
+def _arguments(
+    tensors: Sequence[Any], ssm_states: Tensor | None, rest: Sequence[Any]
+) -> kernels.Arguments:
+    given: list[Any] = [*tensors, ssm_states, *rest]
+    return kernels.Arguments(*given)
+
+
+def _columns(a: kernels.Arguments) -> kernels.Columns:
+    rows = unit_stride(a.zxbcdt)
+    assert rows is not None
+    return a.columns(rows)
+
+
 class _Core(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         tensors, exchange, rest = args[:TENSORS], args[TENSORS], args[TENSORS + 1 :]
-        a = kernels.Arguments(*tensors, None, *rest)
-        o, given = kernels._outputs(a), a.columns(unit_stride(a.zxbcdt))
+        a = _arguments(tensors, None, rest)
+        o, given = kernels._outputs(a), _columns(a)
         conv.forward(
             *(a.conv_inputs(given.xBC), a.conv_tables, True),
             conv.Outputs(o.xBC, o.conv_states),
@@ -52,12 +66,12 @@ class _Core(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, initial, xBC, y, prev_states, dA_cumsum = ctx.saved_tensors
-        a = kernels.Arguments(*tensors, initial, *ctx.rest)
+        a = _arguments(tensors, initial, ctx.rest)
         of_norm = kernels._norm_backward(
             dout, a.zxbcdt, y, a.norm_weight, a.sizes[0], a.groups, a.eps
         )
         g = kernels._scan_gradients(a)
-        given, wanted = a.columns(unit_stride(a.zxbcdt)), a.columns(of_norm.dzxbcdt)
+        given, wanted = _columns(a), a.columns(of_norm.dzxbcdt)
         dxBC = torch.empty_like(xBC)
         dx, dB, dC = a.by_stream(dxBC)
         inputs = a.scan_inputs(xBC, given.dt)
@@ -66,7 +80,7 @@ class _Core(torch.autograd.Function):
             *(inputs, a.tables, a.blocks, kept, wanted.x, None),
             dinitial_states=g.dssm_states,
         )
-        behind = contiguous(ctx.exchange.behind(g.dssm_states))
+        behind = ctx.exchange.behind(g.dssm_states).contiguous()
         Decays(dA_cumsum, a.tables).add_behind(half.dstates, behind)
         scan.rest(
             *(inputs, a.steps, a.tables, a.blocks, kept, wanted.x, behind),
