@@ -39,7 +39,7 @@ def _exchanged(*args: Any, **options: Any) -> Tensor:
 
 
 def _exchanged_kernels() -> Callable[..., Tensor]:
-    from nemotron_v3.ops.mamba2.kernels_exchanged import mamba2
+    from nemotron_v3.ops.mamba2.kernels.exchanged import mamba2
 
     return mamba2
 

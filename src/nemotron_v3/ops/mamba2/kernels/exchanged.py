@@ -18,7 +18,7 @@ from nemotron_v3.ops.causal_conv1d.kernels import launch as conv
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import empty_like, unit_stride
 from nemotron_v3.ops.gated_rms_norm import kernels as norm
-from nemotron_v3.ops.mamba2 import kernels
+from nemotron_v3.ops.mamba2.kernels import registration as kernels
 from nemotron_v3.ops.ssd.kernels import launch as scan
 from nemotron_v3.ops.ssd.kernels.parts import Decays
 from nemotron_v3.ops.ssd.kernels.tables import Blocks, chunk_tables
