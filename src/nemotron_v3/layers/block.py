@@ -137,6 +137,7 @@ class NemotronV3Block(nn.Module):
             layer_idx=None if kind.by_token else self.layer_idx,
             takes_pairs=kind.takes_pairs,
             by_token=kind.by_token,
+            group=self.mixer.token_group,
         )
         with context.writing():
             return self._add(hidden_states, context)

@@ -116,6 +116,7 @@ class NemotronV3MoE(RefusesContextParallel):
                 attention_mask,
                 layout_kwargs=layout_kwargs,
                 by_token=True,
+                group=self.token_group,
             )
         layout = context.on(hidden_states.device)
 
