@@ -10,11 +10,18 @@ WORKERS ?= 2
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TRANSFORMERS)
+# NeMo AutoModel as nemotron_v3.nemo takes it (nemo/versions.py), with the transformers that it pins
+# and what its recipe imports of the rest that it declares. About 17 MB, fetched once.
+AUTOMODEL := 0.7.0
+AUTOMODEL_NEEDS := nemo-automodel==$(AUTOMODEL) transformers==5.18.0 torchdata==0.11.0
+AUTOMODEL_ENV := .venv-automodel
+AUTOMODEL_READY := $(AUTOMODEL_ENV)/.ready-$(AUTOMODEL)
 # More options for a verb: make demo ARGS="--minutes 2 --out runs/short"
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs test-integrations test-oldest-transformers bench clean
+.PHONY: help setup demo test lint format docs test-integrations test-oldest-transformers \
+	test-automodel bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -38,6 +45,7 @@ test: lint ## ruff, pyright and the tests
 test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'heavy or integration' $(ARGS)
 	$(MAKE) test-oldest-transformers
+	$(MAKE) test-automodel
 
 test-oldest-transformers: $(OLDEST_READY) ## tests/hf with the oldest transformers it takes
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) \
@@ -50,6 +58,19 @@ $(OLDEST_READY): $(READY)
 		> $$(echo $(OLDEST)/lib/python*/site-packages)/shared.pth
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
+test-automodel: $(AUTOMODEL_READY) ## tests/nemo beside NeMo AutoModel
+	OMP_NUM_THREADS=1 $(AUTOMODEL_ENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+		-m '' tests/nemo $(ARGS)
+
+$(AUTOMODEL_READY): $(READY)
+	rm -rf $(AUTOMODEL_ENV)
+	$(BIN)/python -m venv $(AUTOMODEL_ENV)
+	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" \
+		> $$(echo $(AUTOMODEL_ENV)/lib/python*/site-packages)/shared.pth
+	$(AUTOMODEL_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(AUTOMODEL_NEEDS)
 	@touch $@
 
 lint: $(READY) ## ruff, pyright and codespell
@@ -68,5 +89,5 @@ docs: $(READY) ## the documentation site, into site/
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove both environments, builds and caches; runs/ stays
-	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments, builds and caches; runs/ stays
+	rm -rf $(VENV) $(OLDEST) $(AUTOMODEL_ENV) build dist site .pytest_cache .ruff_cache .hypothesis

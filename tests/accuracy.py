@@ -62,7 +62,7 @@ def check(
     draws = 1
     while report.draws < draws:
         inputs = make_inputs(generator)
-        report.add(*_three_ways(function, truth, plain, inputs, generator))
+        report.add(*three_ways(function, truth, plain, inputs, generator))
         draws = math.ceil(POOL / report.smallest())
     report.assert_allowed()
     return report
@@ -209,7 +209,7 @@ class Report:
         return "\n".join([*lines, f"{self.factor} x plain + 1 roundoff, over {self.draws} draw(s)"])
 
 
-def _three_ways(
+def three_ways(
     function: Callable[..., Any],
     truth: Callable[..., Any],
     plain: Callable[..., Any],

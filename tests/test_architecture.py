@@ -22,12 +22,12 @@ def rooms(names: str) -> frozenset[str]:
 
 ROOMS = rooms(
     "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
-    "train hf recipes cli"
+    "pages train evaluation hf nemo recipes cli"
 )
 
 # Rooms and packages of the table that nothing stands in yet: their rules come before their code.
 PLANNED = rooms("verify")
-PLANNED_PACKAGES = frozenset({"nemo_automodel"})
+PLANNED_PACKAGES: frozenset[str] = frozenset()
 
 # A room may import these and itself. "" is the package's own `__init__.py`, which only hands on
 # public names; a room imports the room that has a name.
@@ -51,11 +51,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),
     "verify": rooms("model layers ops layout cache checkpoint generation config data"),
+    # Files in, a file out: what a page shows is read from the folder that it is of, so that a run
+    # of last year has one too. (`nemotron_v3.report` is a function of the model room.)
+    "pages": rooms("config"),
     # layers: the loads of experts and their balance, which a step moves. Adapters that PEFT puts on
-    # are handed in by the command line.
-    "train": rooms("model layers parallel checkpoint data adapters verify layout config ops chat"),
-    "hf": ROOMS - {"cli", "train", "recipes"},
-    "recipes": ROOMS - {"cli", "hf"} | {""},
+    # are handed in by the command line. pages: a run writes the page that shows it.
+    "train": rooms(
+        "model layers parallel checkpoint data adapters verify layout config ops chat pages"
+    ),
+    # generation: a score's log-probabilities, and answers of tasks. train: the processes that
+    # torchrun has made, and the signals that ask them to end.
+    "evaluation": rooms("model layout cache checkpoint generation data config chat train"),
+    "hf": ROOMS - {"cli", "train", "recipes", "nemo", "pages"},
+    # Not hf: NeMo AutoModel pins a transformers of its own, which hf may not take.
+    "nemo": rooms("layers ops layout"),
+    "recipes": ROOMS - {"cli", "hf", "nemo"} | {""},
     "cli": ROOMS | {""},
     "__main__": rooms("cli"),
 }
@@ -64,7 +74,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 MODEL_TO_GENERATION = frozenset({"generate", "score", "stream", "_generation"})
 
 # Files of options alone, which import neither torch nor a room: help needs them.
-OPTIONS = re.compile(r"(recipes|train|data)\.(options|config_file)(\.\w+)?")
+OPTIONS = re.compile(r"(recipes|train|data|evaluation)\.(options|config_file)(\.\w+)?")
 
 # Rooms of one device: what is spread over several is made from outside, in parallel.
 WITHOUT_DISTRIBUTED = frozenset({"config", "layout", "cache", "ops", "layers", "model"})
@@ -86,6 +96,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tomli_w": ("train/config_file.py",),
     "jinja2": ("chat/worker.py",),
     "matplotlib": ("recipes/*",),
+    "plotly": ("pages/page.py",),
     "datasets": ("data/*",),
     "pyarrow": ("data/*",),
     "triton": ("ops/compat.py", *KERNELS),
@@ -94,11 +105,15 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("layers/linear.py",),
     "transformers": HF_ROOM,
     "peft": HF_ROOM,
+    "lm_eval": ("evaluation/tasks.py", "evaluation/harness.py"),
     "accelerate": (),  # of the extra `hf`: used by tests and by those who call us
     "trl": (),
-    "nemo_automodel": HF_ROOM,
+    "nemo_automodel": ("nemo/*",),
 }
-OPTIONAL = frozenset({"triton", "transformer_engine", "datasets", "pyarrow"})
+# Imported inside a function: an optional one, and one that only writing a page needs.
+OPTIONAL = frozenset(
+    {"plotly", "triton", "transformer_engine", "datasets", "pyarrow", "nemo_automodel"}
+)
 
 
 @dataclass(frozen=True)
@@ -294,6 +309,8 @@ def test_a_file_imports_only_what_its_room_may(path):
         ("cli/main.py", "from nemotron_v3.recipes.demo import run", "only where a verb runs"),
         ("cli/demo.py", "from nemotron_v3.recipes.demo import run", "only where a verb runs"),
         ("hf/register.py", "import nemotron_v3.cli.main", "hf may not import cli"),
+        ("nemo/enable.py", "import nemotron_v3.hf", "nemo may not import hf"),
+        ("nemo/enable.py", "import nemo_automodel", "import it inside a function"),
         ("extras/x.py", "", "the room 'extras' is not in the table"),
         ("data/x.py", "import importlib\nimportlib.import_module('nemotron_v3.model')", "may not"),
     ],
@@ -365,5 +382,6 @@ def test_dependencies_are_the_ones_of_the_table():
     declared = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     names = set(re.findall(r'"([a-z0-9_-]+)', declared.group(1)))
     assert names == {
-        "torch", "safetensors", "jinja2", "tokenizers", "rich", "tyro", "matplotlib", "tomli-w",
+        "torch", "safetensors", "jinja2", "tokenizers", "rich", "tyro", "matplotlib", "plotly",
+        "tomli-w",
     }  # fmt: skip

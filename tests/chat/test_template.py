@@ -202,6 +202,7 @@ def test_where_a_checkpoint_keeps_its_template(tmp_path):
         ChatTemplate.load(tmp_path)
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
+    special["model_max_length"] = int(1e30)  # as transformers writes that there is none
     (tmp_path / "special_tokens_map.json").write_text('{"unk_token": "?", "eos_token": "no"}')
     all_tokens = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}"
     for chat_template, file, expected, with_tools in (

@@ -64,7 +64,7 @@ def test_python_m_is_the_command():
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["inspekt", "x"], "Available subcommands: convert, demo, generate, inspect"),
+        (["inspekt", "x"], "Available subcommands: convert, demo, eval, generate, inspect"),
         (["demo", "--stepz", "3"], "Unrecognized options: --stepz, 3. Perhaps you meant: --steps"),
         (["inspect", "x", "--seq-len", "many"], "--seq-len: invalid literal for int()"),
         (["inspect"], "Missing from nemotron-v3 inspect: STR name of a released model"),

@@ -10,6 +10,7 @@ import pytest
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.config.files import (
     DEEPEST,
+    WIDEST,
     open_regular,
     parse_object,
     read_bytes,
@@ -121,6 +122,13 @@ def test_the_largest_numbers_and_the_deepest_object_are_read():
     whole = parse_object('{"a": [18446744073709551615, -9223372036854775808, 1e308]}', "x")
     assert whole == {"a": [2**64 - 1, -(2**63), 1e308]}
     assert parse_object(nested(DEEPEST), "x").keys() == {"a"}
+
+
+def test_an_integer_outside_64_bits_is_read_where_that_is_asked_for():
+    wide = parse_object('{"a": %s}' % ("9" * WIDEST), "x", wide_integers=True)
+    assert wide == {"a": 10**WIDEST - 1}
+    with pytest.raises(ValueError, match=f"of {WIDEST + 1} digits is too long"):
+        parse_object('{"a": %s}' % ("9" * (WIDEST + 1)), "x", wide_integers=True)
 
 
 def deep(depth: int):

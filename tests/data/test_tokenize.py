@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from nemotron_v3.data import read, tokenize, write
+from nemotron_v3.data.encode import Encoder
 from nemotron_v3.data.options import Source
-from nemotron_v3.data.store import LENGTHS, TOKENS
-from tests.data.samples import EOS, TEMPLATE, chat, ids, packed, write_jsonl
+from nemotron_v3.data.store import LENGTHS, SIZES, TOKENS
+from nemotron_v3.data.tokenize import open_store
+from tests.data.samples import EOS, TEMPLATE, byte_tokenizer, chat, ids, packed, write_jsonl
 
 BROKEN = [{"text": f"line {n}"} for n in range(1, 12)]
 
@@ -227,7 +229,7 @@ def test_two_that_want_the_same_at_once_make_it_once(tmp_path, monkeypatch):
     assert made == [1] and found[0] == found[1] == found[2] and len(found[0]) == len(BROKEN)
 
 
-@pytest.mark.parametrize("file", [TOKENS, LENGTHS, "about.json"])
+@pytest.mark.parametrize("file", [TOKENS, LENGTHS, SIZES, "about.json"])
 def test_a_damaged_store_is_made_anew(tmp_path, file):
     path = write_jsonl(tmp_path / "a.jsonl", BROKEN)
     packed(tmp_path, path).close()
@@ -272,3 +274,19 @@ def test_a_file_does_not_stand_in_memory(tmp_path, monkeypatch):
     assert tokens == (tmp_path / "a.txt").stat().st_size + 1
     # A token a byte: a list of all of them would take 8 bytes each.
     assert peak < 2 * tokens
+
+
+def test_the_bytes_of_each_document_are_those_of_its_targets_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "UNIT_BYTES", 40)
+    texts = ["ä plain text", "x"]
+    lines = write_jsonl(tmp_path / "a.jsonl", [*({"text": t} for t in texts), chat("hm", "€ yes")])
+    long = "One line of a text, in umläuts.\n" * 9
+    (tmp_path / "b.txt").write_text("\ufeff" + long, encoding="utf-8")
+    encoder = Encoder.of(byte_tokenizer(), TEMPLATE)
+    kept = []
+    for path in (lines, tmp_path / "b.txt"):
+        store, _ = open_store(Source(str(path)), encoder, 0, tmp_path / "cache")
+        kept += store.sizes.tolist()
+        store.close()
+    expected = [*texts, "€ yes<end>", long]
+    assert kept == [len(text.encode()) for text in expected]

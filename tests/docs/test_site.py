@@ -6,7 +6,6 @@ import http.server
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,20 +17,10 @@ import pytest
 
 import nemotron_v3
 from nemotron_v3 import adapters, checkpoint, generation, hf, layers
+from tests.browser import CHROMIUM, need
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
 pytestmark = pytest.mark.integration
-
-
-def need(there: object, what: str) -> None:
-    """Skip where a tool is missing, but not where a change is judged."""
-    if there:
-        return
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} is missing: .ci/run installs it")
-    pytest.skip(f"{what} is missing")
 
 
 @pytest.fixture(scope="module")

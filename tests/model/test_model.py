@@ -86,16 +86,26 @@ def test_hidden_states_are_the_stream():
 def test_checkpointing_changes_no_gradient(residual_in_fp32):
     changes = {"attention_dropout": 0.3, "residual_in_fp32": residual_in_fp32}
     gradients = []
-    for checkpointing in (False, True):
+    for asked in (None, {}, {"every": 3}, {"blocks": {1, 4}}):
         model = tiny_model(**changes).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if asked is not None:
+            model.gradient_checkpointing_enable(**asked)
         torch.manual_seed(5)
         ids, mask = tokens(2, 40), torch.ones(2, 40)
         mask[1, 20:] = 0
         model(ids, mask, labels=labels_of(ids, mask)).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
+
+
+def test_a_block_that_is_not_there_is_not_recomputed():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"blocks \[7\] are not there: the model has 7"):
+        model.gradient_checkpointing_enable(blocks=(0, 7))
+    with pytest.raises(ValueError, match="every is 0"):
+        model.gradient_checkpointing_enable(every=0)
+    assert not model.model.gradient_checkpointing
 
 
 def test_checkpointing_keeps_fewer_activations():

@@ -22,6 +22,8 @@ from nemotron_v3.ops.experts import cases as experts_cases
 from nemotron_v3.ops.experts.reference import experts as experts_reference
 from nemotron_v3.ops.gated_rms_norm import cases as gated_cases
 from nemotron_v3.ops.gated_rms_norm.reference import gated_rms_norm as gated_reference
+from nemotron_v3.ops.low_rank_linear import cases as low_rank_cases
+from nemotron_v3.ops.low_rank_linear.reference import low_rank_linear as low_rank_reference
 from nemotron_v3.ops.mamba2 import cases as mamba2_cases
 from nemotron_v3.ops.mamba2.reference import mamba2 as mamba2_reference
 from nemotron_v3.ops.rms_norm import cases as norm_cases
@@ -164,6 +166,13 @@ def test_experts(case, dtype):
     outputs = {"y": SAME}
     plain = {"results": True}
     hold(ops.experts, experts_reference, experts_cases, case, dtype, outputs, plain=plain)
+
+
+@cases(low_rank_cases)
+def test_low_rank_linear(case, dtype):
+    outputs, plain = {"y": SAME}, {"results": True}
+    module = low_rank_cases
+    hold(ops.low_rank_linear, low_rank_reference, module, case, dtype, outputs, plain=plain)
 
 
 @cases(loss_cases)

@@ -1,4 +1,5 @@
 import gzip
+import html
 import json
 import lzma
 import math
@@ -17,7 +18,7 @@ from nemotron_v3.data import Corpus as Library
 from nemotron_v3.data import Tokenizer, standard_library, training_packs
 from nemotron_v3.recipes import demo
 from nemotron_v3.recipes.console import Story
-from nemotron_v3.recipes.demo import Corpus, as_row, run_demo, seconds_left
+from nemotron_v3.recipes.demo import PROMPT, Corpus, as_row, run_demo, seconds_left
 from nemotron_v3.recipes.options import DemoOptions, ModelSizes
 from nemotron_v3.recipes.plot import _smooth
 from nemotron_v3.train.display import Display
@@ -38,6 +39,7 @@ SMALL = ModelSizes(
     moe_shared_expert_intermediate_size=16,
 )
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "loss.png", "metrics.jsonl"}
+FILES |= {"report.html", "samples.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,17 @@ def test_metrics_are_a_line_a_step_and_the_held_out_figures(run):
     assert [line["loss"] for line in steps] == [step.loss for step in result.steps]
     assert [line["tokens"] for line in steps] == [64, 128, 192]
     assert last == {"held_out_bits_per_byte": result.bits_per_byte}
+
+
+def test_it_ends_by_naming_its_page_which_has_the_figures_and_the_sample(run):
+    result = run()
+    told = "".join(run.told().split())  # lines are wrapped
+    assert told.endswith(f"page{run.out}/report.html:therun'scurves,toopeninabrowser")
+    text = (run.out / "report.html").read_text()
+    assert "<h1>demo</h1>" in text and "Finished after step 3 of 3." in text
+    assert "held out bits per byte" in text and html.escape(PROMPT) in text
+    sample = json.loads((run.out / "samples.jsonl").read_text())
+    assert sample == {"prompt": PROMPT, "text": result.text}
 
 
 def test_the_picture_is_a_png(run):

@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from nemotron_v3.model import cost
-from nemotron_v3.train.memory import activation_bytes, estimate
-from nemotron_v3.train.options import MemoryOptions, ModelOptions, OptimizerOptions, ScheduleOptions
+from nemotron_v3.train.build import read_model_config
+from nemotron_v3.train.memory import activation_bytes, estimate, recomputed_blocks
+from nemotron_v3.train.options import (
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 from nemotron_v3.train.plan import make_plan
 from tests.models import tiny_model, tokens
+from tests.train.fakes import made_up_options
 
 SIZES = {
     "hidden_size": 256,
@@ -51,7 +59,9 @@ def test_the_activations_of_each_kind_of_block_are_those_that_autograd_holds(pat
         model = tiny_model(text, dtype=torch.float32, **SIZES)
         held.append(held_for_backward(model, tokens(1, 512)))
     told = [
-        activation_bytes(tiny_model(text, dtype=torch.float32, **SIZES).config, 512, 4, 0, 0, False)
+        activation_bytes(
+            tiny_model(text, dtype=torch.float32, **SIZES).config, 512, 4, (), 0, False
+        )
         for text in (pattern[:1], pattern)
     ]
     assert told[1] - told[0] == pytest.approx(held[1] - held[0], rel=0.25)
@@ -91,5 +101,35 @@ def test_a_plan_of_a_large_model_needs_no_memory(options):
     plan = make_plan(asked, 0.4, room=80 * 2**30)
     assert plan.total > 30e9 and plan.memory.weights == pytest.approx(2 * plan.total, rel=0.01)
     largest = 128 * 1856 * 2688  # a stack of experts, which is updated as one
-    assert plan.memory.optimizer == 12 * plan.total + 12 * largest
+    # What an update needs comes where activations and logits were.
+    there = plan.memory.activations + plan.memory.logits
+    assert plan.memory.optimizer == 12 * plan.total + 12 * largest - there
     assert [line.strip().partition(":")[0] for line in plan.advice][-1] == "lora.rank = 16"
+
+
+def test_by_memory_as_few_blocks_are_recomputed_as_fit(options):
+    """Of Nano: first those of attention and experts are kept, and of each kind the last ones."""
+    asked = options(
+        model=ModelOptions(preset="nemotron-3-nano-30b", dtype="bfloat16", device="cpu"),
+        lora=LoraOptions(rank=16, groups=("attention", "mamba", "shared", "routed")),
+        data=made_up_options(tokens_per_row=8192),
+    )
+    config = read_model_config(asked.model, torch.device("cpu"))
+    kinds = config.layers_block_type
+    told = []
+    for gib in (60, 70, 78, 90):
+        memory = MemoryOptions(checkpoint_every="auto", device_gib=gib)
+        chosen = replace(asked, memory=memory)
+        blocks = recomputed_blocks(chosen, config, torch.bfloat16, 1)
+        total = estimate(chosen, config, torch.bfloat16, 1).total / 2**30
+        assert gib == 60 or gib - 0.6 < total <= gib or not blocks
+        told.append(blocks)
+        for kind in ("moe", "attention", "mamba"):
+            own = [n for n in range(len(kinds)) if kinds[n] == kind]
+            kept = [n for n in own if n not in blocks]
+            assert kept == own[len(own) - len(kept) :]
+    every, some, most, none = map(len, told)
+    assert every == len(kinds) > some > most > none == 0
+    assert {kinds[n] for n in told[2]} == {"mamba"}
+    whole = replace(asked, memory=MemoryOptions(checkpoint_every=1))
+    assert recomputed_blocks(whole, config, torch.bfloat16, 1) == tuple(range(len(kinds)))

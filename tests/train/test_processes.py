@@ -1,95 +1,23 @@
 """Runs of several processes over gloo: what they compute, save, and do when one of them dies."""
 
-import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemotron_v3.train.config_file import config_text
 from nemotron_v3.train.options import LoraOptions, SaveOptions, ScheduleOptions, TrainOptions
 from tests.train.fakes import made_up_options
+from tests.train.launch import SECONDS, finish, kill, start
 from tests.train.test_run import SILENT, losses, same_weights, train
 
-pytestmark = pytest.mark.integration
-
-SECONDS = 300
-PROGRAM = """
-import os, sys, signal
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from nemotron_v3.train.config_file import read_config
-from nemotron_v3.train.options import TrainOptions
-from tests.train.fakes import MadeUp
-from nemotron_v3.train.run import train
-
-options = read_config(Path(sys.argv[1]), TrainOptions)
-resume = (options.out / "train.toml").exists()
-seen = options.out.with_name(f"{options.out.name}-rows-{os.environ['RANK']}")
-
-class Seen(MadeUp):
-    def row(self, number):
-        with seen.open("a") as file:
-            print(number, file=file)
-        return super().row(number)
-
-dies = os.environ.get("DIES")
-def after(step):
-    if dies == f"{os.environ['RANK']} {step.step}":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-adapters = None
-if options.lora.rank:
-    from nemotron_v3.hf import lora as adapters
-
-train(options, resume=resume, make_data=Seen, after_step=after, adapters=adapters)
-sys.stdout.flush(); sys.stderr.flush()
-os._exit(0)  # gloo's threads, still running, now and then abort a process on its usual way out
-"""
-
-
-def start(options: TrainOptions, size: int, **environment: str) -> list[subprocess.Popen]:
-    """So many processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    recipe = options.out.with_suffix(".toml")
-    recipe.write_text(config_text(options))
-    told = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment,
-    }  # fmt: skip
-    root = Path(__file__).parents[2]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(recipe)],
-            cwd=root,
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """The status and the last words of each."""
-    try:
-        told = [process.communicate(timeout=SECONDS)[1] for process in processes]
-        return [(p.returncode, text) for p, text in zip(processes, told, strict=True)]
-    finally:
-        for process in processes:
-            with contextlib.suppress(OSError):
-                process.kill()
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 
 
 def run(options: TrainOptions, size: int) -> None:
@@ -99,6 +27,7 @@ def run(options: TrainOptions, size: int) -> None:
         return
     ended = finish(start(options, size))
     assert [status for status, _ in ended] == [0] * size, ended
+    assert not any("sendBytes" in text or "recv" in text for _, text in ended), ended
 
 
 @pytest.fixture
@@ -158,9 +87,7 @@ def test_killed_processes_go_on_to_the_bit(asked, parallel, size):
     while not (options.out / "checkpoints" / "step-00000003").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-    finish(processes)
+    kill(processes)
     run(options, size)
     assert losses(options.out) == losses(whole.out)
     assert same_weights(options.out, whole.out)
@@ -190,7 +117,7 @@ def ended_by(options: TrainOptions, size: int, step: int) -> None:
     while not (options.out / "checkpoints" / f"step-{step:08d}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    processes[-1].send_signal(signal.SIGTERM)
+    processes[-1].send(signal.SIGTERM)
     ended = finish(processes)
     assert all("--resume goes on" in text for _, text in ended), ended
 
@@ -199,7 +126,7 @@ def ended_by(options: TrainOptions, size: int, step: int) -> None:
 def test_a_rank_that_dies_ends_the_others_with_its_name(asked, dies):
     options = asked("dies", schedule=ScheduleOptions(steps=1000))
     began = time.monotonic()
-    ended = finish(start(options, 2, DIES=f"{dies} 4"))
+    ended = finish(start(options, 2, dies=(dies, 4)))
     assert time.monotonic() - began < 120
     assert ended[dies][0] == -signal.SIGKILL
     status, text = ended[1 - dies]

@@ -233,7 +233,7 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return read_object(path, MAX_JSON_BYTES) if exists(path) else {}
+    return read_object(path, MAX_JSON_BYTES, wide_integers=True) if exists(path) else {}
 
 
 def _files(folder: Path) -> dict[str, str]:

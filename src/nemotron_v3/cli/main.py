@@ -18,8 +18,10 @@ from nemotron_v3.cli.terminal import one_line
 VERBS = {
     "convert": "Convert",
     "demo": "Demo",
+    "eval": "Eval",
     "generate": "Generate",
     "inspect": "Inspect",
+    "report": "Report",
     "train": "Train",
     "completion": "Completion",
 }

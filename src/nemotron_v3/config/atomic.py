@@ -7,6 +7,7 @@ full disk or an error before the rename leaves what stood there. What a killed w
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -104,6 +105,13 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def final_name(path: Path) -> str:
+    """The name of a file or folder, that of its place where it still has a temporary one."""
+    name = path.resolve().name
+    match = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(_NEW)}", name)
+    return match[1] if match else name
 
 
 def _beside(path: Path, mark: str = _NEW) -> Path:

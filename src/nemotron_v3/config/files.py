@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 32 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20  # the largest release in 4 bits names 49,344 modules in its own
+WIDEST = 40  # digits of an integer, where those outside 64 bits are taken
 DEEPEST = 64  # objects and lists inside one another; what is deeper cannot be copied or written
 
 _KINDS = (
@@ -84,18 +85,25 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> str:
     return _decode(read_bytes(path, limit), str(path))
 
 
-def read_object(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_object(
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, wide_integers: bool = False
+) -> dict[str, Any]:
     """The JSON object in the regular file `path`, in UTF-8, with its byte order mark or without.
+
+    `wide_integers` is `parse_object`'s.
 
     Raises:
         ValueError: no regular file, more than `limit` bytes, or what `parse_object` refuses.
         OSError: no such file, or one that may not be read.
     """
-    return parse_object(read_bytes(path, limit), str(path))
+    return parse_object(read_bytes(path, limit), str(path), wide_integers)
 
 
-def parse_object(raw: bytes | str, where: str) -> dict[str, Any]:
+def parse_object(raw: bytes | str, where: str, wide_integers: bool = False) -> dict[str, Any]:
     """The JSON object in `raw`; `where` stands in front of errors.
+
+    `wide_integers` takes integers of up to `WIDEST` digits too: transformers writes int(1e30) as
+    the longest text of a tokenizer that has no limit.
 
     `NaN`, `Infinity` and `-Infinity` are read as Python reads them, since released configs hold
     such numbers: who expects a finite one checks it.
@@ -113,7 +121,10 @@ def parse_object(raw: bytes | str, where: str) -> dict[str, Any]:
     text = _decode(raw, where)
     try:
         value = json.loads(
-            text, object_pairs_hook=_no_twins, parse_int=_integer, parse_float=_finite
+            text,
+            object_pairs_hook=_no_twins,
+            parse_int=_wide_integer if wide_integers else _integer,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a whole JSON document that can be read: {error}") from None
@@ -155,6 +166,12 @@ def _integer(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**64:
         raise ValueError(f"the number {digits[:20]}... of {len(digits)} digits is not in 64 bits")
     return value
+
+
+def _wide_integer(digits: str) -> int:
+    if len(digits) > WIDEST:
+        raise ValueError(f"the number {digits[:20]}... of {len(digits)} digits is too long")
+    return int(digits)
 
 
 def _finite(digits: str) -> float:

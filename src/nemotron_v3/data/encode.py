@@ -8,16 +8,28 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import tokenizers
 
 from nemotron_v3.chat import ChatTemplate
+from nemotron_v3.chat.template import read_special_tokens
+from nemotron_v3.config.files import read_text
 from nemotron_v3.config.text import check_text
 from nemotron_v3.data.options import TrainOn
 from nemotron_v3.data.read import Record, column_of
 
 BATCH = 256
+
+
+class DataTokenizer(Protocol):
+    """What is needed of a tokenizer: `Tokenizer` and `PretrainedTokenizer` have it."""
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer: ...
+
+    def frame(self) -> tuple[list[int], list[int]]: ...
 
 
 @dataclass
@@ -26,6 +38,7 @@ class Documents:
 
     Attributes:
         ids: of each document, complements where a token is no target.
+        sizes: bytes of the text of each document, of a chat's that its targets stand for.
         bad: lines that are none, each with why; counted from 1 in the unit.
         lines: read, blank ones included.
         empty: documents without text.
@@ -33,6 +46,7 @@ class Documents:
     """
 
     ids: list[list[int]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     lines: int = 0
     empty: int = 0
@@ -57,6 +71,34 @@ class Encoder:
     behind: tuple[int, ...]
     template: ChatTemplate | None
     train_on: TrainOn
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: DataTokenizer,
+        chat_template: str | None = None,
+        train_on: TrainOn = "assistant",
+    ) -> Self:
+        """With a template by its folder, its file or itself.
+
+        Raises:
+            TypeError: no such tokenizer.
+            ValueError: no template.
+        """
+        if not callable(getattr(tokenizer, "frame", None)):
+            raise TypeError(
+                f"the tokenizer is a {type(tokenizer).__name__}: give what "
+                "PretrainedTokenizer.load or Tokenizer.load reads from a folder"
+            )
+        before, behind = tokenizer.frame()
+        return cls(
+            tokenizer.backend,
+            tokenizer.backend.encode_special_tokens,
+            tuple(before),
+            tuple(behind),
+            None if chat_template is None else _template(chat_template),
+            train_on,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,13 +145,14 @@ class Encoder:
                     read.append(_Text(value))
             except _BadRecord as error:
                 done.bad.append((record.line, str(error)))
-        for ids in self._encode(read):
+        for text, ids in zip(read, self._encode(read), strict=True):
             if len(ids) < 2:
                 done.empty += 1
             elif all(number < 0 for number in ids[1:]):
                 done.without_targets += 1
             else:
                 done.ids.append(ids)
+                done.sizes.append(text.size)
         return done
 
     def _checked_template(self) -> ChatTemplate:
@@ -164,6 +207,13 @@ class _Text:
     is_chat: bool = False
     spans: list[tuple[int, int]] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the targets' text in UTF-8."""
+        if self.spans is None:
+            return len(self.text.encode())
+        return sum(len(self.text[start:end].encode()) for start, end in self.spans)
+
 
 def only_in(
     spans: Sequence[tuple[int, int]], ids: Sequence[int], offsets: Sequence[tuple[int, int]]
@@ -208,3 +258,17 @@ def _document(record: dict[str, Any], field: str) -> str | list[Any]:
             raise _BadRecord(f"the field {key!r} is an empty list of messages")
         return value
     raise _BadRecord(f"the field {key!r} is {value!r:.60}: neither text nor a list of messages")
+
+
+def _template(told: str) -> ChatTemplate:
+    """A template by its folder, its file or itself."""
+    if "{%" in told or "{{" in told:
+        return ChatTemplate(told)
+    path = Path(told)
+    if path.is_dir():
+        return ChatTemplate.load(path)
+    if not path.exists():
+        raise ValueError(
+            f"chat_template is {told!r}: give a template's file, a folder that has one, or its text"
+        )
+    return ChatTemplate(read_text(path), read_special_tokens(path.parent))

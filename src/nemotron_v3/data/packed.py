@@ -4,14 +4,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-import tokenizers
-
-from nemotron_v3.chat import ChatTemplate
-from nemotron_v3.chat.template import read_special_tokens
-from nemotron_v3.config.files import read_text
-from nemotron_v3.data.encode import Encoder
+from nemotron_v3.data.encode import DataTokenizer, Encoder
 from nemotron_v3.data.find import Found
 from nemotron_v3.data.fingerprint import differences, fingerprint
 from nemotron_v3.data.options import DataOptions
@@ -22,15 +17,6 @@ from nemotron_v3.data.store import TokenStore
 from nemotron_v3.data.tokenize import Progress, cache_folder, open_store
 
 STATE_VERSION = 1
-
-
-class DataTokenizer(Protocol):
-    """What is needed of a tokenizer: `Tokenizer` and `PretrainedTokenizer` have it."""
-
-    @property
-    def backend(self) -> tokenizers.Tokenizer: ...
-
-    def frame(self) -> tuple[list[int], list[int]]: ...
 
 
 class PackedData:
@@ -76,7 +62,7 @@ class PackedData:
             raise ValueError(f"rank is {rank} of {world_size}: give one from 0 to world_size - 1")
         self.options = options
         self._rank, self._world_size = rank, world_size
-        encoder = _encoder(options, tokenizer)
+        encoder = Encoder.of(tokenizer, options.chat_template, options.train_on)
         cache = cache_folder() if cache is None else Path(cache)
         self._stores: list[TokenStore] = []
         self._found: list[Found] = []
@@ -227,34 +213,3 @@ class PackedData:
 
 def _is_partial(epoch: int, epochs: float | None) -> bool:
     return epochs is not None and epoch < epochs < epoch + 1
-
-
-def _encoder(options: DataOptions, tokenizer: DataTokenizer) -> Encoder:
-    if not callable(getattr(tokenizer, "frame", None)):
-        raise TypeError(
-            f"the tokenizer is a {type(tokenizer).__name__}: give what PretrainedTokenizer.load or "
-            "Tokenizer.load reads from a folder"
-        )
-    before, behind = tokenizer.frame()
-    return Encoder(
-        tokenizer.backend,
-        tokenizer.backend.encode_special_tokens,
-        tuple(before),
-        tuple(behind),
-        None if options.chat_template is None else _template(options.chat_template),
-        options.train_on,
-    )
-
-
-def _template(told: str) -> ChatTemplate:
-    """A template by its folder, its file or itself."""
-    if "{%" in told or "{{" in told:
-        return ChatTemplate(told)
-    path = Path(told)
-    if path.is_dir():
-        return ChatTemplate.load(path)
-    if not path.exists():
-        raise ValueError(
-            f"chat_template is {told!r}: give a template's file, a folder that has one, or its text"
-        )
-    return ChatTemplate(read_text(path), read_special_tokens(path.parent))

@@ -1,7 +1,8 @@
 """The documents of one source as token ids on disk, in the order in which they were found.
 
 `tokens.bin` holds int32 numbers, document after document: a token's id, or its complement where the
-token is no target. `lengths.bin` holds an int64 a document, `about.json` what was counted.
+token is no target. `lengths.bin` holds an int64 a document, and so does `sizes.bin`: the bytes of
+its text. `about.json` holds what was counted.
 """
 
 import json
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from nemotron_v3.config.files import read_object
 
-TOKENS, LENGTHS, ABOUT = "tokens.bin", "lengths.bin", "about.json"
-VERSION = 1
+TOKENS, LENGTHS, SIZES, ABOUT = "tokens.bin", "lengths.bin", "sizes.bin", "about.json"
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class TokenStore:
         about: what was counted.
         lengths: int64 `[documents]`, on the CPU.
         starts: int64 `[documents]`, where each document begins in `tokens.bin`.
+        sizes: int64 `[documents]`, bytes of the text that each document's targets stand for, in
+            UTF-8; tokens that stand around a text have none.
 
     Raises:
         ValueError, OSError, KeyError, TypeError: no store, or one that is not whole.
@@ -90,16 +93,13 @@ class TokenStore:
 
     def __init__(self, folder: Path):
         self.about: About = About.read(folder)
-        raw = bytearray((folder / LENGTHS).read_bytes())
-        # A tensor cannot be made of no bytes.
-        self.lengths: Tensor = (
-            torch.frombuffer(raw, dtype=torch.int64) if raw else torch.empty(0).long()
-        )
+        self.lengths: Tensor = _numbers(folder / LENGTHS)
+        self.sizes: Tensor = _numbers(folder / SIZES)
         self.starts: Tensor = self.lengths.cumsum(0) - self.lengths
         self._path = folder / TOKENS
         self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         size = os.fstat(self._file.fileno()).st_size
-        whole = len(self.lengths) == self.about.documents
+        whole = len(self.lengths) == len(self.sizes) == self.about.documents
         whole = whole and int(self.lengths.sum()) == self.about.tokens == size // 4
         if not whole:
             self.close()
@@ -134,3 +134,9 @@ class TokenStore:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _numbers(path: Path) -> Tensor:
+    """The int64 numbers of a file; a tensor cannot be made of no bytes."""
+    raw = bytearray(path.read_bytes())
+    return torch.frombuffer(raw, dtype=torch.int64) if raw else torch.empty(0, dtype=torch.int64)

@@ -18,7 +18,7 @@ from nemotron_v3.data.encode import Encoder
 from nemotron_v3.data.find import Found, find_files
 from nemotron_v3.data.options import Source
 from nemotron_v3.data.read import units_of
-from nemotron_v3.data.store import LENGTHS, TOKENS, VERSION, TokenStore
+from nemotron_v3.data.store import LENGTHS, SIZES, TOKENS, VERSION, TokenStore
 from nemotron_v3.data.units import Tokenized, TokenizeUnit
 from nemotron_v3.data.workers import run_in_order
 from nemotron_v3.data.write import StoreWriter
@@ -85,8 +85,9 @@ def _make(
         contextlib.closing(results),
         (folder / TOKENS).open("wb") as tokens,
         (folder / LENGTHS).open("wb") as lengths,
+        (folder / SIZES).open("wb") as sizes,
     ):
-        writer = StoreWriter(source.path, tokens, lengths)
+        writer = StoreWriter(source.path, tokens, lengths, sizes)
         told = _telling(results, len(in_order), progress)
         for file, group in units.items():
             writer.write(file, islice(told, len(group)))

@@ -10,10 +10,14 @@ from nemotron_v3.data.read import Unit, read_records, read_text_part
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What a unit became; of a text file, one part of its document."""
+    """What a unit became; of a text file, one part of its document.
+
+    `lengths` count a document's tokens, `sizes` the bytes of the text that its targets stand for.
+    """
 
     ids: bytes
     lengths: list[int]
+    sizes: list[int] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     lines: int = 0
     empty: int = 0
@@ -45,6 +49,7 @@ class TokenizeUnit:
         return Tokenized(
             _packed(done.ids),
             [len(ids) for ids in done.ids],
+            done.sizes,
             done.bad,
             done.lines,
             done.empty,
@@ -57,13 +62,14 @@ class TokenizeUnit:
         try:
             text = read_text_part(unit)
         except ValueError as error:
-            return Tokenized(b"", [], [(0, str(error))])
+            return Tokenized(b"", [], bad=[(0, str(error))])
         is_first, is_last = unit.start == 0, unit.end == unit.file.size
         if is_first and is_last and not text.strip():
             return Tokenized(b"", [])
         ids = self.encoder.part(text, is_first, is_last)
         targets, largest = _counts([ids])
-        return Tokenized(_packed([ids]), [len(ids)], targets=targets, largest=largest)
+        size = len(text.encode())
+        return Tokenized(_packed([ids]), [len(ids)], [size], targets=targets, largest=largest)
 
 
 def _counts(documents: list[list[int]]) -> tuple[int, int]:

@@ -17,9 +17,9 @@ SHOWN = 5
 class StoreWriter:
     """Appends what units became to a store's files, and counts."""
 
-    def __init__(self, path: str, tokens: BinaryIO, lengths: BinaryIO):
+    def __init__(self, path: str, tokens: BinaryIO, lengths: BinaryIO, sizes: BinaryIO):
         self._about = About()
-        self._path, self._tokens, self._lengths = path, tokens, lengths
+        self._path, self._tokens, self._lengths, self._sizes = path, tokens, lengths, sizes
 
     def write(self, file: File, units: Iterable[Tokenized]) -> None:
         """Write what the units of a file became.
@@ -70,7 +70,7 @@ class StoreWriter:
                 self._note(BadLine(file.path, line + number, why))
             line += unit.lines
             self._append(unit.ids)
-            self._count(unit, unit.lengths)
+            self._count(unit, unit.lengths, unit.sizes)
 
     def _write_text(self, file: File, units: Iterable[Tokenized]) -> None:
         """A text file is one document, and none at all where a part of it is no text."""
@@ -82,6 +82,7 @@ class StoreWriter:
             whole = Tokenized(
                 b"",
                 [],
+                [sum(whole.sizes) + sum(unit.sizes)],
                 whole.bad + unit.bad,
                 targets=whole.targets + unit.targets,
                 largest=max(whole.largest, unit.largest),
@@ -95,15 +96,16 @@ class StoreWriter:
         elif sum(parts) < 2:
             self._about.empty += 1
         else:
-            self._count(whole, [sum(parts)])
+            self._count(whole, [sum(parts)], whole.sizes)
 
     def _append(self, ids: bytes) -> None:
         self._tokens.write(ids)
         self._digest.update(ids)
 
-    def _count(self, unit: Tokenized, lengths: Sequence[int]) -> None:
+    def _count(self, unit: Tokenized, lengths: Sequence[int], sizes: Sequence[int]) -> None:
         raw = array("q", lengths).tobytes()
         self._lengths.write(raw)
+        self._sizes.write(array("q", sizes).tobytes())
         self._digest.update(raw)
         about = self._about
         about.documents += len(lengths)

@@ -48,14 +48,26 @@ def score(
     layout = SequenceLayout.resolve(shape, device, attention_mask, layout=layout, **layout_kwargs)
     hidden = layout.pack(model.model(input_ids, layout=layout).last_hidden_state)  # [T, D]
     next_tokens = ops.shift_labels(input_ids, layout)  # [T], negative at a document's end
+    scores = log_probabilities(model, hidden, next_tokens)
+    return layout.unpack(torch.cat([scores.new_zeros(min(1, len(scores))), scores[:-1]]))
+
+
+def log_probabilities(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of tokens by the hidden states before them, a chunk of tokens at a time.
+
+    Args:
+        model: whose head is asked.
+        hidden: `[T, D]`, what `model.model` gives.
+        targets: int64 `[T]`, the token that follows each; -100 where none is asked for.
+
+    Returns:
+        `[T]` in fp32 or wider, in nats; 0 where none is asked for. Differentiable.
+    """
     weight = plain_weight(model.lm_head)
     if weight is None:
-        scores = _by_the_head(model, hidden, next_tokens)
-    else:
-        scores, _ = ops.linear_log_probabilities(
-            hidden, weight, next_tokens, impl=model.model.backend.impl
-        )
-    return layout.unpack(torch.cat([scores.new_zeros(min(1, len(scores))), scores[:-1]]))
+        return _by_the_head(model, hidden, targets)
+    impl = model.model.backend.impl
+    return ops.linear_log_probabilities(hidden, weight, targets, impl=impl)[0]
 
 
 def _by_the_head(model: CausalLM, hidden: Tensor, next_tokens: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from nemotron_v3.checkpoint import CheckpointError
 from nemotron_v3.checkpoint.reader import Shard
 from nemotron_v3.checkpoint.writer import Piece, same_bits, write_safetensors
 from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.hf.lora_linear import fuse_lora_
 from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
@@ -52,6 +53,7 @@ def add(model: NemotronV3ForCausalLM, options: Asked) -> None:
     model.requires_grad_(False)
     if beside.modules or beside.parameters:
         inject_adapter_in_model(_config(options, beside), model, NAME)
+        fuse_lora_(model)
     if set(targets.parameters) & set(_STACKS):
         for module in model.modules():
             if isinstance(module, NemotronV3Experts):

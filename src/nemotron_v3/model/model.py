@@ -3,6 +3,7 @@
 Letters: B batch, S sequence, T packed tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -51,7 +52,7 @@ class NemotronV3Model(nn.Module):
         self.config: NemotronV3Config = NemotronV3Config.from_any(config)
         self.backend: BackendConfig = BackendConfig.from_any(backend)
         self.gradient_checkpointing = False
-        self.checkpoint_every = 1
+        self.recomputed: tuple[int, ...] = ()  # blocks, where gradient_checkpointing is on
         config, backend = self.config, self.backend
         self.embeddings: nn.Embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, dtype=config.dtype
@@ -127,7 +128,7 @@ class NemotronV3Model(nn.Module):
         streams = [hidden]
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if recomputes and block.layer_idx % self.checkpoint_every == 0:
+            if recomputes and block.layer_idx in self.recomputed:
                 hidden = _recomputed(block, hidden, context)
             else:
                 hidden = block(hidden, context=context)
@@ -399,16 +400,26 @@ class NemotronV3ForCausalLM(nn.Module):
         """
         return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+    def gradient_checkpointing_enable(
+        self, every: int = 1, *, blocks: Collection[int] | None = None
+    ) -> None:
         """Keep only the stream in front of every nth block for the backward pass, and recompute
-        the block; of the blocks between keep what their backward pass needs.
+        the block; of the others keep what their backward pass needs.
+
+        Args:
+            every: n.
+            blocks: the numbers of the blocks to recompute, in place of every nth.
 
         Raises:
-            ValueError: `every` is below 1.
+            ValueError: `every` is below 1, or a block that is not there.
         """
         if every < 1:
             raise ValueError(f"every is {every}: give 1 for all blocks, 2 for each second one, ...")
-        self.model.gradient_checkpointing, self.model.checkpoint_every = True, every
+        numbers = range(self.config.num_hidden_layers)
+        chosen = numbers[::every] if blocks is None else sorted(set(blocks))
+        if absent := [number for number in chosen if number not in numbers]:
+            raise ValueError(f"blocks {absent} are not there: the model has {len(numbers)} from 0")
+        self.model.gradient_checkpointing, self.model.recomputed = True, tuple(chosen)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what each block's backward pass needs."""

@@ -24,6 +24,7 @@ from nemotron_v3.ops.linear_cross_entropy.op import linear_cross_entropy as line
 from nemotron_v3.ops.linear_cross_entropy.op import (
     linear_log_probabilities as linear_log_probabilities,
 )
+from nemotron_v3.ops.low_rank_linear.op import low_rank_linear as low_rank_linear
 from nemotron_v3.ops.mamba2.op import mamba2 as mamba2
 from nemotron_v3.ops.mamba2_step.op import mamba2_step as mamba2_step
 from nemotron_v3.ops.relu2.op import relu2 as relu2

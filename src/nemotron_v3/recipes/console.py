@@ -47,7 +47,10 @@ class Story:
         source = Syntax(prompt + continuation, "python", theme="ansi_dark", word_wrap=True)
         self.console.print(Padding(source, (0, 0, 1, 4)))
 
-    def done(self, folder: Path, seconds: float) -> None:
+    def done(self, folder: Path, seconds: float, page: Path | None) -> None:
         names = ", ".join(sorted(path.name for path in folder.iterdir()))
         self.fact("saved", f"[bold]{folder}[/]: {names}")
-        self.fact("time", f"{clock(seconds)}, {torch.get_num_threads()} threads\n")
+        end = "" if page else "\n"
+        self.fact("time", f"{clock(seconds)}, {torch.get_num_threads()} threads{end}")
+        if page:
+            self.fact("page", f"[bold]{page}[/]: the run's curves, to open in a browser\n")

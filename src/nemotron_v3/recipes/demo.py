@@ -31,6 +31,8 @@ from nemotron_v3.generation import generate
 from nemotron_v3.model.cost import parameters
 from nemotron_v3.model.loss import IGNORE_INDEX
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.pages.live import LiveReport
+from nemotron_v3.pages.read import SAMPLES
 from nemotron_v3.recipes.console import Story
 from nemotron_v3.recipes.options import DemoOptions
 from nemotron_v3.recipes.plot import plot_loss
@@ -142,9 +144,12 @@ def run_demo(options: DemoOptions, story: Story | None = None) -> DemoResult:
         written = generate(
             model, prompt, max_new_tokens=SAMPLE_TOKENS, tokenizer=text.tokenizer, **sampling
         ).text[0]
+        sample = {"prompt": PROMPT, "text": written}
+        (folder / SAMPLES).write_text(json.dumps(sample) + "\n", encoding="utf-8")
+        page = LiveReport(folder, 1.0, story.console.print).end()
     story.comparison(bits_per_byte)
     story.code(PROMPT, written)
-    story.done(options.out, time.perf_counter() - started)
+    story.done(options.out, time.perf_counter() - started, page and options.out / page.name)
     return DemoResult(bits_per_byte, steps, written)
 
 

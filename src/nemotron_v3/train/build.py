@@ -14,6 +14,7 @@ from nemotron_v3.config import PRESETS, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
 from nemotron_v3.parallel import Plan, parallelize
+from nemotron_v3.train.memory import device_room, recomputed_blocks
 from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
 from nemotron_v3.train.processes import World
 
@@ -72,8 +73,8 @@ def build_model(
             model = NemotronV3ForCausalLM(read_model_config(options.model, world.device))
     if options.lora.rank:
         _adapt(model, options.lora, options.seed, adapters)
-    if options.memory.checkpoint_every:
-        model.gradient_checkpointing_enable(every=options.memory.checkpoint_every)
+    if blocks := _recomputed(options, model, world):
+        model.gradient_checkpointing_enable(blocks=blocks)
     if sharded:
         _shard(model, plan, world)
     if options.memory.compile:
@@ -107,6 +108,16 @@ def _adapt(
         )
     torch.manual_seed(seed)
     adapters.add(model, options)
+
+
+def _recomputed(
+    options: TrainOptions, model: NemotronV3ForCausalLM, world: World
+) -> tuple[int, ...]:
+    """The blocks to recompute: the same ones on all processes, which gather weights together."""
+    dtype, room = model.model.embeddings.weight.dtype, device_room(world.device)
+    kernels = world.device.type == "cuda"
+    blocks = recomputed_blocks(options, model.config, dtype, world.size, kernels, room)
+    return tuple(world.told(blocks))
 
 
 def _shard(model: NemotronV3ForCausalLM, plan: Plan, world: World) -> None:

@@ -107,10 +107,10 @@ def _dataclass(where: str, table: Any, kind: type, problems: list[str]) -> Any:
 def _value(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        (hint,) = [arg for arg in args if arg is not type(None)]
-        if value == NONE:
+        kinds = [arg for arg in args if arg is not type(None)]
+        if value == NONE and len(kinds) < len(args):
             return None
-        return _value(name, value, hint, problems)
+        return _one_of(name, value, kinds, problems)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(name, value, hint, problems)
     if origin is tuple and isinstance(value, list):
@@ -127,6 +127,20 @@ def _value(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     elif isinstance(hint, type) and type(value) is hint:
         return value
     problems.append(f"{name} is {value!r}: {_told(hint, origin, args)} is needed")
+    return None
+
+
+def _one_of(name: str, value: Any, kinds: list[Any], problems: list[str]) -> Any:
+    """The value as the first of several types that takes it."""
+    if len(kinds) == 1:
+        return _value(name, value, kinds[0], problems)
+    for kind in kinds:
+        refused: list[str] = []
+        taken = _value(name, value, kind, refused)
+        if not refused:
+            return taken
+    told = " or ".join(_told(kind, get_origin(kind), get_args(kind)) for kind in kinds)
+    problems.append(f"{name} is {value!r}: {told} is needed")
     return None
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ def kind_of(name: str, config: NemotronV3Config) -> str:
     return next((kind for kind in ("embeddings", "lm_head") if kind in name), "norms")
 
 
-def look(trainer: Trainer) -> dict[str, float]:
+def look(trainer: Trainer) -> dict[str, Any]:
     """Of the gradients and counts at hand, on all processes: each has to call it."""
-    told = {f"gradient_norm/{k}": v for k, v in gradient_norms(trainer.model).items()}
+    norms = gradient_norms(trainer.model)
+    told: dict[str, Any] = {f"gradient_norm/{kind}": norm for kind, norm in norms.items()}
     if trainer.load is not None:
         told |= _loads(trainer.load, trainer.world)
     return told | {"memory_bytes": memory_in_use(trainer.world.device)}
@@ -44,19 +46,34 @@ def gradient_norms(model: NemotronV3ForCausalLM) -> dict[str, float]:
     return {kind: total_norm(grads).item() for kind, grads in kinds.items()}
 
 
-def _loads(load: ExpertLoad, world: World) -> dict[str, float]:
+def _loads(load: ExpertLoad, world: World) -> dict[str, Any]:
     """Evenness of the experts' loads: mean over the routers of the entropy (1 is even), the worst
-    of the most loaded expert's excess, and all idle experts."""
-    counts = torch.stack([load.counts[name] for name in sorted(load.counts)])
-    share = world.sum_(counts.clone()).double()
+    of the most loaded expert's excess, all idle experts; entropy and excess of each router by its
+    layer's number, and the load of each expert in percent of an even one."""
+    names = sorted(load.counts)
+    share = world.sum_(torch.stack([load.counts[name] for name in names])).double()
     share /= share.sum(1, keepdim=True).clamp(min=1)
     experts = share.shape[1]
     even = torch.tensor(float(max(experts, 2)), dtype=torch.float64).log().item()
-    return {
-        "experts/entropy": (torch.special.entr(share).sum(1) / even).mean().item(),
-        "experts/max_violation": (share.max() * experts - 1).item(),
+    entropies = (torch.special.entr(share).sum(1) / even).tolist()
+    loads = (share * experts).tolist()
+    routers = {_layer_of(name): i for i, name in enumerate(names)}
+    told: dict[str, Any] = {
+        "experts/entropy": sum(entropies) / len(entropies),
+        "experts/max_violation": max(map(max, loads)) - 1,
         "experts/idle": float((share == 0).sum().item()),
     }
+    for layer, i in routers.items():
+        told[f"experts/entropy/{layer}"] = entropies[i]
+        told[f"experts/max_violation/{layer}"] = max(loads[i]) - 1
+    told["experts/load"] = {k: [round(100 * x) for x in loads[i]] for k, i in routers.items()}
+    return told
+
+
+def _layer_of(router: str) -> str:
+    """The number of a router's layer; its whole name where that has none."""
+    match = _LAYER.fullmatch(router)
+    return match[1] if match else router
 
 
 def memory_in_use(device: torch.device) -> int:

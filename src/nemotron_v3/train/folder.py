@@ -1,8 +1,9 @@
 """The folder of a run: what it was asked, with which versions, and whether it may be written to."""
 
-import importlib.metadata
 import json
+import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.config.versions import installed
 from nemotron_v3.train.checkpoints import FOLDER
 from nemotron_v3.train.config_file import config_text
 from nemotron_v3.train.metrics import METRICS
@@ -53,20 +55,34 @@ def write_about(options: TrainOptions, resumed: bool) -> dict[str, Any]:
     return starts[-1]
 
 
+def write_outcome(out: Path, outcome: str) -> None:
+    """Say how what was begun last has ended; a run that was killed says nothing.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    about = out / ABOUT
+    starts = json.loads(about.read_text(encoding="utf-8"))
+    starts[-1] |= {"ended": _now(), "outcome": outcome}
+    with atomic_file(about) as path:
+        path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _about() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
+        # By these a page of the run tells whether it goes on.
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": installed(_PACKAGES),
         "commit": _commit(),
     }
 

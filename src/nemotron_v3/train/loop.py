@@ -83,7 +83,7 @@ class Step:
     loss: float
     learning_rate: float
     gradient_norm: float
-    details: dict[str, float]
+    details: dict[str, Any]
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Trainer:
     scheduler: LRScheduler
     load: ExpertLoad | None
     progress: Progress
-    look: Callable[["Trainer"], dict[str, float]]
+    look: Callable[["Trainer"], dict[str, Any]]
     signal: Callable[[], int]
     signalled: int = 0
 

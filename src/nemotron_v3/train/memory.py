@@ -4,6 +4,8 @@ Letters: T tokens that pass the model at once, D hidden size, F expert width, K 
 width the experts see, N state, Q chunk.
 """
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +13,13 @@ import torch
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.model import cost
 from nemotron_v3.model.dtypes import FP32_NAMES
-from nemotron_v3.train.options import LoraOptions, TrainOptions
+from nemotron_v3.train.options import LoraOptions, MemoryOptions, TrainOptions
 
 # Elements that the fused head and loss hold at once, in fp32 (ops/linear_cross_entropy).
 HEAD_ELEMENTS = 2**26
 # Elements that the optimiser updates at once, in fp32: weights, gradients, and what is rounded.
 UPDATED = 2**26
+MARGIN = 0.92  # of a device's memory: the rest is kernels, fragments and other programs
 
 
 @dataclass(frozen=True)
@@ -34,41 +37,135 @@ class Memory:
         return sum(vars(self).values())
 
 
+def device_room(device: torch.device) -> int:
+    """Bytes of a device's memory, shared evenly where several processes of a host have one; 0 where
+    the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        bytes_ = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
+    return bytes_ // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def usable(options: MemoryOptions, room: int) -> float:
+    """The bytes of a device's `room` that a run may fill."""
+    return MARGIN * room if options.device_gib is None else options.device_gib * 2**30
+
+
 def estimate(
     options: TrainOptions,
     config: NemotronV3Config,
     dtype: torch.dtype,
     processes: int,
     kernels: bool = True,
+    room: int = 0,
 ) -> Memory:
     """Of one of so many processes, each with a device of its own.
 
-    `kernels` is whether experts run by kernels, as on a GPU, or by PyTorch's own operations.
+    `kernels` is whether experts run by kernels, as on a GPU, or by PyTorch's own operations; `room`
+    a device's bytes, which decide where blocks are recomputed by memory.
     """
-    shared = processes if options.parallel == "fsdp" else 1
-    weights = _weight_bytes(config, dtype)
-    adapters = lora_parameters(config, options.lora) if options.lora.rank else 0
-    count = cost.parameters(config).total
-    trained = adapters or count
-    width = dtype.itemsize
-    gradients = adapters * width if adapters else weights
-    stacks = 1 if adapters else max(w.parameters for w in cost.model_weights(config))
-    update = 3 * 4 * min(max(UPDATED, stacks // shared), trained // shared) if width < 4 else 0
-    # Of a sharded model the largest block is whole at a time, with its gradient.
-    largest = max(
-        sum(w.parameters for w in cost.block_weights(config, b)) for b in config.layers_block_type
+    return _Run(options, config, dtype, processes, kernels).memory(
+        recomputed_blocks(options, config, dtype, processes, kernels, room)
     )
-    gathered = largest * width if shared > 1 else 0
-    tokens = options.memory.rows_per_pass * options.data.tokens_per_row
-    return Memory(
-        weights=(weights + adapters * width) // shared + gathered,
-        gradients=gradients // shared + (0 if adapters else gathered),
-        optimizer=trained * _moments(options, width) // shared + update,
-        activations=activation_bytes(
-            config, tokens, width, options.memory.checkpoint_every, options.lora.rank, kernels
-        ),
-        logits=_logit_bytes(config, options, tokens, shared > 1),
-    )
+
+
+def recomputed_blocks(
+    options: TrainOptions,
+    config: NemotronV3Config,
+    dtype: torch.dtype,
+    processes: int,
+    kernels: bool = True,
+    room: int = 0,
+) -> tuple[int, ...]:
+    """The numbers of the blocks that the backward pass computes again; arguments as `estimate`'s.
+
+    By memory, those are kept first that take the most FLOPs for a byte, and the last ones of them:
+    a block is recomputed when what the blocks behind it kept is gone.
+    """
+    every, blocks = options.memory.checkpoint_every, range(config.num_hidden_layers)
+    if every != "auto":
+        return tuple(blocks[::every]) if every else ()
+    run = _Run(options, config, dtype, processes, kernels)
+    limit = usable(options.memory, room)
+    sizes = [run.block_bytes(number) for number in blocks]
+    length = options.data.tokens_per_row
+    values = [
+        cost.block_flops(config.of_block(number), kind, length) / size
+        for number, (kind, size) in enumerate(zip(config.layers_block_type, sizes, strict=True))
+    ]
+    recomputed = set(blocks)
+    for number in sorted(blocks, key=lambda n: (-values[n], -n)):
+        if run.memory(recomputed - {number}).total <= limit:
+            recomputed.discard(number)
+    return tuple(sorted(recomputed))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run's memory is reckoned from."""
+
+    options: TrainOptions
+    config: NemotronV3Config
+    dtype: torch.dtype
+    processes: int
+    kernels: bool
+
+    def memory(self, recomputed: Collection[int]) -> Memory:
+        """Where these blocks are recomputed."""
+        options, config = self.options, self.config
+        shared = self.processes if options.parallel == "fsdp" else 1
+        weights = _weight_bytes(config, self.dtype)
+        adapters = lora_parameters(config, options.lora) if options.lora.rank else 0
+        count = cost.parameters(config).total
+        trained, width = adapters or count, self.dtype.itemsize
+        gradients = adapters * width if adapters else weights
+        activations = self._activations(recomputed)
+        logits = _logit_bytes(config, options, self.tokens, shared > 1)
+        # What the optimiser needs for an update comes where activations and logits were.
+        update = max(0, self._update(trained, shared) - activations - logits)
+        # Of a sharded model the largest block is whole at a time, with its gradient.
+        largest = max(
+            sum(w.parameters for w in cost.block_weights(config, b))
+            for b in config.layers_block_type
+        )
+        gathered = largest * width if shared > 1 else 0
+        return Memory(
+            weights=(weights + adapters * width) // shared + gathered,
+            gradients=gradients // shared + (0 if adapters else gathered),
+            optimizer=trained * _moments(options, width) // shared + update,
+            activations=activations,
+            logits=logits,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
+
+    def block_bytes(self, number: int) -> int:
+        """Bytes a token that a block keeps beside the stream in front of it."""
+        kind = self.config.layers_block_type[number]
+        width, rank = self.dtype.itemsize, self.options.lora.rank
+        return _block_bytes(self.config.of_block(number), kind, width, rank, self.kernels)
+
+    def _activations(self, recomputed: Collection[int]) -> int:
+        return activation_bytes(
+            self.config,
+            self.tokens,
+            self.dtype.itemsize,
+            recomputed,
+            self.options.lora.rank,
+            self.kernels,
+        )
+
+    def _update(self, trained: int, shared: int) -> int:
+        if self.dtype.itemsize >= 4:
+            return 0
+        adapted = self.options.lora.rank
+        stacks = 1 if adapted else max(w.parameters for w in cost.model_weights(self.config))
+        return 3 * 4 * min(max(UPDATED, stacks // shared), trained // shared)
 
 
 def lora_parameters(config: NemotronV3Config, options: LoraOptions) -> int:
@@ -83,7 +180,7 @@ def activation_bytes(
     config: NemotronV3Config,
     tokens: int,
     width: int,
-    checkpoint_every: int,
+    recomputed: Collection[int],
     rank: int = 0,
     kernels: bool = True,
 ) -> int:
@@ -91,22 +188,17 @@ def activation_bytes(
 
     Args:
         width: bytes of an element.
-        checkpoint_every: recompute every nth block; 0 none.
+        recomputed: numbers of the blocks that keep nothing but the stream in front of them.
         rank: of adapters beside the projections; each keeps its input too.
         kernels: as for `estimate`.
     """
-    blocks = config.layers_block_type
-    each = [_block_bytes(config, block, width, rank, kernels) for block in blocks]
+    blocks = enumerate(config.layers_block_type)
+    each = [_block_bytes(config.of_block(n), block, width, rank, kernels) for n, block in blocks]
     stream = config.hidden_size * (4 if config.residual_in_fp32 else width)
-    kept, recomputed = 0, 0
-    for number, size in enumerate(each):
-        if checkpoint_every and number % checkpoint_every == 0:
-            kept += stream
-            recomputed = max(recomputed, size)
-        else:
-            kept += stream + size
+    kept = sum(stream + (0 if n in recomputed else size) for n, size in enumerate(each))
+    again = max((each[n] for n in recomputed), default=0)
     # Embeddings, the final norm and what goes into the head.
-    return tokens * (kept + recomputed + 3 * stream)
+    return tokens * (kept + again + 3 * stream)
 
 
 def _block_bytes(config: NemotronV3Config, block: str, width: int, rank: int, kernels: bool) -> int:

@@ -102,8 +102,11 @@ class MemoryOptions:
 
     rows_per_pass: int = 1
     """rows of a step that pass the model at once on a process; the rest of its rows follow"""
-    checkpoint_every: int = 0
-    """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all"""
+    checkpoint_every: int | Literal["auto"] = 0
+    """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all;
+    auto recomputes as few as the device's memory allows"""
+    device_gib: float | None = None
+    """of a device's memory that may be filled; else 92 % of what it has"""
     compile: bool = False
     """torch.compile the blocks"""
 
@@ -143,6 +146,8 @@ class LogOptions:
     """steps between lines"""
     details: int = 10
     """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
+    report: float = 5.0
+    """minutes between writings of report.html, the page of the run; 0 for no page"""
     tensorboard: bool = False
     wandb: str | None = None
     """project in Weights & Biases"""
@@ -224,6 +229,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "validation.rows": o.validation.rows,
         "log.every": o.log.every,
         "log.peak_tflops": o.log.peak_tflops,
+        "memory.device_gib": o.memory.device_gib,
         "lora.alpha": o.lora.alpha,
         "plan.ep": o.plan.ep,
         "plan.dp_replicate": o.plan.dp_replicate,
@@ -235,9 +241,12 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
     not_negative = {
         "optimizer.weight_decay": p.weight_decay,
         "optimizer.balance": p.balance,
-        "memory.checkpoint_every": o.memory.checkpoint_every,
+        "memory.checkpoint_every": 0
+        if o.memory.checkpoint_every == "auto"
+        else o.memory.checkpoint_every,
         "save.every": o.save.every,
         "log.details": o.log.details,
+        "log.report": o.log.report,
     }
     rules += [
         (f"{name} is {value}: give 0 or more", finite(value) and value >= 0)

@@ -1,6 +1,6 @@
 """What a run would take: parameters, steps, FLOPs, time, and memory by part."""
 
-import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,17 +8,22 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_v3.config import NemotronV3Config
-from nemotron_v3.model.cost import forward_flops, parameters
+from nemotron_v3.model.cost import block_flops, forward_flops, parameters
 from nemotron_v3.train.build import read_model_config
 from nemotron_v3.train.display import clock
-from nemotron_v3.train.memory import Memory, estimate, lora_parameters
+from nemotron_v3.train.memory import (
+    Memory,
+    device_room,
+    estimate,
+    lora_parameters,
+    recomputed_blocks,
+    usable,
+)
 from nemotron_v3.train.metrics import peak_flops
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import make_device, rank_and_size
 from nemotron_v3.train.run import length_of
 from nemotron_v3.train.tokenizer import read_tokenizer, with_template
-
-MARGIN = 0.92  # of a device's memory: the rest is kernels, fragments and other programs
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Plan:
     seconds: float | None
     memory: Memory
     room: int
+    recomputed: int
     advice: tuple[str, ...]
 
 
@@ -63,7 +69,9 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
     count, (_, size) = parameters(config), rank_and_size()
     lora = lora_parameters(config, options.lora) if options.lora.rank else 0
     tokens = options.data.rows * options.data.tokens_per_row
-    flops = tokens * _passes(options) * forward_flops(config, options.data.tokens_per_row)
+    kernels, room = device.type == "cuda", room or device_room(device)
+    again = recomputed_blocks(options, config, dtype, size, kernels, room)
+    flops = tokens * _flops(options, config, again)
     steps = _steps(options)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_flops(name, options.log.peak_tflops)
@@ -72,9 +80,6 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
         seconds = 60 * options.schedule.minutes
     elif peak is not None and steps is not None:
         seconds = steps * flops / (peak * mfu * size)
-    room = room or _room(device)
-    kernels = device.type == "cuda"
-    memory = estimate(options, config, dtype, size, kernels)
     return Plan(
         total=count.total + lora,
         trainable=lora or count.total,
@@ -83,9 +88,10 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
         tokens_per_step=tokens,
         flops_per_step=flops,
         seconds=seconds,
-        memory=memory,
+        memory=estimate(options, config, dtype, size, kernels, room),
         room=room,
-        advice=tuple(_advice(options, config, dtype, size, kernels, MARGIN * room)),
+        recomputed=len(again),
+        advice=tuple(_advice(options, config, dtype, size, kernels, room)),
     )
 
 
@@ -126,6 +132,7 @@ def _sections(plan: Plan, mfu: float) -> list[list[tuple[str, str]]]:
             ("time", seconds),
         ],
         [*parts, ("memory: all", f"{_size(plan.memory.total)} of {_size(plan.room)}")],
+        [("blocks recomputed", f"{plan.recomputed:,}")],
     ]
 
 
@@ -133,11 +140,14 @@ def _size(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"
 
 
-def _passes(options: TrainOptions) -> float:
-    """Forward passes that a step's cost is that of."""
-    every = options.memory.checkpoint_every
-    # A frozen weight needs no gradient of its own; each nth block is computed twice.
-    return (2 if options.lora.rank else 3) + (1 / every if every else 0)
+def _flops(options: TrainOptions, config: NemotronV3Config, recomputed: Collection[int]) -> float:
+    """FLOPs a token of a step, those of recomputed blocks included."""
+    length = options.data.tokens_per_row
+    # A frozen weight needs no gradient of its own.
+    passes = 2 if options.lora.rank else 3
+    kinds = config.layers_block_type
+    again = sum(block_flops(config.of_block(n), kinds[n], length) for n in recomputed)
+    return passes * forward_flops(config, length) + again
 
 
 def _steps(options: TrainOptions) -> int | None:
@@ -153,34 +163,27 @@ def _steps(options: TrainOptions) -> int | None:
         return length_of(options, data).steps
 
 
-def _room(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 0
-
-
 def _advice(
     options: TrainOptions,
     config: NemotronV3Config,
     dtype: torch.dtype,
     size: int,
     kernels: bool,
-    room: float,
+    room: int,
 ) -> list[str]:
     """The changes that make it fit, the mildest first, each on top of those before it."""
-    needed = estimate(options, config, dtype, size, kernels).total
-    if not room or needed <= room:
+    limit = usable(options.memory, room)
+    needed = estimate(options, config, dtype, size, kernels, room).total
+    if not limit or needed <= limit:
         return []
     told = [f"It does not fit: {_size(needed)} are needed. What to change:"]
     memory, optimizer, lora = options.memory, options.optimizer, options.lora
+    every = "auto" if memory.checkpoint_every == "auto" else 1
     changes = [
         ("memory.rows_per_pass = 1", {"memory": replace(memory, rows_per_pass=1)}),
         (
             "memory.checkpoint_every = 1",
-            {"memory": replace(memory, rows_per_pass=1, checkpoint_every=1)},
+            {"memory": replace(memory, rows_per_pass=1, checkpoint_every=every)},
         ),
         (
             'optimizer.bf16_weights = "stochastic"',
@@ -197,8 +200,8 @@ def _advice(
         if changed == options:
             continue
         options = changed
-        needed = estimate(options, config, dtype, size, kernels).total
+        needed = estimate(options, config, dtype, size, kernels, room).total
         told.append(f"  {name}: {_size(needed)}")
-        if needed <= room:
+        if needed <= limit:
             return told
     return [*told, "  more processes (torchrun), shorter rows, or a smaller model"]

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron_v3.train.interrupts import Stopped
+
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 30.0  # seconds without one: the process is dead
 WAIT = timedelta(minutes=10)  # for a collective, where the others live: compiling takes long
@@ -64,6 +66,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """What every process says, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        parts = [None] * self.size
+        dist.all_gather_object(parts, value)
+        return parts
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
@@ -110,8 +120,12 @@ def processes(device: str | None) -> Iterator[World]:
     dist.init_process_group(backend, timeout=WAIT)
     world = World(dist.get_rank(), dist.get_world_size(), place)
     watch = Watch(world)
+    stopped: Stopped | None = None
     try:
-        yield world
+        try:
+            yield world
+        except Stopped as told:  # all of them are, after the same step
+            stopped = told
         dist.barrier()
     except RuntimeError as error:
         dead = watch.dead(SILENCE + 5 * BEAT)
@@ -120,7 +134,14 @@ def processes(device: str | None) -> Iterator[World]:
         raise
     finally:
         watch.close()
-    dist.destroy_process_group()
+    # The first process keeps the stores that the others are connected to, and goes last.
+    if not world.first:
+        dist.destroy_process_group()
+    watch.part(SILENCE)
+    if world.first:
+        dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 class Watch:
@@ -136,7 +157,7 @@ class Watch:
         port = world.told(store.port if store else None)
         # A connection of its own for the thread: the first process's other one serves.
         self._keep = store
-        self._store = tcp_store(host, port, is_master=False, timeout=timedelta(seconds=10))
+        self._store = tcp_store(host, port, is_master=False, timeout=timedelta(seconds=SILENCE))
         self._world = world
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._names: dict[int, str] = {}
@@ -161,10 +182,18 @@ class Watch:
 
     def close(self) -> None:
         """No more signs are given or waited for."""
-        if not self._closed.is_set():
-            with contextlib.suppress(RuntimeError):  # the store has gone with the first process
-                self._store.set(f"beat {self._world.rank}", "done")
         self._closed.set()
+        self._thread.join(2 * SILENCE)
+        with contextlib.suppress(RuntimeError):  # the store has gone with the first process
+            self._store.set(f"beat {self._world.rank}", "done")
+
+    def part(self, seconds: float) -> None:
+        """Say that this process needs no store any more; the first one waits so long for all."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"parted {self._world.rank}", "")
+            if self._world.first:
+                everyone = [f"parted {rank}" for rank in range(self._world.size)]
+                self._store.wait(everyone, timedelta(seconds=seconds))
 
     def _beat(self, count: int) -> None:
         self._store.set(f"beat {self._world.rank}", str(count))

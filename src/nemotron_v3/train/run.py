@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.cost import parameters
 from nemotron_v3.model.model import NemotronV3ForCausalLM
+from nemotron_v3.pages.live import LiveReport
 from nemotron_v3.train.build import Adapters, build_model
 from nemotron_v3.train.checkpoints import Checkpoints
 from nemotron_v3.train.details import look
 from nemotron_v3.train.display import Display
 from nemotron_v3.train.export import export
 from nemotron_v3.train.finite import first_not_finite
-from nemotron_v3.train.folder import check_folder, write_about
+from nemotron_v3.train.folder import check_folder, write_about, write_outcome
 from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
 from nemotron_v3.train.metrics import Recorder, peak_flops
@@ -110,13 +111,14 @@ def train(
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
         run.prepare(resume, signal)
-        progress = run.go(after_step)
-        stopped = run.trainer.signalled
-        if export_if_stopped or not stopped:
-            export(run.trainer.model, options, world, adapters, tokenizer)
-        if stopped:
-            where = f"saved after step {progress.step:,} in {options.out}: --resume goes on"
-            raise Stopped(stopped, where)
+        with run.told_end():
+            progress = run.go(after_step)
+            stopped = run.trainer.signalled
+            if export_if_stopped or not stopped:
+                export(run.trainer.model, options, world, adapters, tokenizer)
+            if stopped:
+                where = f"saved after step {progress.step:,} in {options.out}: --resume goes on"
+                raise Stopped(stopped, where)
         display.say(f"saved: {options.out}")
         return progress
 
@@ -216,8 +218,9 @@ class _Run:
         self.trainer = Trainer(
             options, world, model, called, optimizer, scheduler, load, progress, look, signal
         )
-        self.recorder = None
+        self.recorder = self.page = None
         if world.first:
+            self.page = LiveReport(options.out, options.log.report, self.display.say)
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
             peak = peak_flops(name, options.log.peak_tflops)
             peak = None if peak is None else peak * world.size
@@ -282,6 +285,23 @@ class _Run:
         self.world.wait()
         return progress
 
+    @contextmanager
+    def told_end(self) -> Iterator[None]:
+        """Within it, say in the run's folder how it ended, and show it on its page."""
+        outcome = "finished"
+        try:
+            yield
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise
+        finally:
+            if self.page is not None:
+                # A disk that is full now has failed the run already.
+                with suppress(OSError):
+                    write_outcome(self.options.out, outcome)
+                if page := self.page.end():
+                    self.display.say(f"page: {page}")
+
     def _steps(self) -> Iterator[Step]:
         trainer, progress = self.trainer, self.trainer.progress
         for step in trainer.steps(self.data, lambda: self.length.done(progress) >= 1):
@@ -289,6 +309,8 @@ class _Run:
             if self.recorder is not None:
                 self.recorder.step(step, progress.data)
                 mfu = self.recorder.utilisation(step)
+            if self.page is not None:
+                self.page.step()
             self.display.step(step, self.length.done(progress), progress.seconds, mfu)
             self.checkpoints.poll()
             if step.step % self.options.validation.every == 0:
