@@ -33,9 +33,9 @@ def from_pretrained(
     """The model in the checkpoint directory `path`, in eval mode.
 
     The model is built without storage; then each tensor is read from the memory-mapped file
-    straight into its place on `device`, cast once; of weights in 8 or 4 bits the codes are, and
-    get their values there. Host memory beyond the model itself stays below
-    one shard. Every parameter and buffer is proven to come from the file: what was proven is in
+    straight into its place on `device`, cast once. Quantised weights are copied as codes and
+    dequantised on the device. Host memory beyond the model itself stays below its largest tensor
+    on disk. Every parameter and buffer is proven to come from the file: what was proven is in
     `model.checkpoint_origin.report`. `mtp.*` tensors are not built in: `model.mtp` holds them, on
     the CPU, backed by the file. `model.generation_config` is what generation_config.json says, and
     tokenizer, chat template and generation config stay with the model for the next save.
