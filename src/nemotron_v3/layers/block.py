@@ -89,12 +89,12 @@ class NemotronV3Block(nn.Module):
 
     @property
     def self_attn(self) -> nn.Module:
-        """The mixer, whatever its type."""
+        """The mixer, whatever its type: for code that looks for this name."""
         return self.mixer
 
     @property
     def mlp(self) -> nn.Module | None:
-        """The mixer of a moe block, None otherwise."""
+        """The mixer of a moe block, None otherwise: for code that looks for this name."""
         return self.mixer if self.block_type == "moe" else None
 
     def forward(

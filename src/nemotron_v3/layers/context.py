@@ -124,9 +124,9 @@ class ForwardContext:
         return layout.derived(("on", device), lambda layout: layout.to(device))
 
     def leave(self, y: Tensor) -> Tensor:
-        """`[T, D]`, what a mixer has made of the tokens, at their places; 0 at padding.
+        """Put a mixer's output `[T, D]` back on the grid, 0 at padding.
 
-        The mixer is done: from now on what it wrote of the cache counts.
+        It is the mixer's last call, and marks what the layer wrote of the cache as complete.
         """
         if self.step is not None:
             self.step.layer_is_done()
