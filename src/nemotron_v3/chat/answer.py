@@ -1,4 +1,4 @@
-"""What an answer says: what was thought, what is told, and which tools are called."""
+"""What an answer says: its thoughts, its text, and its tool calls."""
 
 import json
 from collections.abc import Mapping, Sequence

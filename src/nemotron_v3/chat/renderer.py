@@ -123,9 +123,9 @@ def ask(source: str, variables: Mapping[str, Any] | None, spans: bool = False) -
     with _process.lock:
         reply = _process.ask(raw)
         if reply is not None:
-            told = json.loads(reply.decode("utf-8", "surrogatepass"))
-            if told.pop("fatal", False):
+            result = json.loads(reply.decode("utf-8", "surrogatepass"))
+            if result.pop("fatal", False):
                 _process.end()
-            return told
-    told = f"it takes more than {SECONDS} seconds, or more than its process can bear"
-    return {"error": told, "kind": "failed", "line": None}
+            return result
+    error = f"it takes more than {SECONDS} seconds, or more than its process can bear"
+    return {"error": error, "kind": "failed", "line": None}

@@ -86,8 +86,8 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """The same for templates that render alike: a hash of their sources and special tokens."""
-        told = json.dumps([self._sources, self._special_tokens], sort_keys=True)
-        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+        identity = json.dumps([self._sources, self._special_tokens], sort_keys=True)
+        return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
 
     def render(
         self,

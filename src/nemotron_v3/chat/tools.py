@@ -62,8 +62,8 @@ def schema_of(tool: Callable) -> dict[str, Any]:
         parameters["required"] = required
     if "return" in hints:
         function["return"] = _of_type(hints["return"], name)
-        if told := sections.get("Returns", "").strip():
-            function["return"]["description"] = told
+        if returned := sections.get("Returns", "").strip():
+            function["return"]["description"] = returned
     return {"type": "function", "function": function}
 
 

@@ -27,12 +27,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 try:
     import resource
-except ImportError:  # Windows: the one who started it has a clock, and memory is not bounded
+except ImportError:  # Windows: the parent process limits the time, nothing limits memory
     resource = None
 
 LENGTH = struct.Struct("<Q")
 LONGEST_ERROR = 1000
-# What the text inside a generation tag is put between where its place is asked for.
+# Variables rendered before and after a generation tag's body, to find its position in the text.
 BEGIN, END = "_generation_begin", "_generation_end"
 SOURCES = ("<template>", "<unknown>")  # what tracebacks call a template
 
@@ -48,8 +48,8 @@ class TooLong(Exception):
 class Generation(Extension):
     """The tag `generation`, around what the assistant wrote.
 
-    Its body is written where it stands, in a scope of its own, between two variables that are
-    undefined, and so nothing, unless a render defines them.
+    It renders its body in a new scope. The markers before and after it are undefined variables,
+    so they are empty unless a render defines them.
     """
 
     tags: set[str] = {"generation"}
@@ -136,7 +136,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         compiled(source)
     except Exception as error:
-        return {"error": told(error), "kind": "no template", "fatal": fatal(error)}
+        return {"error": message_of(error), "kind": "no template", "fatal": fatal(error)}
     if request["variables"] is None:
         return {"text": ""}
     try:
@@ -147,7 +147,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         kind = "refused" if isinstance(error, Refusal) else "failed"
         line = None if kind == "refused" else line_of(error)
-        return {"error": told(error), "kind": kind, "line": line, "fatal": fatal(error)}
+        return {"error": message_of(error), "kind": kind, "line": line, "fatal": fatal(error)}
 
 
 def fatal(error: Exception) -> bool:
@@ -155,7 +155,7 @@ def fatal(error: Exception) -> bool:
     return isinstance(error, MemoryError | RecursionError)
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An error in one printable line."""
     try:
         text = error.message if isinstance(error, TemplateSyntaxError) else str(error)
@@ -238,7 +238,7 @@ def main() -> None:
             bound_time(request["seconds"])
             raw = as_bytes(answer(request))
         except MemoryError as error:
-            reply = {"kind": "failed", "error": told(error), "line": None, "fatal": True}
+            reply = {"kind": "failed", "error": message_of(error), "line": None, "fatal": True}
             raw = as_bytes(reply)
         send(replies, raw)
 

@@ -45,12 +45,12 @@ def _table_problems(key: str, table: Any) -> list[str]:
     if not isinstance(table, Mapping):
         return [f"{key} is {_shown(table)}: a table of patterns is needed"]
     kind = "r" if key == "rank_pattern" else "lora_alpha"
-    told = [
+    found = [
         f"{key} gives {_shown(value)} for {pattern[:80]!r}: {wrong}"
         for pattern, value in table.items()
         if (wrong := _not_a(kind, value))
     ]
-    return told + pattern_problems(key, table)
+    return found + pattern_problems(key, table)
 
 
 def _layers_problems(layers: Any) -> list[str]:

@@ -198,7 +198,7 @@ def _compare_carried(
 def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) -> LoadReport:
     """What a load by `plan` into `tensors` did."""
     casts = Counter(
-        f"{(read := checkpoint.told_dtype(fill.disk))} -> {_held(tensors[fill.memory], read)}"
+        f"{(read := checkpoint.dtype_name(fill.disk))} -> {_held(tensors[fill.memory], read)}"
         for fill in plan.fills
     )
     return LoadReport(

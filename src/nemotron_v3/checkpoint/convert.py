@@ -175,11 +175,11 @@ class Conversion:
         with replacing(self.target) as directory:
             done, total = 0, self.bytes
             for file, shard in self.files.shards.items():
-                told = [_Told(piece, progress, total) for piece in shard]
-                for piece in told:
+                pieces = [_WithProgress(piece, progress, total) for piece in shard]
+                for piece in pieces:
                     piece.done = done
                     done += nbytes(piece)
-                write_safetensors(directory / file, told, self.files.metadata[file])
+                write_safetensors(directory / file, pieces, self.files.metadata[file])
             if self.files.index_metadata is not None:
                 (directory / INDEX).write_text(index_text(self.files))
             source = self.checkpoint
@@ -221,8 +221,12 @@ class Conversion:
         return merged_tensors(self.pieces, written)
 
 
-class _Told:
-    """A piece that tells how far it is; `done` are the bytes before it."""
+class _WithProgress:
+    """A piece that reports progress.
+
+    Attributes:
+        done: bytes written before it.
+    """
 
     def __init__(self, piece: StoredPiece, progress: Progress, total: int):
         self.name, self.shape, self.dtype = piece.name, piece.shape, piece.dtype
@@ -437,7 +441,7 @@ def _may_overflow(piece: StoredPiece) -> bool:
 
 
 def _dtypes_read(piece: StoredPiece) -> str:
-    return ", ".join(sorted({part.told_dtype for part in piece.parts}))
+    return ", ".join(sorted({part.dtype_name for part in piece.parts}))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -54,8 +54,12 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of `source`, or one expert of it; changed by `update` where there is one. `replaces`
-    is whether it comes from an adapter, in the place of the base's."""
+    """A tensor of `source`, or one expert of it.
+
+    Attributes:
+        update: a low-rank update that is added, or None.
+        replaces: whether an adapter stores it, in place of the base's tensor.
+    """
 
     source: Source
     name: str
@@ -65,12 +69,12 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values that `blocks` gives, before an update."""
+        """The dtype of the values that `blocks` yields, before an update."""
         return self.source.dtype(self.name)
 
     @property
-    def told_dtype(self) -> str:
-        """What is read, in a word."""
+    def dtype_name(self) -> str:
+        """Name of the stored dtype."""
         return str(self.dtype).removeprefix("torch.")
 
     def blocks(self) -> Iterator[Tensor]:
@@ -103,7 +107,7 @@ class NarrowPart(Part):
         return torch.float32
 
     @property
-    def told_dtype(self) -> str:
+    def dtype_name(self) -> str:
         return self.weight.layout
 
     def blocks(self) -> Iterator[Tensor]:

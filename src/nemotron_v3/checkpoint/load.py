@@ -140,10 +140,10 @@ def check_depth(checkpoint: Checkpoint, depth: int) -> None:
     places = (to_memory(name) for name in checkpoint)
     held = {place.layer for place in places if place is not None and place.layer is not None}
     if not held or held != set(range(depth)):
-        told = f"{len(held)} layers, the last of them {max(held)}" if held else "none"
+        found = f"{len(held)} layers, the last of them {max(held)}" if held else "none"
         raise CheckpointError(
             f"{checkpoint.path}: config.json describes layers 0 to {depth - 1}, the tensors "
-            f"{told}: the config or the weights belong to another model"
+            f"{found}: the config or the weights belong to another model"
         )
 
 

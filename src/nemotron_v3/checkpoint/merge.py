@@ -78,4 +78,4 @@ class _Held:
         return self._tensor
 
     def drop(self, name: str) -> None:
-        """Nothing is behind it that could be let go."""
+        """No-op: the tensor is in memory."""

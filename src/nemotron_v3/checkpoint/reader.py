@@ -184,7 +184,7 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self.wide_dtype if name in self.narrow.weights else self.stored.dtype(name)
 
-    def told_dtype(self, name: str) -> str:
+    def dtype_name(self, name: str) -> str:
         """What the file holds, in a word: "bfloat16", "nvfp4"."""
         narrow = self.narrow.weights.get(name)
         if narrow is not None:
@@ -230,8 +230,10 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config gives narrow weights: what it says of all weights, else bf16."""
     config = of_text_model(Source(config)).data
     for key in ("dtype", "torch_dtype"):
-        told = config.get(key)
-        found = getattr(torch, told.removeprefix("torch."), None) if isinstance(told, str) else None
+        named = config.get(key)
+        found = (
+            getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else None
+        )
         if found is not None and found in WEIGHT_DTYPES.values():
             return found
     return torch.bfloat16
@@ -343,9 +345,9 @@ def _find_narrow(directory: Path, config: dict[str, Any], stored: Stored) -> Nar
         refuse_narrow(directory, config, why, problems)
     beside = directory / HF_QUANT_CONFIG
     try:
-        told = read_declared(config, read_json(beside) if exists(beside) else None)
+        declarations = read_declared(config, read_json(beside) if exists(beside) else None)
         problems = [
-            p for declared in told for p in declared.problems(narrow, entries, stored.outer)
+            p for declared in declarations for p in declared.problems(narrow, entries, stored.outer)
         ]
     except CheckpointError:
         raise

@@ -40,14 +40,14 @@ def of_text_model(source: Source) -> Source:
 
     Raises `ValueError` where there are two.
     """
-    told = source.data
-    nested = {key: told[key] for key in TEXT_MODELS if isinstance(told.get(key), dict)}
+    whole = source.data
+    nested = {key: whole[key] for key in TEXT_MODELS if isinstance(whole.get(key), dict)}
     if not nested:
         return source
     if len(nested) > 1:
         raise ValueError(f"{' and '.join(nested)} both hold a text model: remove one of them")
     (data,) = nested.values()
-    dtypes = {key: told[key] for key in ("dtype", "torch_dtype") if key in told}
+    dtypes = {key: whole[key] for key in ("dtype", "torch_dtype") if key in whole}
     return Source(data if {"dtype", "torch_dtype"} & data.keys() else data | dtypes)
 
 

@@ -43,8 +43,8 @@ def read_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Pef
         _check(str(file), read_json(file, MAX_CONFIG_BYTES))
     kind = PeftConfig._get_peft_type(os.fspath(path), **hub)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(os.fspath(path), **hub)
-    told = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    _check(f"{path}", told)
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    _check(f"{path}", settings)
     return config
 
 

@@ -69,7 +69,7 @@ def save(model: Trained, options: Asked, folder: Path, base: str | None) -> None
         model: whose state dict holds whole tensors.
         options: it was adapted with.
         folder: that exists.
-        base: where the model without adapters lies; None is not told.
+        base: where the model without adapters lies; None: not recorded.
 
     Raises:
         CheckpointError: what is on the disk is not what was trained.

@@ -30,8 +30,8 @@ from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
 
-class Whole:
-    """What the backbone, the language model and models with another head have in common.
+class AcceleratedModelMixin:
+    """What all accelerated models share: the backbone and models with any head.
 
     Built from a config or by `from_pretrained`, the modules are the accelerated ones from the
     start, and `A_log`, `D` and `dt_bias` stay fp32 whatever dtype the rest is loaded in.
@@ -51,17 +51,17 @@ class Whole:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `nn.Module.load_state_dict`, for the names of files as well.
+        """Load a state dict, as `nn.Module` does.
 
-        A Trainer resumes by handing over what a checkpoint's files hold, and looks over what does
-        not fit; their `backbone.` and single experts are found their places here.
+        Also accepts checkpoint names; `backbone.` and per-expert tensors are renamed here. (A
+        Trainer resumes with the tensors of checkpoint files, and ignores keys that do not fit.)
         """
         state = as_in_memory(state_dict, self.state_dict(), strict)
         return super().load_state_dict(state, strict, assign)
 
 
 @takes_place_of(theirs.NemotronHModel)
-class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
+class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
     """transformers' `NemotronHModel`, the backbone without a head, computed by this package.
 
     Args and Raises: as `NemotronHForCausalLM`.
@@ -103,7 +103,8 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
             )
         hidden = look_up(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
-        hidden = _without_padding(hidden, context)  # which is in the norms' gradients otherwise
+        # Padding would otherwise contribute to the norm weights' gradients.
+        hidden = _without_padding(hidden, context)
         for block in self.layers:
             # By transformers' name: its gradient checkpointing leaves the cache out by that.
             hidden = block(hidden, context=context, **{CACHE_NAME: cache})
@@ -123,7 +124,7 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
 
 
 @takes_place_of(theirs.NemotronHForCausalLM)
-class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
+class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHForCausalLM):
     """transformers' `NemotronHForCausalLM`, computed by this package.
 
     Args:

@@ -39,8 +39,8 @@ def agreed(name: str, alone: Any, of_queries: Any, of_keys: Any) -> Any:
     Raises:
         ValueError: two of them that differ.
     """
-    told = {name: alone, f"{name}_q": of_queries, f"{name}_kv": of_keys}
-    given = [(key, value) for key, value in told.items() if value is not None]
+    by_name = {name: alone, f"{name}_q": of_queries, f"{name}_kv": of_keys}
+    given = [(key, value) for key, value in by_name.items() if value is not None]
     for key, value in given[1:]:
         first, its = given[0]
         if _plain(value) != _plain(its):

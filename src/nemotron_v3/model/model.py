@@ -441,8 +441,8 @@ def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext)
             "checkpointing, or leave the cache out"
         )
     # A compiler takes a checkpoint without contexts better: only where something watches.
-    told = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
-    contexts = {"context_fn": checkpoint_contexts} if told else {}
+    routes = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
+    contexts = {"context_fn": checkpoint_contexts} if routes else {}
     return checkpoint(partial(block, context=context), hidden, use_reentrant=False, **contexts)
 
 

@@ -16,9 +16,9 @@ from nemotron_v3.layers.narrow import NarrowParts
 def held_narrow(
     fills: list[Fill], weights: Mapping[str, NarrowWeight], shapes: Mapping[str, torch.Size]
 ) -> dict[str, NarrowWeight]:
-    """The tensors of a model that can stay narrow, each with one of the weights that fill it.
+    """The tensors of a model that can stay quantised, each with one of the weights that fill it.
 
-    A stack can where all its experts are of one layout, with as many scales each.
+    A stack can stay quantised if all experts have the same layout and scale shape.
     """
     kinds: dict[str, set] = {}
     for fill in fills:

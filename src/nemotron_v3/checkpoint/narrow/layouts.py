@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint together are one narrow weight: told by what stands beside each.
+"""Which tensors of a checkpoint together are one quantised weight, by what is stored beside each.
 
 | layout | codes | scales | one more scale |
 |---|---|---|---|
@@ -55,7 +55,7 @@ class NarrowWeight:
         return tuple(n for n in (self.codes, self.scale, self.global_scale) if n is not None)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """Its layout in words."""
         if self.layout == NVFP4:
             return f"{NVFP4} in groups of {NVFP4_GROUP}"
