@@ -48,4 +48,4 @@ def test_a_cuda_graph_knows_all_block_types():
 
 def test_what_works_by_token_has_no_state():
     stateless = {block for block, state in STATES.items() if state is None}
-    assert stateless == {block for block, mixer in MIXERS.items() if mixer.by_token}
+    assert stateless == {block for block, mixer in MIXERS.items() if mixer.is_stateless}

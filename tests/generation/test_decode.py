@@ -9,7 +9,7 @@ from nemotron_v3.generation import generate
 from nemotron_v3.generation.cpu_decode import DecodeStep, parts
 from nemotron_v3.layers.block import MIXERS
 from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
-from nemotron_v3.layers.moe.router import watched
+from nemotron_v3.layers.moe.router import watching_routers
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
 
@@ -168,7 +168,7 @@ def test_a_watched_router_sees_every_token():
     step = DecodeStep(model, filled(model, prompts((9,))))
     expected = step(tokens(1)).clone()
     seen = []
-    with watched(model, lambda name: lambda routing: seen.append((name, len(routing.x)))):
+    with watching_routers(model, lambda name: lambda routing: seen.append((name, len(routing.x)))):
         logits = DecodeStep(model, filled(model, prompts((9,))))(tokens(1))
     assert seen == [("model.layers.1.mixer.gate", 9), ("model.layers.1.mixer.gate", 1)]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

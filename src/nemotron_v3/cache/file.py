@@ -130,7 +130,7 @@ def _header(path: Any, notes: Mapping[str, str], kind: Mapping[str, Any]) -> dic
 def _shapes(
     like: Mapping[int, LayerState], lengths: tuple[int, ...], behind: list[int], file: Any
 ) -> dict[str, tuple[int, ...]]:
-    """By the tensor's name, the shape that the lengths ask for."""
+    """The shapes that the lengths ask for, by the tensor's name."""
     longest, shapes = max(lengths), {}
     for layer, state in like.items():
         places = longest

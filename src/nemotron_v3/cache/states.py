@@ -40,7 +40,7 @@ class LayerState:
         return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def held(self, length: int) -> Self:
-        """A view without what lies behind `length` tokens, where that means anything."""
+        """A view of the first `length` tokens if the state grows with them; else itself."""
         return self
 
     def make_room(self, other: Self, length: int) -> None:
@@ -67,7 +67,7 @@ class LayerState:
         raise NotImplementedError
 
     def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
-        """Take back what a step has written, unless nothing knows what was there: False.
+        """Take back what a step has written. False if the old values are gone.
 
         Args:
             before: the `pair` that it began with.
@@ -205,7 +205,7 @@ class MambaState(LayerState):
         return self.step.layout.uniform_length == 1
 
     def in_place(self) -> tuple[Tensor, Tensor]:
-        """Both states, for an op that writes the next ones into them."""
+        """Both states, for an op that overwrites them with the next ones."""
         if self.step.window:
             self.remember(self.step.layout.seq_idx.long(), self.step.positions)
         self.overwritten = True
@@ -224,7 +224,7 @@ class MambaState(LayerState):
             yield piece.tokens, piece.layout
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """What came out of the pieces, token by token as they were given."""
+        """The outputs of the pieces, in the order in which the tokens were given."""
         return torch.cat(list(parts)).index_select(0, self.step.piece_order)
 
     def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:

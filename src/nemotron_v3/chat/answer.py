@@ -67,7 +67,7 @@ def parse_answer(text: str, thinking: bool = False, tools: Sequence[Any] | None 
 
 
 def _thought(text: str, thinking: bool) -> tuple[str | None, str]:
-    """What was thought, None for nothing, and the rest."""
+    """The thought (None if there is none), and the rest of the text."""
     if not thinking:
         if not text.lstrip().startswith(THINK):
             return None, text
@@ -147,7 +147,7 @@ def _read_function(body: str, parameters: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def _value(text: str, schema: Any) -> Any:
-    """An argument's text as what its schema says it is; a text where nothing says otherwise."""
+    """Parse an argument's text by its schema; without one it stays a text."""
     kinds = schema.get("type") if isinstance(schema, dict) else None
     if kinds is None or kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
         return text

@@ -1,4 +1,4 @@
-"""A process beside this one that renders chat templates, and is ended where one does not end.
+"""A child process that renders chat templates, and is killed if a template does not end.
 
 A template is a program from whoever made the checkpoint. Jinja's sandbox keeps it from reading and
 changing things; it does not keep it from looping for years or writing ten gigabytes, and no list of
@@ -41,7 +41,7 @@ class _Process:
         self._child: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """Its reply; None where it ended without one."""
+        """The reply of the process; None if it ended without one."""
         child = self._running()
         assert child.stdin is not None and child.stdout is not None, "both are asked for as pipes"
         clock = threading.Timer(PATIENCE, child.kill)
@@ -77,7 +77,7 @@ class _Process:
         return self._child
 
     def end(self) -> None:
-        """Kill it, if it runs."""
+        """Kill the process, if it runs."""
         child, self._child = self._child, None
         if child is None:
             return

@@ -192,7 +192,7 @@ class ChatTemplate:
     def _left_open(
         self, messages: list[Any], field: bool | str, tools: Any, variables: dict[str, Any]
     ) -> str:
-        """The text up to the end of the last message's own."""
+        """The text up to the end of the last message's own words."""
         field = field if isinstance(field, str) else "content"
         mark = f"\ue002{secrets.token_hex(8)}"
         text = leave_open(messages, field, f"{mark} ")

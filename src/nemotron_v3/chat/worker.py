@@ -99,7 +99,7 @@ def compiled(source: str) -> Template:
 
 
 def render(source: str, variables: Mapping[str, Any], longest: int) -> str:
-    """The text; raises `TooLong`, and whatever the template does."""
+    """The rendered text; raises `TooLong`, and whatever the template raises."""
     pieces, length = [], 0
     for piece in compiled(source).generate(variables):
         length += len(piece)
@@ -112,7 +112,7 @@ def render(source: str, variables: Mapping[str, Any], longest: int) -> str:
 def render_with_spans(
     source: str, variables: Mapping[str, Any], longest: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and where in it the bodies of generation tags stand."""
+    """The text, and the positions of the bodies of generation tags in it."""
     begin, end = (f"{character}{secrets.token_hex(8)}" for character in "\ue000\ue001")
     marked = render(source, {**variables, BEGIN: begin, END: end}, longest)
     pieces, spans, length, opened = [], [], 0, 0
@@ -151,7 +151,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fatal(error: Exception) -> bool:
-    """Whether the process is better given up."""
+    """Whether the process should be replaced after this error."""
     return isinstance(error, MemoryError | RecursionError)
 
 
@@ -182,7 +182,7 @@ def line_of(error: Exception) -> int | None:
 
 
 def bound_memory(memory: int) -> None:
-    """From now on the process has so many bytes of address space."""
+    """Limit the address space of this process."""
     if resource is None:
         return
     for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
@@ -195,7 +195,7 @@ def bound_memory(memory: int) -> None:
 
 
 def bound_time(seconds: float) -> None:
-    """The process is killed when it has computed for so many more seconds."""
+    """Kill this process after so many more seconds of CPU time."""
     if resource is None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -61,7 +61,7 @@ def _layers_problems(layers: Any) -> list[str]:
 
 
 def _not_a(key: str, value: Any) -> str | None:
-    """What `value` should be, where it is no rank (`r`) or no scale (`lora_alpha`)."""
+    """What `value` should be, if it is no rank (`r`) or no scale (`lora_alpha`)."""
     if key == "r":
         fine = type(value) is int and 1 <= value <= MAX_RANK
         return None if fine else f"an integer from 1 to {MAX_RANK} is needed"

@@ -1,4 +1,4 @@
-"""From one spelling of a checkpoint on disk to another, without a model in memory.
+"""Convert a checkpoint on disk to another spelling, without a model in memory.
 
 A conversion is planned from headers alone: names and shapes are proven one to one against the
 config, options are checked, and every tensor to write knows which bytes of the source it is made
@@ -144,7 +144,7 @@ class Conversion:
 
     @property
     def bytes(self) -> int:
-        """Of tensors that are written."""
+        """Bytes of the tensors that are written."""
         return sum(map(nbytes, self.pieces))
 
     @property
@@ -317,7 +317,7 @@ class _Pieces:
     dtype: torch.dtype | None
 
     def all(self, tensors: Mapping[str, Tensor]) -> list[StoredPiece]:
-        """In the order of a model's tensors, then a tied head, then what is carried along."""
+        """All pieces: the model's tensors in order, a tied head, then carried tensors."""
         pieces = [
             self._piece(disk, name, tensor.shape, expert)
             for name, tensor in tensors.items()
@@ -361,7 +361,7 @@ class _Pieces:
         return self._read(self._stored[name, None], expert, update)
 
     def _read(self, disk: str, expert: int | None = None, update: LowRank | None = None) -> Part:
-        """What is read of the weight that the checkpoint calls `disk`."""
+        """The part to read for the weight that the checkpoint calls `disk`."""
         stored, narrow = self.checkpoint.stored, self.checkpoint.narrow.weights.get(disk)
         if narrow is None:
             return Part(stored, disk, expert, update)

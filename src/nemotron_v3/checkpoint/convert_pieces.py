@@ -78,8 +78,8 @@ class Part:
         return str(self.dtype).removeprefix("torch.")
 
     def blocks(self) -> Iterator[Tensor]:
-        """Its elements in order, as flat tensors of at most `BLOCK` elements or one row. What is
-        behind a block is let go when the next one is asked for."""
+        """The elements in order, as flat tensors of at most `BLOCK` elements or one row. The memory
+        of a block is freed when the next one is asked for."""
         tensor = self.source.tensor(self.name)
         tensor = tensor if self.expert is None else tensor[self.expert]
         if not tensor.numel():

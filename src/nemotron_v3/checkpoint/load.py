@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a model in memory, tensor by tensor."""
+"""Load a checkpoint on disk into a model in memory, tensor by tensor."""
 
 import os
 import warnings

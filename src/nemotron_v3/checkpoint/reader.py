@@ -76,7 +76,7 @@ class Shard:
         return raw.view(dtype).view(entry.shape)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind the tensor `name`; reading it again fetches it from the file.
+        """Free the memory behind the tensor `name`; reading it again fetches it from the file.
 
         What was written into a tensor of this shard object meanwhile is lost with it.
         """
@@ -126,7 +126,7 @@ class Stored:
         return self._shard_of[name].tensor(self.outer + name)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind `name`, for peak memory's sake."""
+        """Free the memory behind `name`, to keep peak memory low."""
         self._shard_of[name].drop(self.outer + name)
 
 
@@ -185,15 +185,18 @@ class Checkpoint:
         return self.wide_dtype if name in self.narrow.weights else self.stored.dtype(name)
 
     def dtype_name(self, name: str) -> str:
-        """What the file holds, in a word: "bfloat16", "nvfp4"."""
+        """Name of the stored format: "bfloat16", "nvfp4"."""
         narrow = self.narrow.weights.get(name)
         if narrow is not None:
             return narrow.layout
         return str(self.stored.dtype(name)).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:
-        """The weight `name` on the CPU: that of the file, backed by it and not to be written to; of
-        a narrow one its values, rounded once to `wide_dtype`."""
+        """The weight `name` on the CPU.
+
+        A plain one is backed by the file: do not write to it. A quantised one is dequantised and
+        rounded once to `wide_dtype`.
+        """
         if name not in self.narrow.weights:
             return self.stored.tensor(name)
         values = torch.empty(self.shape(name), dtype=self.wide_dtype)
@@ -212,7 +215,7 @@ class Checkpoint:
             target[rows].copy_(values)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind `name`, for peak memory's sake."""
+        """Free the memory behind `name`, to keep peak memory low."""
         narrow = self.narrow.weights.get(name)
         for part in (name,) if narrow is None else narrow.parts:
             self.stored.drop(part)

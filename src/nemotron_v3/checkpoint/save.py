@@ -1,4 +1,4 @@
-"""From a model in memory to a checkpoint on disk, in the spelling it was read with."""
+"""Save a model in memory to a checkpoint on disk, in the spelling it was read with."""
 
 import os
 from collections.abc import Mapping

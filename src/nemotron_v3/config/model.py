@@ -23,8 +23,8 @@ from nemotron_v3.config.source import (
     Source,
     Untyped,
     cut_text,
-    mend_text,
     of_text_model,
+    patch_json_text,
     plain_json,
 )
 from nemotron_v3.config.spelling import (
@@ -269,7 +269,7 @@ class NemotronV3Config(ModelSettings):
 
     def _to_text(self) -> str:
         if isinstance(self._origin, Source) and self._origin.text is not None:
-            return mend_text(self._origin.text, self._changes(self._origin))
+            return patch_json_text(self._origin.text, self._changes(self._origin))
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def _changes(self, source: Source) -> dict[str, Any]:

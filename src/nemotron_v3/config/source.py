@@ -67,7 +67,7 @@ def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return parse_object(text, "the config")
 
 
-def mend_text(text: str, changes: Mapping[str, Any]) -> str:
+def patch_json_text(text: str, changes: Mapping[str, Any]) -> str:
     """The text of a JSON object with `changes` applied and every other byte as it was.
 
     A key that stands there gets its new value; the others are added behind the last one.

@@ -1,4 +1,4 @@
-"""At home in transformers: its Nemotron-H models, computed by this package.
+"""transformers' Nemotron-H models, computed by this package.
 
 `accelerate(model)` changes a model in place, `undo(model)` gives it back; `register()` lets every
 such model be built accelerated, whoever builds it. docs/transformers.md says what works.

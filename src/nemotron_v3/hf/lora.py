@@ -34,7 +34,7 @@ _GROUPED = re.compile(r"(.+\.experts)\.low_rank\.(up|down)_([ab])")
 
 
 class Asked(Protocol):
-    """Of an adapter: see `nemotron_v3.train.options.LoraOptions`."""
+    """The options of an adapter: see `nemotron_v3.train.options.LoraOptions`."""
 
     rank: int
     alpha: float | None
@@ -106,7 +106,7 @@ def _alpha(options: Asked) -> float:
 
 
 def _text(config: LoraConfig) -> str:
-    """As PEFT writes it: sets as sorted lists."""
+    """JSON as PEFT writes it: sets as sorted lists."""
 
     def plain(value: object) -> object:
         return sorted(value) if isinstance(value, set) else str(value)

@@ -314,7 +314,7 @@ def enter(
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Cache | None, TheirContext]:
-    """Check the arguments of a pass; its cache, and how its tokens lie.
+    """Check the arguments of a pass; returns its cache and its context.
 
     Raises:
         ValueError, TypeError: see `NemotronHForCausalLM.forward`; nothing has been changed then.
@@ -386,7 +386,7 @@ def _packed_targets(
 
 
 def _labels(given: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]) -> Tensor:
-    """Where the layout is, with -100 for what does not count."""
+    """Labels on the layout's device, with -100 where none counts."""
     given = given.to(layout.device)
     ignored = kwargs.get("ignore_index", IGNORE_INDEX)
     return given if ignored == IGNORE_INDEX else given.masked_fill(given == ignored, IGNORE_INDEX)
@@ -413,7 +413,7 @@ def _summed_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """In fp32 or wider, as transformers returns them."""
+    """The tensor in fp32 or wider, as transformers returns logits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

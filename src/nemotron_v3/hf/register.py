@@ -1,4 +1,4 @@
-"""Have everything that looks a Nemotron-H model of transformers up build an accelerated one.
+"""Let every way of building a Nemotron-H model of transformers build an accelerated one.
 
 Two things are changed, and given back exactly. The auto classes learn classes of this package, so
 that a checkpoint's own code is never run and heads are there that transformers lacks. And the
@@ -55,7 +55,7 @@ class NemotronHModel(models.NemotronHModel):
 
 
 class NemotronHForCausalLM(models.NemotronHForCausalLM):
-    """The same of the language model."""
+    """The language model for the auto classes."""
 
     __module__ = __name__
 

@@ -38,7 +38,7 @@ class Accelerated(nn.Module):
 
 @dataclass
 class Options:
-    """Of models that are built accelerated."""
+    """The options of models that are built accelerated."""
 
     backend: BackendConfig = field(default_factory=BackendConfig)
     loss: str = "logits"

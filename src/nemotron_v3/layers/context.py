@@ -59,8 +59,8 @@ class ForwardContext:
         layout_kwargs: dict[str, Any] | None = None,
         *,
         layer_idx: int | None = None,
-        takes_pairs: bool = False,
-        by_token: bool = False,
+        takes_4d_mask: bool = False,
+        is_stateless: bool = False,
         who: str = "a layer",
     ) -> "ForwardContext":
         """Read what a caller says about the tokens of a pass.
@@ -73,9 +73,9 @@ class ForwardContext:
             past_key_values: a `NemotronHybridCache` or None.
             layout_kwargs: the keyword arguments of `SequenceLayout.resolve`.
             layer_idx: of a layer called alone, its number in the cache where it has a state there.
-            takes_pairs: the layer takes a 4-D mask, which speaks of pairs of tokens.
-            by_token: the layer works token by token (see `offsets_of_this_call`): to it such a mask
-                says nothing.
+            takes_4d_mask: the layer takes a 4-D mask, which speaks of pairs of tokens.
+            is_stateless: the layer works token by token (see `offsets_of_this_call`); a 4-D mask
+                says nothing to it.
             who: of whose arguments an error speaks.
 
         Raises:
@@ -85,10 +85,10 @@ class ForwardContext:
         cache = past_key_values
         if cache is not None and not isinstance(cache, NemotronHybridCache):
             _refuse_cache(cache)
-        mask = None
-        if (takes_pairs or by_token) and _is_4d(attention_mask):
-            mask = attention_mask if takes_pairs else None
-            attention_mask, by_token = None, True
+        mask, may_end_early = None, is_stateless
+        if (takes_4d_mask or is_stateless) and _is_4d(attention_mask):
+            mask = attention_mask if takes_4d_mask else None
+            attention_mask, may_end_early = None, True
         kwargs = layout_kwargs or {}
         if attention_mask is None and not kwargs:
             if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
@@ -100,7 +100,9 @@ class ForwardContext:
         else:
             check_names(kwargs, who)
             attention_mask = _of_new_tokens(attention_mask, shape, cache)
-            kwargs = offsets_of_this_call(kwargs, shape, attention_mask, cache, layer_idx, by_token)
+            kwargs = offsets_of_this_call(
+                kwargs, shape, attention_mask, cache, layer_idx, may_end_early
+            )
             layout = SequenceLayout.resolve(shape, device, attention_mask, **kwargs)
         return cls(layout, mask, cache)
 

@@ -16,7 +16,10 @@ def grid_size(shape: tuple[int, ...]) -> int:
 
 
 def all_equal(lengths: tuple[int, ...]) -> bool:
-    """Not by their hashes: to a compiler a hash is a fixed number."""
+    """Whether all lengths are equal.
+
+    A set would compare hashes, which a compiler takes for fixed numbers.
+    """
     return all(length == lengths[0] for length in lengths[1:])
 
 

@@ -1,4 +1,4 @@
-"""Documents that position ids or document numbers tell: where they start anew, a document does.
+"""Documents from position ids or document numbers: a document starts where they start anew.
 
 Letters: B batch rows, S sequence length, T real tokens.
 """

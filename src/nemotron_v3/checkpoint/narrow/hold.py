@@ -1,4 +1,4 @@
-"""Narrow weights that stay narrow in a model: which can, and the tensors that hold them."""
+"""Weights that stay quantised in a model: which can, and the tensors that hold them."""
 
 import math
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ _LIKE_A_COMPANION = re.compile(r"scale|zero_point|packed|qweight|qzeros|g_idx|ab
 
 @dataclass(frozen=True)
 class NarrowWeight:
-    """A weight of several tensors.
+    """A quantised weight: the names of its tensors in a checkpoint, and their layout.
 
     `name` is what it is called as one tensor, `layout` "nvfp4" or "fp8"; `codes`, `scale` and
     `global_scale` are the names of its tensors, the last one None where there is none, and
@@ -56,7 +56,7 @@ class NarrowWeight:
 
     @property
     def description(self) -> str:
-        """Its layout in words."""
+        """The layout in words, for messages."""
         if self.layout == NVFP4:
             return f"{NVFP4} in groups of {NVFP4_GROUP}"
         (n, k), (N, K) = self.tiles, self.shape
@@ -77,7 +77,7 @@ class Narrow:
     ignored: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether anything in the checkpoint is in 8 or 4 bits, or speaks of it."""
+        """Whether the checkpoint holds quantised weights, or tensors that belong to such."""
         return bool(self.weights or self.ignored)
 
     @property

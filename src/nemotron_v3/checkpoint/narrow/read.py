@@ -61,7 +61,7 @@ def row_blocks(
 
 
 def scale_problems(stored: Stored, weights: Iterable[NarrowWeight]) -> list[str]:
-    """What is wrong with the scales of narrow weights, one line for each that is; reads no codes
+    """Problems with the scales of quantised weights, one line for each; reads no codes
     unless a scale is 0, which stands for nothing but zeros."""
     problems = []
     for weight in weights:

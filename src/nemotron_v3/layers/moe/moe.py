@@ -114,7 +114,7 @@ class NemotronV3MoE(RefusesContextParallel):
                 hidden_states.device,
                 attention_mask,
                 layout_kwargs=layout_kwargs,
-                by_token=True,
+                is_stateless=True,
             )
         layout = context.on(hidden_states.device)
 
