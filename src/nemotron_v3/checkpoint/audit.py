@@ -45,7 +45,7 @@ class Ledger:
         shapes: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
-        narrow: Mapping[str, stored_narrow.NarrowWeight] | None = None,
+        narrow: Mapping[str, stored_narrow.StoredNarrow] | None = None,
     ):
         self._shapes = {name: tensor.shape for name, tensor in shapes.items()}
         self._dtype = dtype

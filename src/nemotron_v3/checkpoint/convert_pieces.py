@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight
+from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.checkpoint.narrow.read import row_blocks
 from nemotron_v3.checkpoint.writer import blocks, same_bits
 
@@ -100,7 +100,7 @@ class NarrowPart(Part):
     """A weight that `source`, a checkpoint's stored tensors, holds in 8 or 4 bits: its values, in
     fp32."""
 
-    weight: NarrowWeight = field(kw_only=True)
+    weight: StoredNarrow = field(kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_v3.checkpoint.convert_kept import as_stored
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.names import CheckpointOrigin
-from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight as StoredNarrow
+from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.checkpoint.reader import Checkpoint
 from nemotron_v3.checkpoint.spelling import Spelling
 from nemotron_v3.checkpoint.writer import Piece

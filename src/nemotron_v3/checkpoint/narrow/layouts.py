@@ -30,7 +30,7 @@ _LIKE_A_COMPANION = re.compile(r"scale|zero_point|packed|qweight|qzeros|g_idx|ab
 
 
 @dataclass(frozen=True)
-class NarrowWeight:
+class StoredNarrow:
     """A quantised weight: the names of its tensors in a checkpoint, and their layout.
 
     `name` is what it is called as one tensor, `layout` "nvfp4" or "fp8"; `codes`, `scale` and
@@ -73,7 +73,7 @@ class Narrow:
     that are no tensors of a model.
     """
 
-    weights: Mapping[str, NarrowWeight] = field(default_factory=dict)
+    weights: Mapping[str, StoredNarrow] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -127,7 +127,7 @@ class _Module:
 
     def __init__(self, module: str, held: Mapping[str, Entry]):
         self.module, self.held = module, held
-        self.weight: NarrowWeight | None = None
+        self.weight: StoredNarrow | None = None
         self.problems = list(self._strangers())
         if self.problems:
             return
@@ -196,7 +196,7 @@ class _Module:
         if self._find(global_scale, codes) is not None:
             self._is_one_float(global_scale)
         if not self.problems:
-            self.weight = NarrowWeight(
+            self.weight = StoredNarrow(
                 name=self._name("weight"),
                 layout=NVFP4,
                 codes=name,
@@ -231,7 +231,7 @@ class _Module:
             )
         if tiles is not None and not self.problems:
             scales = self._name("weight_scale")
-            self.weight = NarrowWeight(
+            self.weight = StoredNarrow(
                 name, FP8, name, scales, None, False, held.shape, tiles, ignored
             )
 
