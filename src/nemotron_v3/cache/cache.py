@@ -206,7 +206,7 @@ class NemotronHybridCache(OutsideView, Rows):
         sizes = (self.batch_size, self.max_length, self.rollback_window)
         check_snapshot(snapshot, self.states, *sizes)
         length, states = max(snapshot.lengths), self._without_graph()
-        for layer, state in states.items():  # memory first, which may be wanting
+        for layer, state in states.items():  # allocate first: it may fail
             state.make_room(snapshot.states[layer], length)
         with self._writing(states):
             for layer, state in states.items():

@@ -105,7 +105,7 @@ class KeyValueState(LayerState):
         return self.map(lambda tensor: tensor[:, :, :length])
 
     def make_room(self, other: Self, length: int) -> None:
-        self.reserve(min(length, other.capacity))  # of a layer that was left out
+        self.reserve(min(length, other.capacity))  # a layer that was left out of a step holds fewer
 
     @outside_inference_mode
     def reserve(self, length: int) -> None:
@@ -127,7 +127,7 @@ class KeyValueState(LayerState):
         places = torch.arange(self.capacity, device=positions.device)
         new = (places >= positions[:, None])[:, None, :, None]  # [rows, 1, capacity, 1]
         for tensor in before:
-            if not tensor.requires_grad:  # which is never written into
+            if not tensor.requires_grad:  # a tensor with a graph is never written into
                 tensor.masked_fill_(new, 0)
         return True
 
@@ -285,7 +285,7 @@ class MambaState(LayerState):
 def join(states: Sequence[LayerState]) -> LayerState:
     """States of several batches as one, row after row."""
     buffers = [state for state in states if isinstance(state, KeyValueState)]
-    if buffers:  # all are of one kind
+    if buffers:  # then all states are of this kind
         capacity = max(state.capacity for state in buffers)
         states = [
             state.map(lambda t, more=capacity - state.capacity: F.pad(t, (0, 0, 0, more)))

@@ -33,7 +33,7 @@ class Transaction:
         # The layer that is at work, and the tensors that it found.
         self._at_work: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._has_begun = False
-        self._has_layers = False  # whose results have been handed on
+        self._has_layers = False  # whether a layer has handed its result on
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from nemotron_v3.chat.tools import schemas
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
-# Of Nemotron-Nano-v2: a JSON list of calls.
+# Nemotron-Nano-v2 writes a JSON list of calls.
 CALLS = ("<TOOLCALL>", "</TOOLCALL>")
 MARKUP = (THINK, THOUGHT, CALL, CALLED, *CALLS)
 """What a decoder must not leave out of an answer's text, be it special tokens or not."""

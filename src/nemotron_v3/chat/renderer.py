@@ -50,9 +50,9 @@ class _Process:
         try:
             send(child.stdin, request)
             reply = receive(child.stdout)
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             reply = None
-        except BaseException:  # such as a KeyboardInterrupt: its reply would be the next one's
+        except BaseException:  # a KeyboardInterrupt, say: the next request would get this reply
             self.end()
             raise
         finally:
@@ -65,7 +65,7 @@ class _Process:
         if self._child is not None and self._child.poll() is not None:
             self.end()
         if self._child is None:
-            # Only what the worker imports counts, and that comes from where it comes from here.
+            # The worker finds its modules where this process does.
             paths = os.pathsep.join(path for path in sys.path if path)
             self._child = subprocess.Popen(
                 [sys.executable, "-S", "-P", str(_WORKER), str(MEMORY)],
@@ -84,7 +84,7 @@ class _Process:
         child.kill()
         child.wait()
         for pipe in filter(None, (child.stdin, child.stdout)):
-            with contextlib.suppress(OSError):  # what was not written yet has nowhere to go
+            with contextlib.suppress(OSError):  # flushing into a process that has ended
                 pipe.close()
 
     def forget(self) -> None:

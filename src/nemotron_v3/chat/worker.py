@@ -190,7 +190,7 @@ def bound_memory(memory: int) -> None:
         least = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:
             resource.setrlimit(what, (least, hard))
-        except (ValueError, OSError):  # a system that does not bound it
+        except (ValueError, OSError):  # a system without this limit
             continue
 
 

@@ -45,7 +45,7 @@ def _ways(items: Sequence[tuple[Any, Any]]) -> int:
     """Ways in which a parsed expression can be tried on one name, from one place on."""
     product, ahead = 1, 0
     for kind, held in items:
-        if kind in (kinds.ASSERT, kinds.ASSERT_NOT):  # tried once, whatever comes behind
+        if kind in (kinds.ASSERT, kinds.ASSERT_NOT):  # tried once
             ahead += _ways(held[1])
         else:
             product *= _ways_of(kind, held)

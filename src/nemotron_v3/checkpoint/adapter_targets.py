@@ -33,7 +33,7 @@ def target_problems(
     problems = _saved_problems(config, list(saved))
     targets = config.get("target_modules")
     if not targets and not config.get("target_parameters"):
-        return problems  # PEFT's default for the model's type, which no file tells
+        return problems  # PEFT's default for the model's type, which no file records
     modules = {name for name, _ in changed if not is_stack(name) and name.endswith(".weight")}
     for name, tensor in destinations.items():
         if not name.endswith(".weight") or tensor.dim() != 2 or is_stack(name):

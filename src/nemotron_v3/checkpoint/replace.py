@@ -25,7 +25,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes saving to one directory are not cause apart there
+except ImportError:  # Windows: there, nothing keeps two processes from saving to one directory
     fcntl = None
 
 from nemotron_v3.checkpoint.errors import CheckpointError

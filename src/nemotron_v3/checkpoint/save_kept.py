@@ -19,7 +19,7 @@ from nemotron_v3.layers.narrow import NarrowWeight
 def as_held(checkpoint: Checkpoint, origin: CheckpointOrigin) -> CheckpointOrigin:
     """`origin` of a model that keeps the narrow weights of `checkpoint`."""
     if origin.layers is not None or checkpoint.stored.outer:
-        return origin  # which is not saved
+        return origin  # such a model cannot be saved as it is held
     stored = checkpoint.stored
     companions = {name: stored.tensor(name) for name in checkpoint.narrow.companions}
     return replace(as_stored(checkpoint, origin), narrow=checkpoint.narrow, companions=companions)

@@ -46,7 +46,7 @@ ARCHITECTURE = "NemotronHForCausalLM"
 PUZZLE_ARCHITECTURE = "NemotronHPuzzleForCausalLM"
 MODEL_TYPE = "nemotron_h"
 PUZZLE = "nemotron_h_puzzle"  # blocks with sizes of their own
-QUANTIZATION_CONFIG = "quantization_config"  # of a checkpoint's tensors, which reads it
+QUANTIZATION_CONFIG = "quantization_config"  # `checkpoint` reads it
 
 
 @settings_class
@@ -192,7 +192,7 @@ class NemotronV3Config(ModelSettings):
             blocks = settings.get("layers_block_type", ())
             settings["block_configs"] = of_mlp_widths(blocks, widths)
         for entry in settings.get("mtp_block_configs", ()):
-            for name, value in entry.sizes:  # for the model too, where it says nothing itself
+            for name, value in entry.sizes:  # the model's value too, if it has none
                 if source.data.get(name) is None:
                     settings[name] = value
         return cls(

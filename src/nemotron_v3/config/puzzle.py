@@ -63,7 +63,7 @@ def _read_entry(where: str, entry: Any) -> BlockConfig:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     known = SIZES[block]
-    # One object for all types has null for what its block lacks; of a latent size it says as much.
+    # Writers that use one object for all types write null for sizes that a block does not have.
     for name in {name for sizes in SIZES.values() for name in sizes}:
         if name in given and given[name] is None and not (name in known and known[name].optional):
             del given[name]

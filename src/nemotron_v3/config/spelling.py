@@ -51,10 +51,10 @@ class Setting:
     """How a field is read and spelled."""
 
     codec: Codec[Any, Any]
-    spellings: tuple[str, ...]  # other keys than the field's name, after it in authority
-    fresh: str | None  # the key a new file uses, where it is not the field's name
-    group: str  # a new file holds the field where this part of the model is, or it was changed
-    yielding: tuple[str, ...]  # spellings that may disagree with the field's own name
+    spellings: tuple[str, ...]  # other keys of the field; its name has precedence
+    fresh: str | None  # the key that a new file uses, if it is not the field's name
+    group: str  # a new file holds the field if the model has this part, or the field was changed
+    yielding: tuple[str, ...]  # spellings that may contradict the field's name, and lose
 
 
 def setting(

@@ -26,7 +26,7 @@ from nemotron_v3.checkpoint.header import read_json
 from nemotron_v3.checkpoint.reader import MAX_CONFIG_BYTES
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.bin"  # of what PEFT reads, the one that torch itself writes
+WEIGHTS = "adapter_model.bin"  # of the two files that PEFT reads, the one that torch writes
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 _WHOLE = ("model.embeddings.weight", "lm_head.weight")  # PEFT saves them of its own accord
 

@@ -236,7 +236,7 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         """
         B, S = layout.shape
         past = cache.get_seq_length(self.layer_idx) if context.follows else 0
-        if isinstance(past, Tensor):  # of a static cache, which goes on counting in place
+        if isinstance(past, Tensor):  # a static cache counts on in place
             past = past.clone()
         new = (layout.unpack(t).transpose(1, 2) for t in (k, v))  # [B, J, S, P]
         keys, values = cache.update(*new, self.layer_idx)  # [B, J, L, P]

@@ -26,7 +26,7 @@ from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
 
-NAME = "default"  # of the adapter, as PEFT calls the first one
+NAME = "default"  # PEFT's name of the first adapter
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _STACKS = ("experts.up_proj", "experts.down_proj")
 _PEFT = re.compile(rf"(.+\.lora_(?:embedding_)?[AB])\.{NAME}(\.weight)?")

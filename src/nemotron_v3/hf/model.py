@@ -135,7 +135,7 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
         ValueError: a config that asks for what this package does not have.
     """
 
-    __module__ = theirs.__name__  # as the backbone's
+    __module__ = theirs.__name__  # for the reason that the backbone has it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, ("NemotronHForCausalLM",), vars(self)
@@ -187,7 +187,7 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
             TypeError: a mask or cache of another kind.
         """
         cache = one_cache(past_key_values, cache)
-        if not isinstance(self, Accelerated):  # undone, while something held on to this method
+        if not isinstance(self, Accelerated):  # undone, and called by a method that was kept
             return type(self).forward(
                 self,
                 input_ids=input_ids,
@@ -201,7 +201,7 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
                 **{CACHE_NAME: cache},
             )
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
-        if not isinstance(logits_to_keep, Tensor):  # which may be a mask, too
+        if not isinstance(logits_to_keep, Tensor):  # a tensor may be a mask, too
             check_kept(logits_to_keep)
         cache, context = enter(
             self.model,
@@ -302,7 +302,7 @@ def _unpickled(name: str = "NemotronHForCausalLM") -> NemotronHModel | NemotronH
 _LOSS_NAMES = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-@torch.compiler.disable  # it reads what the caller says about the tokens
+@torch.compiler.disable  # it reads tensors (masks, positions)
 def enter(
     model: NemotronHModel,
     input_ids: Tensor | None,

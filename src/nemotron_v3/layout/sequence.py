@@ -428,7 +428,7 @@ class SequenceLayout:
         if position_ids is None or self.shape[-1] < 2:
             return self
         positions = fit_positions(position_ids, self.shape)
-        if positions.is_meta:  # without values
+        if positions.is_meta:  # a meta tensor has no values
             return self
         positions, index = positions.detach().cpu().flatten(), None
         places = torch.arange(len(positions), device="cpu")

@@ -22,7 +22,7 @@ FP8_BLOCK = 128
 
 NVFP4, FP8 = "nvfp4", "fp8"
 
-# What changes nothing where activations and the cache are not in 8 or 4 bits.
+# Scales that have no effect, since activations and the cache are not quantised here.
 _ACTIVATIONS = ("input_scale", "input_global_scale")
 _CACHE = {"k_scale": "k_proj", "v_scale": "v_proj"}
 _COMPANIONS = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")

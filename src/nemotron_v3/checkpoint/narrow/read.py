@@ -9,8 +9,8 @@ from torch import Tensor
 from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.layers.dequantise import dequantise, factors
 
-ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a weight that are given their values at once
-_NAN = 0x7F  # of float8_e4m3fn, without the sign
+ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # elements of a weight dequantised at once
+_NAN = 0x7F  # the code of NaN in float8_e4m3fn, without the sign
 
 
 class Stored(Protocol):
