@@ -120,14 +120,18 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
-    """The marks of an annotation, and the type of one value, without None and tuples."""
+    """The marks of an annotation, and the type of one value, without None and tuples.
+
+    Of several types it is the one with words to complete, as of `int | Literal["auto"]`.
+    """
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         more, inner = _unwrap(inner)
         return (*marks, *more), inner
     if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
-        return _unwrap(inner)
+        choices = [choice for choice in get_args(hint) if choice is not type(None)]
+        words = [choice for choice in choices if get_origin(choice) is Literal]
+        return _unwrap((words or choices)[0])
     if get_origin(hint) is tuple:
         return _unwrap(get_args(hint)[0])
     return (), hint
