@@ -2,6 +2,7 @@
 checkpoint stores and takes, from its headers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -246,25 +247,39 @@ def _named(config: "NemotronV3Config", block: str, layers: list[int]) -> str:
     return block if alike else f"{block} {', '.join(map(str, layers))}"
 
 
-def _sizes(config: "NemotronV3Config", block: str) -> str:
-    """The sizes of a block of one type, in words."""
-    if block == "mamba":
-        heads = f"{config.mamba_num_heads} x {config.mamba_head_dim}"
-        return (
-            f"heads {heads}, groups {config.n_groups}, state {config.ssm_state_size}\n"
-            f"conv {config.conv_kernel}, chunk {config.chunk_size}"
-        )
-    if block == "attention":
-        heads = f"{config.num_attention_heads} x {config.head_dim}"
-        return f"heads {heads}, key/value heads {config.num_key_value_heads}"
-    if block == "mlp":
-        return f"width {config.intermediate_size}"
+def _mamba_sizes(config: "NemotronV3Config") -> str:
+    heads = f"{config.mamba_num_heads} x {config.mamba_head_dim}"
+    return (
+        f"heads {heads}, groups {config.n_groups}, state {config.ssm_state_size}\n"
+        f"conv {config.conv_kernel}, chunk {config.chunk_size}"
+    )
+
+
+def _attention_sizes(config: "NemotronV3Config") -> str:
+    heads = f"{config.num_attention_heads} x {config.head_dim}"
+    return f"heads {heads}, key/value heads {config.num_key_value_heads}"
+
+
+def _mlp_sizes(config: "NemotronV3Config") -> str:
+    return f"width {config.intermediate_size}"
+
+
+def _moe_sizes(config: "NemotronV3Config") -> str:
     latent = f", latent {config.moe_latent_size}" if config.moe_latent_size else ""
     return (
         f"{config.num_experts_per_tok} of {config.n_routed_experts} experts\n"
         f"width {config.moe_intermediate_size}{latent}\n"
         f"shared expert, width {config.moe_shared_expert_intermediate_size}"
     )
+
+
+# The sizes of a block in words, by its type.
+SIZES: dict[str, Callable[["NemotronV3Config"], str]] = {
+    "mamba": _mamba_sizes,
+    "attention": _attention_sizes,
+    "mlp": _mlp_sizes,
+    "moe": _moe_sizes,
+}
 
 
 def totals_table(costs: dict[str, Any], config: "NemotronV3Config") -> "Table":
@@ -288,7 +303,7 @@ def _size_rows(costs: dict[str, Any], config: "NemotronV3Config") -> list[tuple[
         ("vocabulary", f"{costs['vocab_size']:,}"),
         ("hidden size", f"{costs['hidden_size']:,}"),
         *(
-            (_named(config, block, layers), _sizes(one, block))
+            (_named(config, block, layers), SIZES[block](one))
             for (block, one), layers in _kinds(config).items()
         ),
         ("multi-token prediction", costs["multi_token_prediction"] or "none"),

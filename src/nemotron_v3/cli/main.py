@@ -85,9 +85,9 @@ def parse(args: Sequence[str]) -> Verb | None:
         args = ["--help"]
     import tyro
 
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 verbs(args),
                 prog="nemotron-v3",
@@ -98,7 +98,7 @@ def parse(args: Sequence[str]) -> Verb | None:
     except SystemExit as stopped:
         if not stopped.code:
             return None
-        raise ValueError(_plain(told.getvalue())) from None
+        raise ValueError(_plain(stderr.getvalue())) from None
 
 
 def verbs(args: Sequence[str]) -> Any:

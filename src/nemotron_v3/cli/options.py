@@ -83,7 +83,7 @@ def _field_docs(cls: type) -> dict[str, str]:
     return found
 
 
-def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Iterator[Option]:
+def _of_field(field: Any, hint: Any, help_text: str, prefix: str, plain: bool) -> Iterator[Option]:
     marks, inner = _unwrap(hint)
     name = prefix + field.name.replace("_", "-")
     if isinstance(inner, type) and dataclasses.is_dataclass(inner):
@@ -98,7 +98,7 @@ def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Ite
     if inner is bool:
         stem = "no-" if field.default is True else ""
         flag = f"--{prefix}{stem}{name.removeprefix(prefix)}"
-        yield Option(name, flag, told, takes_value=False)
+        yield Option(name, flag, help_text, takes_value=False)
         return
     values: tuple[str, ...] | None = ()
     if get_origin(inner) is Literal:
@@ -109,7 +109,7 @@ def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Ite
         if isinstance(mark, Choices):
             values = mark.values
     flag = None if _POSITIONAL in marks else f"--{name}"
-    yield Option(name, flag, told, values=values, repeatable=_APPEND in marks)
+    yield Option(name, flag, help_text, values=values, repeatable=_APPEND in marks)
 
 
 def _is_sequence(hint: Any) -> bool:
@@ -120,7 +120,10 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
-    """The marks of an annotation, and the type of one value, without None and tuples."""
+    """The marks of an annotation, and the type of one value, without None and tuples.
+
+    Of several types it is the one with words to complete, as of `int | Literal["auto"]`.
+    """
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         more, inner = _unwrap(inner)

@@ -120,7 +120,7 @@ class NemotronV3Attention(RefusesContextParallel):
             past_key_values,
             attn_kwargs,
             layer_idx=layer_idx,
-            takes_pairs=True,
+            takes_4d_mask=True,
             group=self.token_group,
         )
         with context.writing():

@@ -61,8 +61,8 @@ class ForwardContext:
         layout_kwargs: dict[str, Any] | None = None,
         *,
         layer_idx: int | None = None,
-        takes_pairs: bool = False,
-        by_token: bool = False,
+        takes_4d_mask: bool = False,
+        is_stateless: bool = False,
         who: str = "a layer",
         group: TokenGroup | None = None,
     ) -> "ForwardContext":
@@ -76,9 +76,9 @@ class ForwardContext:
             past_key_values: a `NemotronHybridCache` or None.
             layout_kwargs: the keyword arguments of `SequenceLayout.resolve`.
             layer_idx: of a layer called alone, its number in the cache where it has a state there.
-            takes_pairs: the layer takes a 4-D mask, which speaks of pairs of tokens.
-            by_token: the layer works token by token (see `offsets_of_this_call`): to it such a mask
-                says nothing.
+            takes_4d_mask: the layer takes a 4-D mask, which speaks of pairs of tokens.
+            is_stateless: the layer works token by token (see `offsets_of_this_call`); a 4-D mask
+                says nothing to it.
             who: of whose arguments an error speaks.
             group: the processes that `cp_size` and `cp_rank` speak of; the other arguments are then
                 those of the tokens of all.
@@ -90,10 +90,10 @@ class ForwardContext:
         cache = past_key_values
         if cache is not None and not isinstance(cache, NemotronHybridCache):
             _refuse_cache(cache)
-        mask = None
-        if (takes_pairs or by_token) and _is_4d(attention_mask):
-            mask = attention_mask if takes_pairs else None
-            attention_mask, by_token = None, True
+        mask, may_end_early = None, is_stateless
+        if (takes_4d_mask or is_stateless) and _is_4d(attention_mask):
+            mask = attention_mask if takes_4d_mask else None
+            attention_mask, may_end_early = None, True
         kwargs = layout_kwargs or {}
         if group is not None and kwargs.get("cp_size") not in (None, 1):
             check_names(kwargs, who)
@@ -113,7 +113,9 @@ class ForwardContext:
         else:
             check_names(kwargs, who)
             attention_mask = _of_new_tokens(attention_mask, shape, cache)
-            kwargs = offsets_of_this_call(kwargs, shape, attention_mask, cache, layer_idx, by_token)
+            kwargs = offsets_of_this_call(
+                kwargs, shape, attention_mask, cache, layer_idx, may_end_early
+            )
             layout = SequenceLayout.resolve(shape, device, attention_mask, **kwargs)
         return cls(layout, mask, cache)
 
@@ -137,9 +139,9 @@ class ForwardContext:
         return layout.derived(("on", device), lambda layout: layout.to(device))
 
     def leave(self, y: Tensor) -> Tensor:
-        """`[T, D]`, what a mixer has made of the tokens, at their places; 0 at padding.
+        """Put a mixer's output `[T, D]` back on the grid, 0 at padding.
 
-        The mixer is done: from now on what it wrote of the cache counts.
+        It is the mixer's last call, and marks what the layer wrote of the cache as complete.
         """
         if self.step is not None:
             self.step.layer_is_done()

@@ -5,7 +5,7 @@ width the experts see, N state, Q chunk.
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -213,12 +213,7 @@ def _sizes(config: NemotronV3Config, width: int, rank: int, kernels: bool) -> li
 def _block_bytes(config: NemotronV3Config, block: str, width: int, rank: int, kernels: bool) -> int:
     """Bytes a token that one block keeps beside the stream in front of it."""
     D = config.hidden_size
-    own = {
-        "mamba": _mamba_bytes,
-        "attention": _attention_bytes,
-        "mlp": lambda c, w: 2 * c.intermediate_size * w,
-        "moe": _moe_bytes,
-    }[block](config, width)
+    own = MIXER_BYTES[block](config, width)
     if block == "moe" and not kernels:
         own += _chosen_rows_bytes(config, width)
     # The normed input, and what the adapters of two projections hold.
@@ -240,6 +235,10 @@ def _attention_bytes(config: NemotronV3Config, width: int) -> int:
     return (2 * q + 2 * kv) * width + 4 * config.num_attention_heads
 
 
+def _mlp_bytes(config: NemotronV3Config, width: int) -> int:
+    return 2 * config.intermediate_size * width
+
+
 def _moe_bytes(config: NemotronV3Config, width: int) -> int:
     K, F = config.num_experts_per_tok, config.moe_intermediate_size
     latent = config.moe_latent_size
@@ -247,6 +246,15 @@ def _moe_bytes(config: NemotronV3Config, width: int) -> int:
     through = 2 * (latent or 0)
     # The router's scores in fp32; both widths of a chosen expert, and numbers and weights.
     return (K * F + shared + through) * width + 4 * config.n_routed_experts + 24 * K
+
+
+MIXER_BYTES: dict[str, Callable[[NemotronV3Config, int], int]] = {
+    "mamba": _mamba_bytes,
+    "attention": _attention_bytes,
+    "mlp": _mlp_bytes,
+    "moe": _moe_bytes,
+}
+"""Bytes a token that a mixer keeps for the backward pass, by block type: `(config, width)`."""
 
 
 def _chosen_rows_bytes(config: NemotronV3Config, width: int) -> int:

@@ -115,7 +115,7 @@ class NemotronV3MoE(RefusesContextParallel):
                 hidden_states.device,
                 attention_mask,
                 layout_kwargs=layout_kwargs,
-                by_token=True,
+                is_stateless=True,
                 group=self.token_group,
             )
         layout = context.on(hidden_states.device)
