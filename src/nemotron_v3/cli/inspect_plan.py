@@ -24,7 +24,10 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     """
     from nemotron_v3.parallel import Plan
 
-    told = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+    told: dict[str, str] = {}
+    for part in text.replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        told[name] = value
     if "gpus" not in told or not told.keys() <= set(_FIELDS):
         raise ValueError(
             f"--plan is {text!r}: give gpus, and ep or dp_replicate beside it, such as gpus=8,ep=4"
@@ -36,7 +39,8 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     gpus = sizes.pop("gpus")
     if gpus < 1:
         raise ValueError(f"--plan is {text!r}: gpus is at least 1")
-    return Plan(**sizes).over(gpus), gpus
+    plan = Plan(dp_replicate=sizes.get("dp_replicate", 1), ep=sizes.get("ep", 1))
+    return plan.over(gpus), gpus
 
 
 def costs_of_plan(

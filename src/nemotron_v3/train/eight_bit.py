@@ -69,7 +69,8 @@ class EightBitAdamW(RoundedAdamW):
         local = local_part(p)
         if not local.numel():
             return
-        numbers, step = self._numbers(group, state["count"], local.device), _step
+        numbers = self._numbers(group, state["count"], local.device)
+        step: Callable[..., Tensor] = _step
         if local.is_cuda:
             step = _compiled()
         values = torch.empty(local.shape, dtype=torch.float32, device=local.device)
