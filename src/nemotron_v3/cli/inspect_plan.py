@@ -37,7 +37,8 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     gpus = sizes.pop("gpus")
     if gpus < 1:
         raise ValueError(f"--plan is {text!r}: gpus is at least 1")
-    return Plan(**sizes).over(gpus), gpus
+    plan = Plan(dp_replicate=sizes.get("dp_replicate", 1), ep=sizes.get("ep", 1))
+    return plan.over(gpus), gpus
 
 
 def costs_of_plan(
