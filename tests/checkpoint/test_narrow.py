@@ -246,7 +246,7 @@ def test_an_opened_checkpoint_shows_weights_and_what_they_are_stored_in(tmp_path
     assert set(checkpoint) == set(wide_tensors(tensors, weights, torch.bfloat16))
     assert checkpoint.shape("lm_head.weight") == (64, 128)
     assert checkpoint.stored.shape("lm_head.weight") == (64, 64)
-    told = {weight.told for weight in checkpoint.narrow.weights.values()}
+    told = {weight.description for weight in checkpoint.narrow.weights.values()}
     assert told == {"nvfp4 in groups of 16", "fp8 with one scale"}
     values = checkpoint.tensor("lm_head.weight")
     assert torch.equal(values, weights["lm_head.weight"].by_definition(torch.bfloat16))

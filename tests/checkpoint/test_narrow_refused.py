@@ -272,4 +272,4 @@ def test_scales_a_row_in_one_dimension_are_not_taken_for_blocks(tmp_path, tensor
     stored = fp8(128, 128, torch.Generator().manual_seed(5), "row", 0)
     held = {UP + leaf: tensor for leaf, tensor in stored.tensors.items()}
     weight = open_checkpoint(write(tmp_path, tensors | held)).narrow.weights[UP + "weight"]
-    assert weight.told == "fp8 with a scale a row"
+    assert weight.description == "fp8 with a scale a row"

@@ -7,7 +7,9 @@ from nemotron_v3 import BackendConfig
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation import generate
 from nemotron_v3.generation.cpu_decode import DecodeStep, parts
-from nemotron_v3.layers.moe.router import watched
+from nemotron_v3.layers.block import MIXERS
+from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
+from nemotron_v3.layers.moe.router import watching_routers
 from tests.generation.samples import prompts
 from tests.models import tiny_model, tokens
 
@@ -88,11 +90,30 @@ def with_another_epsilon(model):
     return model
 
 
+class Halved(LocalDispatcher):
+    def combine(self, y, metadata):
+        return y / 2
+
+
+def with_another_dispatcher(model):
+    model.model.layers[2].mixer.dispatcher = Halved()
+    return model
+
+
+def with_another_method_of_its_dispatcher(model):
+    model.model.layers[2].mixer.dispatcher.combine = lambda y, metadata: y / 2
+    return model
+
+
 NOT_PLAIN = {
     "a hook": lambda: with_hook(tiny_model("M*E")),
     "a projection of another class": lambda: with_another_projection(tiny_model("M*E")),
     "another forward": lambda: with_another_forward(tiny_model("M*E")),
     "another epsilon": lambda: with_another_epsilon(tiny_model("M*E")),
+    "another dispatcher": lambda: with_another_dispatcher(tiny_model("M*E")),
+    "another method of its dispatcher": lambda: with_another_method_of_its_dispatcher(
+        tiny_model("M*E")
+    ),
     "bf16": lambda: tiny_model("M*E").bfloat16(),
     "the reference": lambda: tiny_model("M*E", backend=BackendConfig(impl="reference")).double(),
     "a narrow state": lambda: tiny_model("M*E", mamba_ssm_cache_dtype=torch.bfloat16),
@@ -112,6 +133,18 @@ def test_what_it_does_not_know_goes_through_forward(name):
     with torch.no_grad():
         scores = model.score(out.sequences)[:, 6:]
     assert (out.logprobs - scores).abs().max() <= ALLOWED.get(name, 1e-5)
+
+
+def test_a_block_of_a_type_that_it_does_not_know(monkeypatch):
+    """A type that only the layers know runs through forward, by either way of decoding."""
+    monkeypatch.setitem(MIXERS, "another", MIXERS["mlp"])
+    model = tiny_model("M-E")
+    prompt = tokens(6)
+    expected = generate(model, prompt, max_new_tokens=3, eos_token_id=[]).sequences
+    model.model.layers[1].block_type = "another"
+    assert not DecodeStep.fits(model, NemotronHybridCache(model.config, 1, torch.float32))
+    out = generate(model, prompt, max_new_tokens=3, eos_token_id=[])
+    assert torch.equal(out.sequences, expected)
 
 
 def test_a_pytorch_that_cannot_pack_weights(monkeypatch):
@@ -135,7 +168,7 @@ def test_a_watched_router_sees_every_token():
     step = DecodeStep(model, filled(model, prompts((9,))))
     expected = step(tokens(1)).clone()
     seen = []
-    with watched(model, lambda name: lambda routing: seen.append((name, len(routing.x)))):
+    with watching_routers(model, lambda name: lambda routing: seen.append((name, len(routing.x)))):
         logits = DecodeStep(model, filled(model, prompts((9,))))(tokens(1))
     assert seen == [("model.layers.1.mixer.gate", 9), ("model.layers.1.mixer.gate", 1)]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

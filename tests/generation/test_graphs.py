@@ -6,6 +6,7 @@ import torch
 from nemotron_v3 import NemotronHybridCache, NemotronV3Config, NemotronV3ForCausalLM
 from nemotron_v3.generation import engine
 from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
+from nemotron_v3.generation.graphs.fits import why_not_layers
 from nemotron_v3.generation.graphs.graph import capacity_of, graphs_of, row_slots
 from nemotron_v3.generation.graphs.slots import Slots
 from nemotron_v3.ops.sampling.op import workspace_size
@@ -203,6 +204,16 @@ def test_a_fallback_on_a_gpu_is_said_once(caplog):
 
 def test_a_model_on_a_cpu_has_no_graph():
     assert "needs an NVIDIA GPU" in why_not(model_of())
+
+
+def test_layers_that_no_graph_knows():
+    model = model_of("ME-")
+    assert why_not_layers(model) is None
+    model.model.layers[2].block_type = "another"
+    assert why_not_layers(model) == "layer 2 is a block of type 'another', which no graph knows"
+    model = model_of("ME-")
+    model.model.layers[1].mixer.dispatcher = object()
+    assert why_not_layers(model) == "model.layers.1.mixer sends its tokens elsewhere"
 
 
 def test_numbers_of_modules_that_change_count(graphed):

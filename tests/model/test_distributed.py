@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from nemotron_v3 import NemotronV3ForCausalLM
-from nemotron_v3.model.output import Unread
+from nemotron_v3.model.output import LazyLogits
 from nemotron_v3.parallel import shard_model
 from tests.models import tiny_config, tiny_model, tokens
 
@@ -111,7 +111,7 @@ def ddp_that_looks_into_outputs(rank: int) -> None:
         for _ in range(2):  # a static graph is learnt in the first step
             model.zero_grad()
             out = shared(**half(rank))
-            assert isinstance(out._logits, Unread), "the logits were computed to look into them"
+            assert isinstance(out._logits, LazyLogits), "the logits were computed to look into them"
             out.loss.backward()
             assert_equal({n: p.grad for n, p in model.named_parameters()}, gradients)
         model.zero_grad()

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_v3.recipes.run_folder import CHECKPOINT, METRICS, interrupted, whole_or_nothing
+from nemotron_v3.recipes.run_folder import CHECKPOINT, METRICS, atomic_run_folder, interrupted
 
 
 def write_run(folder: Path, text: str) -> None:
@@ -24,7 +24,7 @@ def out(tmp_path) -> Path:
 
 
 def test_a_whole_run_replaces_the_earlier_one(out):
-    with whole_or_nothing(out) as folder:
+    with atomic_run_folder(out) as folder:
         write_run(folder, "new")
         assert set(contents(out).values()) == {"earlier"}
     assert set(contents(out).values()) == {"new"}
@@ -33,13 +33,13 @@ def test_a_whole_run_replaces_the_earlier_one(out):
 
 def test_the_first_run_makes_the_folders_above_it(tmp_path):
     out = tmp_path / "a" / "b"
-    with whole_or_nothing(out) as folder:
+    with atomic_run_folder(out) as folder:
         write_run(folder, "new")
     assert set(contents(out).values()) == {"new"}
 
 
 def test_a_failed_run_leaves_the_earlier_one_and_nothing_else(out):
-    with pytest.raises(ZeroDivisionError), whole_or_nothing(out) as folder:
+    with pytest.raises(ZeroDivisionError), atomic_run_folder(out) as folder:
         write_run(folder, "new")
         raise ZeroDivisionError
     assert set(contents(out).values()) == {"earlier"}
@@ -48,7 +48,7 @@ def test_a_failed_run_leaves_the_earlier_one_and_nothing_else(out):
 
 def test_an_interrupted_run_with_a_checkpoint_is_kept_beside_the_earlier_one(out):
     kept = pytest.raises(KeyboardInterrupt, match="demo-interrupted")
-    with kept, whole_or_nothing(out) as folder:
+    with kept, atomic_run_folder(out) as folder:
         write_run(folder, "new")
         raise KeyboardInterrupt
     assert set(contents(out).values()) == {"earlier"}
@@ -57,7 +57,7 @@ def test_an_interrupted_run_with_a_checkpoint_is_kept_beside_the_earlier_one(out
 
 
 def test_an_interrupted_run_without_a_checkpoint_leaves_nothing(out):
-    with pytest.raises(KeyboardInterrupt), whole_or_nothing(out) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_run_folder(out) as folder:
         (folder / METRICS).write_text("")
         raise KeyboardInterrupt
     assert list(out.parent.iterdir()) == [out]
@@ -71,7 +71,7 @@ def test_a_rename_that_fails_puts_the_earlier_run_back(out, monkeypatch):
             raise PermissionError("no")
         return rename(self, target)
 
-    with pytest.raises(PermissionError), whole_or_nothing(out) as folder:
+    with pytest.raises(PermissionError), atomic_run_folder(out) as folder:
         write_run(folder, "new")
         monkeypatch.setattr(Path, "rename", fail)
     assert set(contents(out).values()) == {"earlier"}
@@ -82,16 +82,16 @@ def test_a_folder_that_no_run_wrote_is_never_replaced(tmp_path, place):
     out = tmp_path / "home"
     place(out).mkdir()
     (place(out) / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else"), whole_or_nothing(out):
+    with pytest.raises(ValueError, match="holds something else"), atomic_run_folder(out):
         pytest.fail("the run began")
     assert contents(place(out)) == {"thesis.tex": "years of work"}
 
 
 def test_an_empty_folder_may_be_replaced(tmp_path):
-    with whole_or_nothing(tmp_path / "out") as folder:
+    with atomic_run_folder(tmp_path / "out") as folder:
         write_run(folder, "first")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with whole_or_nothing(empty) as folder:
+    with atomic_run_folder(empty) as folder:
         write_run(folder, "new")
     assert set(contents(empty).values()) == {"new"}

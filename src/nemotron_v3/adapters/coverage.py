@@ -34,7 +34,7 @@ class CoverageRow:
         target: the weight as it can be targeted; for `other`, words.
         covered, total: how many there are, one a block, and how many have an adapter.
         covered_parameters, parameters: their elements, biases aside.
-        adapter_parameters: elements of the adapters; 0 where no rank was told.
+        adapter_parameters: elements of the adapters; 0 where no rank was given.
     """
 
     group: str
@@ -58,7 +58,7 @@ class Coverage:
     Attributes:
         covered_blocks, blocks: blocks with at least one adapted weight, and all.
         covered_parameters, parameters: elements of adapted weights, and of the model.
-        adapter_parameters: elements of the adapters; 0 where no rank was told.
+        adapter_parameters: elements of the adapters; 0 where no rank was given.
     """
 
     rows: tuple[CoverageRow, ...]

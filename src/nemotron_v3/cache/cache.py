@@ -126,7 +126,7 @@ class NemotronHybridCache(OutsideView, Rows):
         check_rows(layout, self._lengths, self.positions.device, self.max_length)
 
     def step(self, layout: SequenceLayout) -> Transaction:
-        """Entered around the layers of one forward pass: `with cache.step(layout) as step:`.
+        """The context of one forward pass's layers: `with cache.step(layout) as step:`.
 
         `step.begin(layer_idx)` gives a layer its state. The layers of a pass that are called one by
         one share their tokens as well; a layer that comes again starts the next pass.
@@ -154,7 +154,7 @@ class NemotronHybridCache(OutsideView, Rows):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, layout: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[rows, J, S, P]` of a layer; all that it holds, in that shape.
+        """Append keys and values `[rows, J, S, P]` of a layer; returns all that it holds.
 
         Raises:
             ValueError: a layer without keys and values, or tensors of another shape.
@@ -206,7 +206,7 @@ class NemotronHybridCache(OutsideView, Rows):
         sizes = (self.batch_size, self.max_length, self.rollback_window)
         check_snapshot(snapshot, self.states, *sizes)
         length, states = max(snapshot.lengths), self._without_graph()
-        for layer, state in states.items():  # memory first, which may be wanting
+        for layer, state in states.items():  # allocate first: it may fail
             state.make_room(snapshot.states[layer], length)
         with self._writing(states):
             for layer, state in states.items():
@@ -328,8 +328,8 @@ class NemotronHybridCache(OutsideView, Rows):
 
     @contextmanager
     def _writing(self, states: dict[int, LayerState]) -> Iterator[None]:
-        """Around writes that belong together, into `states`, which become the cache's: stopped
-        among them, the cache is withheld."""
+        """A context for writes that belong together, into `states`, which become the cache's. If
+        they are interrupted, the cache stays withheld."""
         self.withheld = _HALF_WRITTEN
         self.states.update(states)
         yield

@@ -13,7 +13,7 @@ from nemotron_v3.layout import SequenceLayout
 
 
 def shape_of(config: NemotronV3Config) -> dict[str, Any]:
-    """What of a config a cache depends on."""
+    """The settings of a config that a cache depends on."""
     names = (
         "hybrid_override_pattern num_key_value_heads head_dim conv_dim conv_kernel "
         "mamba_num_heads mamba_head_dim ssm_state_size"

@@ -27,8 +27,8 @@ class CacheData:
     _lengths: list[int]  # tokens each row held when the present pass began
     _floors: list[int]  # the earliest position whose mamba state is kept, or 0
     _step: Step | None  # the present pass
-    _updated: set[int]  # the layers that it has come to
-    _behind: frozenset[int]  # layers that a pass has gone by without
+    _updated: set[int]  # the layers that it has reached
+    _behind: frozenset[int]  # layers that a pass has left out
 
     @property
     def batch_size(self) -> int:

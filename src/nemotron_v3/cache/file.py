@@ -130,14 +130,14 @@ def _header(path: Any, notes: Mapping[str, str], kind: Mapping[str, Any]) -> dic
 def _shapes(
     like: Mapping[int, LayerState], lengths: tuple[int, ...], behind: list[int], file: Any
 ) -> dict[str, tuple[int, ...]]:
-    """By the tensor's name, the shape that the lengths ask for."""
+    """The shapes that the lengths ask for, by the tensor's name."""
     longest, shapes = max(lengths), {}
     for layer, state in like.items():
         places = longest
         if isinstance(state, KeyValueState) and layer in behind:
             # A layer that was left out holds fewer tokens, and as many keys as values.
-            told = file.get_slice(f"{layer}.keys").get_shape()
-            places = min(longest, told[2] if len(told) == 4 else longest)
+            held = file.get_slice(f"{layer}.keys").get_shape()
+            places = min(longest, held[2] if len(held) == 4 else longest)
         for name, tensor in state.tensors().items():
             shape = list(tensor.shape)
             if isinstance(state, KeyValueState):
@@ -159,10 +159,10 @@ def _check_set(path: Any, like: Mapping[int, LayerState], held: set[str]) -> Non
 def _tensor(
     path: Any, file: Any, name: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Tensor:
-    told = tuple(file.get_slice(name).get_shape())
-    if told != shapes[name]:
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != shapes[name]:
         raise ValueError(
-            f"{path}: {name} has shape {told}, and the lengths it tells ask for {shapes[name]}"
+            f"{path}: {name} has shape {shape}, and its lengths ask for {shapes[name]}"
         )
     tensor = file.get_tensor(name)
     if tensor.dtype != dtype:

@@ -11,7 +11,7 @@ from nemotron_v3.config import NemotronV3Config
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a cache, as `NemotronHybridCache` takes them."""
+    """The sizes of a cache, as `NemotronHybridCache` takes them."""
 
     config: NemotronV3Config
     rows: int
@@ -22,7 +22,7 @@ class Sizes:
 
 
 def fresh_states(sizes: Sizes) -> dict[int, LayerState]:
-    """By layer, of those that have a state."""
+    """Fresh states by layer number, for the layers that have one."""
     return {
         layer: make(sizes)
         for layer, block in enumerate(sizes.config.layers_block_type)

@@ -13,7 +13,7 @@ from nemotron_v3.layout.modes import outside_inference_mode
 
 
 class Rows(CacheData):
-    """What of a `NemotronHybridCache` makes another one, and leaves this one as it is."""
+    """The methods of a `NemotronHybridCache` that make a new cache from its rows."""
 
     def select(self, rows: Tensor | Sequence[int]) -> Self:
         """A new cache of these rows, in this order, each as often as it is named.

@@ -40,7 +40,7 @@ class LayerState:
         return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def held(self, length: int) -> Self:
-        """A view without what lies behind `length` tokens, where that means anything."""
+        """A view of the first `length` tokens if the state grows with them; else itself."""
         return self
 
     def make_room(self, other: Self, length: int) -> None:
@@ -67,7 +67,7 @@ class LayerState:
         raise NotImplementedError
 
     def undo(self, before: tuple[Tensor, Tensor], positions: Tensor) -> bool:
-        """Take back what a step has written, unless nothing knows what was there: False.
+        """Take back what a step has written. False if the old values are gone.
 
         Args:
             before: the `pair` that it began with.
@@ -105,7 +105,7 @@ class KeyValueState(LayerState):
         return self.map(lambda tensor: tensor[:, :, :length])
 
     def make_room(self, other: Self, length: int) -> None:
-        self.reserve(min(length, other.capacity))  # of a layer that was left out
+        self.reserve(min(length, other.capacity))  # a layer that was left out of a step holds fewer
 
     @outside_inference_mode
     def reserve(self, length: int) -> None:
@@ -127,7 +127,7 @@ class KeyValueState(LayerState):
         places = torch.arange(self.capacity, device=positions.device)
         new = (places >= positions[:, None])[:, None, :, None]  # [rows, 1, capacity, 1]
         for tensor in before:
-            if not tensor.requires_grad:  # which is never written into
+            if not tensor.requires_grad:  # a tensor with a graph is never written into
                 tensor.masked_fill_(new, 0)
         return True
 
@@ -205,7 +205,7 @@ class MambaState(LayerState):
         return self.step.layout.uniform_length == 1
 
     def in_place(self) -> tuple[Tensor, Tensor]:
-        """Both states, for an op that writes the next ones into them."""
+        """Both states, for an op that overwrites them with the next ones."""
         if self.step.window:
             self.remember(self.step.layout.seq_idx.long(), self.step.positions)
         self.overwritten = True
@@ -224,7 +224,7 @@ class MambaState(LayerState):
             yield piece.tokens, piece.layout
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """What came out of the pieces, token by token as they were given."""
+        """The outputs of the pieces, in the order in which the tokens were given."""
         return torch.cat(list(parts)).index_select(0, self.step.piece_order)
 
     def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:
@@ -285,7 +285,7 @@ class MambaState(LayerState):
 def join(states: Sequence[LayerState]) -> LayerState:
     """States of several batches as one, row after row."""
     buffers = [state for state in states if isinstance(state, KeyValueState)]
-    if buffers:  # all are of one kind
+    if buffers:  # then all states are of this kind
         capacity = max(state.capacity for state in buffers)
         states = [
             state.map(lambda t, more=capacity - state.capacity: F.pad(t, (0, 0, 0, more)))

@@ -32,8 +32,8 @@ class Transaction:
         self._step: Step | None = None
         # The layer that is at work, and the tensors that it found.
         self._at_work: tuple[int, tuple[Tensor, Tensor]] | None = None
-        self._has_written = False
-        self._has_layers = False  # whose results have been handed on
+        self._has_begun = False
+        self._has_layers = False  # whether a layer has handed its result on
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +48,7 @@ class Transaction:
         cache = self._cache
         if layer_idx is None or layer_idx not in cache.states:
             raise no_state_error(layer_idx, cache.states)
-        if cache.withheld is not None and not self._has_written:
+        if cache.withheld is not None and not self._has_begun:
             raise RuntimeError(cache.withheld)
         if layer_idx in cache._updated:
             cache.finish()
@@ -62,21 +62,21 @@ class Transaction:
                 f"layer {layer_idx} gets {list(self._layout.lengths)} tokens, the layers before it "
                 f"in this pass got {list(step.lengths)}: give all the same"
             )
-        if self._has_written:
+        if self._has_begun:
             self._has_layers = True
         state = cache.states[layer_idx]
         state.step, state.overwritten = step, False
         self._step = step
         self._at_work = layer_idx, state.pair()
-        self._has_written = True
+        self._has_begun = True
         cache.withheld = HALF_WAY
         cache._step = step
         cache._updated.add(layer_idx)
         return state
 
     def layer_is_done(self) -> None:
-        """The result of the layer that is at work is handed on: its tokens count."""
-        self._has_layers = self._has_written
+        """Mark the writes of the layer at work as complete: its result is handed on."""
+        self._has_layers = self._has_begun
 
     def __exit__(
         self,
@@ -84,7 +84,7 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._has_written:
+        if not self._has_begun:
             return
         if kind is None:
             self._cache.withheld = None
@@ -100,7 +100,7 @@ class Transaction:
 
     @torch.no_grad()
     def _undo(self) -> None:
-        """Take back what the one layer has written that was begun, and failed."""
+        """Take back what the one layer that has begun, and failed, has written."""
         if self._at_work is None or self._step is None:
             return
         cache, (layer_idx, before) = self._cache, self._at_work

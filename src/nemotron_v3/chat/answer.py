@@ -1,4 +1,4 @@
-"""What an answer says: what was thought, what is told, and which tools are called."""
+"""What an answer says: its thoughts, its text, and its tool calls."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from nemotron_v3.chat.tools import schemas
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
-# Of Nemotron-Nano-v2: a JSON list of calls.
+# Nemotron-Nano-v2 writes a JSON list of calls.
 CALLS = ("<TOOLCALL>", "</TOOLCALL>")
 MARKUP = (THINK, THOUGHT, CALL, CALLED, *CALLS)
 """What a decoder must not leave out of an answer's text, be it special tokens or not."""
@@ -67,7 +67,7 @@ def parse_answer(text: str, thinking: bool = False, tools: Sequence[Any] | None 
 
 
 def _thought(text: str, thinking: bool) -> tuple[str | None, str]:
-    """What was thought, None for nothing, and the rest."""
+    """The thought (None if there is none), and the rest of the text."""
     if not thinking:
         if not text.lstrip().startswith(THINK):
             return None, text
@@ -147,7 +147,7 @@ def _read_function(body: str, parameters: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def _value(text: str, schema: Any) -> Any:
-    """An argument's text as what its schema says it is; a text where nothing says otherwise."""
+    """Parse an argument's text by its schema; without one it stays a text."""
     kinds = schema.get("type") if isinstance(schema, dict) else None
     if kinds is None or kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
         return text

@@ -72,7 +72,7 @@ def _message(number: int, message: Any) -> Message:
 
 
 def leave_open(messages: list[Message], field: str, mark: str) -> str:
-    """Put `mark` behind the last message's text, in place; the text as it was.
+    """Append `mark` to the last message's text, in place; returns the text before.
 
     Raises:
         ValueError: there is no such text.

@@ -1,4 +1,4 @@
-"""A process beside this one that renders chat templates, and is ended where one does not end.
+"""A child process that renders chat templates, and is killed if a template does not end.
 
 A template is a program from whoever made the checkpoint. Jinja's sandbox keeps it from reading and
 changing things; it does not keep it from looping for years or writing ten gigabytes, and no list of
@@ -41,7 +41,7 @@ class _Process:
         self._child: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """Its reply; None where it ended without one."""
+        """The reply of the process; None if it ended without one."""
         child = self._running()
         assert child.stdin is not None and child.stdout is not None, "both are asked for as pipes"
         clock = threading.Timer(PATIENCE, child.kill)
@@ -50,9 +50,9 @@ class _Process:
         try:
             send(child.stdin, request)
             reply = receive(child.stdout)
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             reply = None
-        except BaseException:  # such as a KeyboardInterrupt: its reply would be the next one's
+        except BaseException:  # a KeyboardInterrupt, say: the next request would get this reply
             self.end()
             raise
         finally:
@@ -65,7 +65,7 @@ class _Process:
         if self._child is not None and self._child.poll() is not None:
             self.end()
         if self._child is None:
-            # Only what the worker imports counts, and that comes from where it comes from here.
+            # The worker finds its modules where this process does.
             paths = os.pathsep.join(path for path in sys.path if path)
             self._child = subprocess.Popen(
                 [sys.executable, "-S", "-P", str(_WORKER), str(MEMORY)],
@@ -77,14 +77,14 @@ class _Process:
         return self._child
 
     def end(self) -> None:
-        """Kill it, if it runs."""
+        """Kill the process, if it runs."""
         child, self._child = self._child, None
         if child is None:
             return
         child.kill()
         child.wait()
         for pipe in filter(None, (child.stdin, child.stdout)):
-            with contextlib.suppress(OSError):  # what was not written yet has nowhere to go
+            with contextlib.suppress(OSError):  # flushing into a process that has ended
                 pipe.close()
 
     def forget(self) -> None:
@@ -123,9 +123,9 @@ def ask(source: str, variables: Mapping[str, Any] | None, spans: bool = False) -
     with _process.lock:
         reply = _process.ask(raw)
         if reply is not None:
-            told = json.loads(reply.decode("utf-8", "surrogatepass"))
-            if told.pop("fatal", False):
+            result = json.loads(reply.decode("utf-8", "surrogatepass"))
+            if result.pop("fatal", False):
                 _process.end()
-            return told
-    told = f"it takes more than {SECONDS} seconds, or more than its process can bear"
-    return {"error": told, "kind": "failed", "line": None}
+            return result
+    error = f"it takes more than {SECONDS} seconds, or more than its process can bear"
+    return {"error": error, "kind": "failed", "line": None}

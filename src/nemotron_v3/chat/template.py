@@ -86,8 +86,8 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """The same for templates that render alike: a hash of their sources and special tokens."""
-        told = json.dumps([self._sources, self._special_tokens], sort_keys=True)
-        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+        identity = json.dumps([self._sources, self._special_tokens], sort_keys=True)
+        return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
 
     def render(
         self,
@@ -192,7 +192,7 @@ class ChatTemplate:
     def _left_open(
         self, messages: list[Any], field: bool | str, tools: Any, variables: dict[str, Any]
     ) -> str:
-        """The text up to the end of the last message's own."""
+        """The text up to the end of the last message's own words."""
         field = field if isinstance(field, str) else "content"
         mark = f"\ue002{secrets.token_hex(8)}"
         text = leave_open(messages, field, f"{mark} ")

@@ -15,7 +15,7 @@ _CHOICES = re.compile(r"\(choices:(.*?)\)\s*$", re.IGNORECASE | re.DOTALL)
 
 
 def schemas(tools: Sequence[Any] | None) -> list[Any] | None:
-    """The tools, a schema in the place of each function."""
+    """The tools, with functions replaced by their schemas."""
     if tools is None:
         return None
     return [schema_of(tool) if callable(tool) else tool for tool in tools]
@@ -62,13 +62,13 @@ def schema_of(tool: Callable) -> dict[str, Any]:
         parameters["required"] = required
     if "return" in hints:
         function["return"] = _of_type(hints["return"], name)
-        if told := sections.get("Returns", "").strip():
-            function["return"]["description"] = told
+        if returned := sections.get("Returns", "").strip():
+            function["return"]["description"] = returned
     return {"type": "function", "function": function}
 
 
 def _arguments(section: str) -> dict[str, str]:
-    """The descriptions in a docstring's `Args:`; a line that is further in goes on with one."""
+    """The descriptions in a docstring's `Args:`; a line that is indented further continues one."""
     found, last, margin = {}, "", None
     for line in filter(str.strip, section.splitlines()):
         indent = len(line) - len(line.lstrip())
@@ -118,7 +118,7 @@ def _of_union(inner: Sequence[Any], name: str) -> dict[str, Any]:
 
 
 def _of_values(values: Sequence[Any], hint: Any, name: str) -> dict[str, Any]:
-    """Of an annotation that lists values."""
+    """The schema of an annotation that lists values."""
     if not all(type(value) in _TYPES for value in values):
         raise _no_schema(name, f"its annotation {hint!r} has values that are not plain")
     kinds = list(dict.fromkeys(_TYPES[type(value)] for value in values))

@@ -27,12 +27,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 try:
     import resource
-except ImportError:  # Windows: the one who started it has a clock, and memory is not bounded
+except ImportError:  # Windows: the parent process limits the time, nothing limits memory
     resource = None
 
 LENGTH = struct.Struct("<Q")
 LONGEST_ERROR = 1000
-# What the text inside a generation tag is put between where its place is asked for.
+# Variables rendered before and after a generation tag's body, to find its position in the text.
 BEGIN, END = "_generation_begin", "_generation_end"
 SOURCES = ("<template>", "<unknown>")  # what tracebacks call a template
 
@@ -48,8 +48,8 @@ class TooLong(Exception):
 class Generation(Extension):
     """The tag `generation`, around what the assistant wrote.
 
-    Its body is written where it stands, in a scope of its own, between two variables that are
-    undefined, and so nothing, unless a render defines them.
+    It renders its body in a new scope. The markers before and after it are undefined variables,
+    so they are empty unless a render defines them.
     """
 
     tags: set[str] = {"generation"}
@@ -99,7 +99,7 @@ def compiled(source: str) -> Template:
 
 
 def render(source: str, variables: Mapping[str, Any], longest: int) -> str:
-    """The text; raises `TooLong`, and whatever the template does."""
+    """The rendered text; raises `TooLong`, and whatever the template raises."""
     pieces, length = [], 0
     for piece in compiled(source).generate(variables):
         length += len(piece)
@@ -112,7 +112,7 @@ def render(source: str, variables: Mapping[str, Any], longest: int) -> str:
 def render_with_spans(
     source: str, variables: Mapping[str, Any], longest: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and where in it the bodies of generation tags stand."""
+    """The text, and the positions of the bodies of generation tags in it."""
     begin, end = (f"{character}{secrets.token_hex(8)}" for character in "\ue000\ue001")
     marked = render(source, {**variables, BEGIN: begin, END: end}, longest)
     pieces, spans, length, opened = [], [], 0, 0
@@ -136,7 +136,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         compiled(source)
     except Exception as error:
-        return {"error": told(error), "kind": "no template", "fatal": fatal(error)}
+        return {"error": message_of(error), "kind": "no template", "fatal": fatal(error)}
     if request["variables"] is None:
         return {"text": ""}
     try:
@@ -147,15 +147,15 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         kind = "refused" if isinstance(error, Refusal) else "failed"
         line = None if kind == "refused" else line_of(error)
-        return {"error": told(error), "kind": kind, "line": line, "fatal": fatal(error)}
+        return {"error": message_of(error), "kind": kind, "line": line, "fatal": fatal(error)}
 
 
 def fatal(error: Exception) -> bool:
-    """Whether the process is better given up."""
+    """Whether the process should be replaced after this error."""
     return isinstance(error, MemoryError | RecursionError)
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An error in one printable line."""
     try:
         text = error.message if isinstance(error, TemplateSyntaxError) else str(error)
@@ -182,7 +182,7 @@ def line_of(error: Exception) -> int | None:
 
 
 def bound_memory(memory: int) -> None:
-    """From now on the process has so many bytes of address space."""
+    """Limit the address space of this process."""
     if resource is None:
         return
     for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
@@ -190,12 +190,12 @@ def bound_memory(memory: int) -> None:
         least = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:
             resource.setrlimit(what, (least, hard))
-        except (ValueError, OSError):  # a system that does not bound it
+        except (ValueError, OSError):  # a system without this limit
             continue
 
 
 def bound_time(seconds: float) -> None:
-    """The process is killed when it has computed for so many more seconds."""
+    """Kill this process after so many more seconds of CPU time."""
     if resource is None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -238,7 +238,7 @@ def main() -> None:
             bound_time(request["seconds"])
             raw = as_bytes(answer(request))
         except MemoryError as error:
-            reply = {"kind": "failed", "error": told(error), "line": None, "fatal": True}
+            reply = {"kind": "failed", "error": message_of(error), "line": None, "fatal": True}
             raw = as_bytes(reply)
         send(replies, raw)
 

@@ -45,12 +45,12 @@ def _table_problems(key: str, table: Any) -> list[str]:
     if not isinstance(table, Mapping):
         return [f"{key} is {_shown(table)}: a table of patterns is needed"]
     kind = "r" if key == "rank_pattern" else "lora_alpha"
-    told = [
+    found = [
         f"{key} gives {_shown(value)} for {pattern[:80]!r}: {wrong}"
         for pattern, value in table.items()
         if (wrong := _not_a(kind, value))
     ]
-    return told + pattern_problems(key, table)
+    return found + pattern_problems(key, table)
 
 
 def _layers_problems(layers: Any) -> list[str]:
@@ -61,7 +61,7 @@ def _layers_problems(layers: Any) -> list[str]:
 
 
 def _not_a(key: str, value: Any) -> str | None:
-    """What `value` should be, where it is no rank (`r`) or no scale (`lora_alpha`)."""
+    """What `value` should be, if it is no rank (`r`) or no scale (`lora_alpha`)."""
     if key == "r":
         fine = type(value) is int and 1 <= value <= MAX_RANK
         return None if fine else f"an integer from 1 to {MAX_RANK} is needed"

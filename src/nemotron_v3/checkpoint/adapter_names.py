@@ -32,7 +32,7 @@ def plain_adapter_name(name: str) -> str:
 
 
 def both_spellings(module: str) -> tuple[str, ...]:
-    """A module's name, and the one it has where the backbone is called `backbone`."""
+    """Both names of a module: with the backbone as `model`, and as `backbone`."""
     if module.startswith("model."):
         return module, "backbone." + module.removeprefix("model.")
     return (module,)

@@ -10,9 +10,10 @@ from re import _constants as kinds  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-MAX_LENGTH = 1000  # characters of one
-MAX_WAYS = 1_000_000  # of all of a config: a fraction of a second for each name
-_LETTERS = 48  # that a repetition may take: names of modules are not longer by much
+MAX_LENGTH = 1000  # max. characters of a pattern
+# Max. match attempts over all patterns of a config: a fraction of a second for each name.
+MAX_WAYS = 1_000_000
+_LETTERS = 48  # max. characters of a repetition: names of modules are hardly longer
 
 
 def pattern_problems(field: str, patterns: Iterable[str]) -> list[str]:
@@ -44,7 +45,7 @@ def _ways(items: Sequence[tuple[Any, Any]]) -> int:
     """Ways in which a parsed expression can be tried on one name, from one place on."""
     product, ahead = 1, 0
     for kind, held in items:
-        if kind in (kinds.ASSERT, kinds.ASSERT_NOT):  # tried once, whatever comes behind
+        if kind in (kinds.ASSERT, kinds.ASSERT_NOT):  # tried once
             ahead += _ways(held[1])
         else:
             product *= _ways_of(kind, held)

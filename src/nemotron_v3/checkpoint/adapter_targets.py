@@ -33,7 +33,7 @@ def target_problems(
     problems = _saved_problems(config, list(saved))
     targets = config.get("target_modules")
     if not targets and not config.get("target_parameters"):
-        return problems  # PEFT's default for the model's type, which no file tells
+        return problems  # PEFT's default for the model's type, which no file records
     modules = {name for name, _ in changed if not is_stack(name) and name.endswith(".weight")}
     for name, tensor in destinations.items():
         if not name.endswith(".weight") or tensor.dim() != 2 or is_stack(name):
@@ -83,15 +83,15 @@ def _saved_wholes(config: Mapping[str, Any], module: str) -> tuple[str, ...]:
 
 def _saved_problems(config: Mapping[str, Any], saved: list[str]) -> list[str]:
     """Whole tensors that the config is silent about, and those it names that are not there."""
-    told = config.get("modules_to_save") or []
+    listed = config.get("modules_to_save") or []
     problems = [
         f"whole: {name} is in the file, and neither modules_to_save nor bias speaks of it"
         for name in saved
         if name not in _WHOLE
         and not ("bias" in name.rpartition(".")[2] and config.get("bias", "none") != "none")
-        and not any(_holds(each, name) for each in told)
+        and not any(_holds(each, name) for each in listed)
     ]
-    for each in told:
+    for each in listed:
         if not any(_holds(each, name) for name in saved):
             problems.append(f"whole: {each!r} of modules_to_save has no tensor in the file")
     return problems

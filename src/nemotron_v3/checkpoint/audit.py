@@ -45,7 +45,7 @@ class Ledger:
         shapes: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
-        narrow: Mapping[str, stored_narrow.NarrowWeight] | None = None,
+        narrow: Mapping[str, stored_narrow.StoredNarrow] | None = None,
     ):
         self._shapes = {name: tensor.shape for name, tensor in shapes.items()}
         self._dtype = dtype
@@ -198,7 +198,7 @@ def _compare_carried(
 def report(checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor]) -> LoadReport:
     """What a load by `plan` into `tensors` did."""
     casts = Counter(
-        f"{(read := checkpoint.told_dtype(fill.disk))} -> {_held(tensors[fill.memory], read)}"
+        f"{(read := checkpoint.dtype_name(fill.disk))} -> {_held(tensors[fill.memory], read)}"
         for fill in plan.fills
     )
     return LoadReport(

@@ -1,4 +1,4 @@
-"""From one spelling of a checkpoint on disk to another, without a model in memory.
+"""Convert a checkpoint on disk to another spelling, without a model in memory.
 
 A conversion is planned from headers alone: names and shapes are proven one to one against the
 config, options are checked, and every tensor to write knows which bytes of the source it is made
@@ -144,7 +144,7 @@ class Conversion:
 
     @property
     def bytes(self) -> int:
-        """Of tensors that are written."""
+        """Bytes of the tensors that are written."""
         return sum(map(nbytes, self.pieces))
 
     @property
@@ -175,11 +175,11 @@ class Conversion:
         with replacing(self.target) as directory:
             done, total = 0, self.bytes
             for file, shard in self.files.shards.items():
-                told = [_Told(piece, progress, total) for piece in shard]
-                for piece in told:
+                pieces = [_WithProgress(piece, progress, total) for piece in shard]
+                for piece in pieces:
                     piece.done = done
                     done += nbytes(piece)
-                write_safetensors(directory / file, told, self.files.metadata[file])
+                write_safetensors(directory / file, pieces, self.files.metadata[file])
             if self.files.index_metadata is not None:
                 (directory / INDEX).write_text(index_text(self.files))
             source = self.checkpoint
@@ -221,8 +221,12 @@ class Conversion:
         return merged_tensors(self.pieces, written)
 
 
-class _Told:
-    """A piece that tells how far it is; `done` are the bytes before it."""
+class _WithProgress:
+    """A piece that reports progress.
+
+    Attributes:
+        done: bytes written before it.
+    """
 
     def __init__(self, piece: StoredPiece, progress: Progress, total: int):
         self.name, self.shape, self.dtype = piece.name, piece.shape, piece.dtype
@@ -313,7 +317,7 @@ class _Pieces:
     dtype: torch.dtype | None
 
     def all(self, tensors: Mapping[str, Tensor]) -> list[StoredPiece]:
-        """In the order of a model's tensors, then a tied head, then what is carried along."""
+        """All pieces: the model's tensors in order, a tied head, then carried tensors."""
         pieces = [
             self._piece(disk, name, tensor.shape, expert)
             for name, tensor in tensors.items()
@@ -357,7 +361,7 @@ class _Pieces:
         return self._read(self._stored[name, None], expert, update)
 
     def _read(self, disk: str, expert: int | None = None, update: LowRank | None = None) -> Part:
-        """What is read of the weight that the checkpoint calls `disk`."""
+        """The part to read for the weight that the checkpoint calls `disk`."""
         stored, narrow = self.checkpoint.stored, self.checkpoint.narrow.weights.get(disk)
         if narrow is None:
             return Part(stored, disk, expert, update)
@@ -437,7 +441,7 @@ def _may_overflow(piece: StoredPiece) -> bool:
 
 
 def _dtypes_read(piece: StoredPiece) -> str:
-    return ", ".join(sorted({part.told_dtype for part in piece.parts}))
+    return ", ".join(sorted({part.dtype_name for part in piece.parts}))
 
 
 def _short(dtype: torch.dtype) -> str:

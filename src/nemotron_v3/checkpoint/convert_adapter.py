@@ -1,10 +1,9 @@
 """A LoRA adapter in PEFT's format, read so that it can be merged into a checkpoint.
 
-The directory holds adapter_config.json and adapter_model.safetensors. A tensor of it is called as
-the module it belongs to, in front of which stands `base_model.model.` and behind which stand
-`lora_A.weight` and `lora_B.weight` (`lora_embedding_A` and `_B` for embeddings,
-`lora_magnitude_vector` for DoRA); `adapter_names` reads other spellings too. Adapters of a stack
-of experts hold the ranks of all of them side by side. Any other tensor takes the place of the
+The directory holds adapter_config.json and adapter_model.safetensors. Tensor names are
+`base_model.model.<module>.lora_A.weight` and `.lora_B.weight` (`lora_embedding_A` and `_B` for
+embeddings, `lora_magnitude_vector` for DoRA); `adapter_names` reads other spellings too. Adapters
+of a stack of experts hold the ranks of all of them side by side. Any other tensor replaces the
 base's tensor of that name (`modules_to_save`, trained biases).
 """
 
@@ -105,8 +104,10 @@ def read_adapter(
         )
     adapter = reader.adapter
     if not adapter.tensors:
-        told = f": all its {adapter.left_out} tensors are of layers left out"
-        raise CheckpointError(f"{path}: the adapter changes nothing{told * bool(adapter.left_out)}")
+        detail = f": all its {adapter.left_out} tensors are of layers left out"
+        raise CheckpointError(
+            f"{path}: the adapter changes nothing{detail * bool(adapter.left_out)}"
+        )
     return adapter
 
 
@@ -140,11 +141,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> Shard:
     if not (path / WEIGHTS).is_file():
-        told = ""
+        detail = ""
         if (path / "adapter_model.bin").exists():
-            told = ": adapter_model.bin is a pickle, and opening one can run code; save it again "
-            told += "with PEFT's safe_serialization=True"
-        raise CheckpointError(f"{path} has no {WEIGHTS}{told}")
+            detail = ": adapter_model.bin is a pickle, and opening one can run code; save it again "
+            detail += "with PEFT's safe_serialization=True"
+        raise CheckpointError(f"{path} has no {WEIGHTS}{detail}")
     try:
         return Shard(path / WEIGHTS)
     except OSError as error:
@@ -196,7 +197,7 @@ class _Reader:
             self.adapter.replaced[place.memory] = Part(self.shard, name, replaces=True)
 
     def _place(self, disk: str, name: str) -> Place | None:
-        """Where the base's tensor `disk` is in memory; None, and told, where there is none."""
+        """The place in memory of the base's tensor `disk`; if there is none, None and a problem."""
         place = to_memory(disk, self.layers)
         if place is None or place.memory not in self.destinations:
             layer = place.layer if place else None
@@ -214,8 +215,8 @@ class _Reader:
         kinds = set(halves)
         embedding = kinds == {"embedding_A", "embedding_B"}
         if not embedding and not {"A", "B"} <= kinds <= {"A", "B", "magnitude_vector"}:
-            told = ", ".join(f"lora_{kind}" for kind in sorted(kinds))
-            self.problems.append(f"half: {module} has {told} alone, not lora_A and lora_B")
+            detail = ", ".join(f"lora_{kind}" for kind in sorted(kinds))
+            self.problems.append(f"half: {module} has {detail} alone, not lora_A and lora_B")
             return
         tensors = {kind: self.shard.tensor(name) for kind, name in halves.items()}
         if re.search(r"\.experts(\.base_layer)*$", module):
@@ -230,21 +231,21 @@ class _Reader:
         wanted = tuple(self.destinations[place.memory].shape)
         wanted = wanted if place.expert is None else wanted[1:]
         if len(wanted) != 2 or not _fits(a, b, wanted):
-            told = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-            self.problems.append(f"shape: {module}: {told}, the weight is {wanted}")
+            detail = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            self.problems.append(f"shape: {module}: {detail}, the weight is {wanted}")
             return None
         if place.memory == EMBEDDINGS and not embedding:
             self.problems.append(f"unexpected: {module}: embeddings take lora_embedding_A and _B")
             return None
         magnitude = tensors.get("magnitude_vector")
         if magnitude is not None and tuple(magnitude.shape) != wanted[:1]:
-            told = f"lora_magnitude_vector {tuple(magnitude.shape)}"
-            self.problems.append(f"shape: {module}: {told}, the weight is {wanted}")
+            detail = f"lora_magnitude_vector {tuple(magnitude.shape)}"
+            self.problems.append(f"shape: {module}: {detail}, the weight is {wanted}")
             return None
         if bool(self.config.get("use_dora")) != (magnitude is not None):
-            told = "has a" if magnitude is not None else "has no"
+            detail = "has a" if magnitude is not None else "has no"
             self.problems.append(
-                f"dora: {module} {told} lora_magnitude_vector, and use_dora is "
+                f"dora: {module} {detail} lora_magnitude_vector, and use_dora is "
                 f"{self.config.get('use_dora', False)}"
             )
             return None
@@ -288,9 +289,9 @@ class _Reader:
             if a.dim() == b.dim() == 2 and a.shape[0] % experts == 0 and _fits(a, b, wanted):
                 fitting.append(place.memory)
         if len(fitting) != 1:
-            told = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            detail = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
             why = "fit both of its stacks" if fitting else "fit none of the checkpoint's stacks"
-            self.problems.append(f"shape: {module}: {told} {why}")
+            self.problems.append(f"shape: {module}: {detail} {why}")
             return
         experts = self.destinations[fitting[0]].shape[0]
         rank = a.shape[0] // experts
@@ -307,23 +308,23 @@ class _Reader:
     def _scale(self, module: str, rank: int) -> float:
         """PEFT's: alpha / r, or alpha / sqrt(r); a pattern is for the modules whose name, or its
         end, it is."""
-        told = self._told("rank_pattern", module)
-        ranks = set(told.values()) or {self.config.get("r", rank)}
+        matched = self._pattern_values("rank_pattern", module)
+        ranks = set(matched.values()) or {self.config.get("r", rank)}
         if rank not in ranks:
             said = " or ".join(map(str, sorted(ranks)))
             self.problems.append(f"rank: {module} has rank {rank}, {CONFIG} says {said}")
-        told = self._told("alpha_pattern", module)
-        if len(set(told.values())) > 1:
+        matched = self._pattern_values("alpha_pattern", module)
+        if len(set(matched.values())) > 1:
             # PEFT goes by the first one, and writes them in another order than it was given.
-            listed = " and ".join(f"{pattern!r} ({value})" for pattern, value in told.items())
+            listed = " and ".join(f"{pattern!r} ({value})" for pattern, value in matched.items())
             self.problems.append(
                 f"alpha: {module} is matched by {listed} of alpha_pattern, and which of them was "
                 "trained with is not in the file: leave that one"
             )
-        alpha = next(iter(told.values()), self.config.get("lora_alpha", 8))
+        alpha = next(iter(matched.values()), self.config.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _told(self, field: str, module: str) -> dict[str, Any]:
+    def _pattern_values(self, field: str, module: str) -> dict[str, Any]:
         """The entries of a table of patterns that are for a module, under either prefix."""
         names = both_spellings(module)
         table = self.config.get(field) or {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.checkpoint.errors import CheckpointError
-from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight
+from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.checkpoint.narrow.read import row_blocks
 from nemotron_v3.checkpoint.writer import blocks, same_bits
 
@@ -54,8 +54,12 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of `source`, or one expert of it; changed by `update` where there is one. `replaces`
-    is whether it comes from an adapter, in the place of the base's."""
+    """A tensor of `source`, or one expert of it.
+
+    Attributes:
+        update: a low-rank update that is added, or None.
+        replaces: whether an adapter stores it, in place of the base's tensor.
+    """
 
     source: Source
     name: str
@@ -65,17 +69,17 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values that `blocks` gives, before an update."""
+        """The dtype of the values that `blocks` yields, before an update."""
         return self.source.dtype(self.name)
 
     @property
-    def told_dtype(self) -> str:
-        """What is read, in a word."""
+    def dtype_name(self) -> str:
+        """Name of the stored dtype."""
         return str(self.dtype).removeprefix("torch.")
 
     def blocks(self) -> Iterator[Tensor]:
-        """Its elements in order, as flat tensors of at most `BLOCK` elements or one row. What is
-        behind a block is let go when the next one is asked for."""
+        """The elements in order, as flat tensors of at most `BLOCK` elements or one row. The memory
+        of a block is freed when the next one is asked for."""
         tensor = self.source.tensor(self.name)
         tensor = tensor if self.expert is None else tensor[self.expert]
         if not tensor.numel():
@@ -96,14 +100,14 @@ class NarrowPart(Part):
     """A weight that `source`, a checkpoint's stored tensors, holds in 8 or 4 bits: its values, in
     fp32."""
 
-    weight: NarrowWeight = field(kw_only=True)
+    weight: StoredNarrow = field(kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
     @property
-    def told_dtype(self) -> str:
+    def dtype_name(self) -> str:
         return self.weight.layout
 
     def blocks(self) -> Iterator[Tensor]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-SHOWN = 100  # problems spelled out in a message; the exception always holds them all
-LONGEST = 1000  # characters of one line: a broken file may hold a name of any length
+SHOWN = 100  # max. problems listed in a message; the exception holds all
+LONGEST = 1000  # max. characters of a line: a broken file may hold a name of any length
 
 
 class CheckpointError(ValueError):

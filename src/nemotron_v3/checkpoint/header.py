@@ -91,8 +91,8 @@ def weight_dtype(dtype: Any, done: str) -> torch.dtype | None:
         return None
     found = _BY_NAME.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in _BY_NAME.values():
-        told = repr(dtype) if isinstance(dtype, str) else dtype
-        raise CheckpointError(f"no model is {done} in dtype {told}: give {WEIGHT_DTYPE_NAMES}")
+        asked = repr(dtype) if isinstance(dtype, str) else dtype
+        raise CheckpointError(f"no model is {done} in dtype {asked}: give {WEIGHT_DTYPE_NAMES}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a model in memory, tensor by tensor."""
+"""Load a checkpoint on disk into a model in memory, tensor by tensor."""
 
 import os
 import warnings
@@ -33,9 +33,9 @@ def from_pretrained(
     """The model in the checkpoint directory `path`, in eval mode.
 
     The model is built without storage; then each tensor is read from the memory-mapped file
-    straight into its place on `device`, cast once; of weights in 8 or 4 bits the codes are, and
-    get their values there. Host memory beyond the model itself stays below
-    one shard. Every parameter and buffer is proven to come from the file: what was proven is in
+    straight into its place on `device`, cast once. Quantised weights are copied as codes and
+    dequantised on the device. Host memory beyond the model itself stays below its largest tensor
+    on disk. Every parameter and buffer is proven to come from the file: what was proven is in
     `model.checkpoint_origin.report`. `mtp.*` tensors are not built in: `model.mtp` holds them, on
     the CPU, backed by the file. `model.generation_config` is what generation_config.json says, and
     tokenizer, chat template and generation config stay with the model for the next save.
@@ -140,10 +140,10 @@ def check_depth(checkpoint: Checkpoint, depth: int) -> None:
     places = (to_memory(name) for name in checkpoint)
     held = {place.layer for place in places if place is not None and place.layer is not None}
     if not held or held != set(range(depth)):
-        told = f"{len(held)} layers, the last of them {max(held)}" if held else "none"
+        found = f"{len(held)} layers, the last of them {max(held)}" if held else "none"
         raise CheckpointError(
             f"{checkpoint.path}: config.json describes layers 0 to {depth - 1}, the tensors "
-            f"{told}: the config or the weights belong to another model"
+            f"{found}: the config or the weights belong to another model"
         )
 
 

@@ -49,7 +49,7 @@ def merge_adapter(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> Adap
 def _changes(
     adapter: Adapter, weights: Mapping[str, Tensor], name: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat parts of the weight `name`, each with what it becomes."""
+    """Flat parts of the weight `name`, each with its merged values."""
     weight = weights[name]
     replaced: Part | None = adapter.replaced.get(name)
     whole = weight if replaced is None else replaced.source.tensor(replaced.name)
@@ -78,4 +78,4 @@ class _Held:
         return self._tensor
 
     def drop(self, name: str) -> None:
-        """Nothing is behind it that could be let go."""
+        """No-op: the tensor is in memory."""

@@ -38,7 +38,7 @@ _PARTS = {
 class _Row:
     memory: str
     disk: str
-    experts: str | None = None  # the spelling of experts that this row belongs to
+    experts: str | None = None  # the spelling of experts (EXPERTS) that uses this row
     read_only: bool = False  # understood when read, never written
 
 

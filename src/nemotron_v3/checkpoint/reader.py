@@ -76,7 +76,7 @@ class Shard:
         return raw.view(dtype).view(entry.shape)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind the tensor `name`; reading it again fetches it from the file.
+        """Free the memory behind the tensor `name`; reading it again fetches it from the file.
 
         What was written into a tensor of this shard object meanwhile is lost with it.
         """
@@ -126,7 +126,7 @@ class Stored:
         return self._shard_of[name].tensor(self.outer + name)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind `name`, for peak memory's sake."""
+        """Free the memory behind `name`, to keep peak memory low."""
         self._shard_of[name].drop(self.outer + name)
 
 
@@ -184,16 +184,19 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self.wide_dtype if name in self.narrow.weights else self.stored.dtype(name)
 
-    def told_dtype(self, name: str) -> str:
-        """What the file holds, in a word: "bfloat16", "nvfp4"."""
+    def dtype_name(self, name: str) -> str:
+        """Name of the stored format: "bfloat16", "nvfp4"."""
         narrow = self.narrow.weights.get(name)
         if narrow is not None:
             return narrow.layout
         return str(self.stored.dtype(name)).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:
-        """The weight `name` on the CPU: that of the file, backed by it and not to be written to; of
-        a narrow one its values, rounded once to `wide_dtype`."""
+        """The weight `name` on the CPU.
+
+        A plain one is backed by the file: do not write to it. A quantised one is dequantised and
+        rounded once to `wide_dtype`.
+        """
         if name not in self.narrow.weights:
             return self.stored.tensor(name)
         values = torch.empty(self.shape(name), dtype=self.wide_dtype)
@@ -212,7 +215,7 @@ class Checkpoint:
             target[rows].copy_(values)
 
     def drop(self, name: str) -> None:
-        """Let go of the memory behind `name`, for peak memory's sake."""
+        """Free the memory behind `name`, to keep peak memory low."""
         narrow = self.narrow.weights.get(name)
         for part in (name,) if narrow is None else narrow.parts:
             self.stored.drop(part)
@@ -230,8 +233,10 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config gives narrow weights: what it says of all weights, else bf16."""
     config = of_text_model(Source(config)).data
     for key in ("dtype", "torch_dtype"):
-        told = config.get(key)
-        found = getattr(torch, told.removeprefix("torch."), None) if isinstance(told, str) else None
+        named = config.get(key)
+        found = (
+            getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else None
+        )
         if found is not None and found in WEIGHT_DTYPES.values():
             return found
     return torch.bfloat16
@@ -343,9 +348,9 @@ def _find_narrow(directory: Path, config: dict[str, Any], stored: Stored) -> Nar
         refuse_narrow(directory, config, why, problems)
     beside = directory / HF_QUANT_CONFIG
     try:
-        told = read_declared(config, read_json(beside) if exists(beside) else None)
+        declarations = read_declared(config, read_json(beside) if exists(beside) else None)
         problems = [
-            p for declared in told for p in declared.problems(narrow, entries, stored.outer)
+            p for declared in declarations for p in declared.problems(narrow, entries, stored.outer)
         ]
     except CheckpointError:
         raise

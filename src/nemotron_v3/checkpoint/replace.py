@@ -25,7 +25,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes saving to one directory are not told apart there
+except ImportError:  # Windows: there, nothing keeps two processes from saving to one directory
     fcntl = None
 
 from nemotron_v3.checkpoint.errors import CheckpointError
@@ -68,8 +68,8 @@ def whole_copy(directory: Path) -> Path:
         )
         return whole[0]
     left = next(directory.glob(f"{_SAVING}*"), None)
-    told = f"; the save that {left} belongs to was interrupted before it was whole" if left else ""
-    raise CheckpointError(f"{directory} has no {CONFIG}{told}")
+    cause = f"; the save that {left} belongs to was interrupted before it was whole" if left else ""
+    raise CheckpointError(f"{directory} has no {CONFIG}{cause}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""From a model in memory to a checkpoint on disk, in the spelling it was read with."""
+"""Save a model in memory to a checkpoint on disk, in the spelling it was read with."""
 
 import os
 from collections.abc import Mapping
@@ -137,8 +137,8 @@ def _check_complete(model: NemotronV3ForCausalLM, tensors: Mapping[str, Tensor])
         if name not in expected:
             problems.append(f"{name} is no tensor of the config: merge or remove adapters first")
         elif tensor.shape != expected[name].shape:
-            told = f"{tuple(tensor.shape)}, the config asks for {tuple(expected[name].shape)}"
-            problems.append(f"{name} is {told}")
+            found = f"{tuple(tensor.shape)}, the config asks for {tuple(expected[name].shape)}"
+            problems.append(f"{name} is {found}")
         elif tensor.is_meta:
             problems.append(f"{name} is on the meta device and has no values")
         elif type(tensor) not in (Tensor, nn.Parameter, NarrowWeight):
@@ -147,7 +147,7 @@ def _check_complete(model: NemotronV3ForCausalLM, tensors: Mapping[str, Tensor])
             problems.append(f"{name} is {tensor.dtype}: cast it to one of {WEIGHT_DTYPE_NAMES}")
     for name, tensor in (model.mtp or {}).items():
         if not is_carried(name) or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
-            told = f"{tensor.dtype} on {tensor.device}"
-            problems.append(f"{name} in model.mtp ({told}) is no stored tensor named mtp.*")
+            found = f"{tensor.dtype} on {tensor.device}"
+            problems.append(f"{name} in model.mtp ({found}) is no stored tensor named mtp.*")
     if problems:
         raise CheckpointError("the model cannot be saved", sorted(problems))

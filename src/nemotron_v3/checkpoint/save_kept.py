@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_v3.checkpoint.convert_kept import as_stored
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.names import CheckpointOrigin
-from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight as StoredNarrow
+from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.checkpoint.reader import Checkpoint
 from nemotron_v3.checkpoint.spelling import Spelling
 from nemotron_v3.checkpoint.writer import Piece
@@ -19,7 +19,7 @@ from nemotron_v3.layers.narrow import NarrowWeight
 def as_held(checkpoint: Checkpoint, origin: CheckpointOrigin) -> CheckpointOrigin:
     """`origin` of a model that keeps the narrow weights of `checkpoint`."""
     if origin.layers is not None or checkpoint.stored.outer:
-        return origin  # which is not saved
+        return origin  # such a model cannot be saved as it is held
     stored = checkpoint.stored
     companions = {name: stored.tensor(name) for name in checkpoint.narrow.companions}
     return replace(as_stored(checkpoint, origin), narrow=checkpoint.narrow, companions=companions)

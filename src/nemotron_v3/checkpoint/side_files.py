@@ -136,7 +136,7 @@ def _differs(path: Path, raw: bytes) -> bool:
 
 
 def write_side_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write them below a directory."""
+    """Write `files` below a directory."""
     for name, raw in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(raw)

@@ -109,8 +109,8 @@ class Conversation:
             _note(f"{len(self.chat.messages)} messages saved to {name}")
 
     def _help(self, _: str) -> None:
-        for command, told in COMMANDS.items():
-            _note(f"{command:<8} {told}")
+        for command, summary in COMMANDS.items():
+            _note(f"{command:<8} {summary}")
         _note("Ctrl-C   end an answer, or leave; Ctrl-D leaves")
 
 

@@ -103,9 +103,9 @@ fi
 
 
 def _zsh_spec(option: "Option") -> str:
-    told = option.help
+    text = option.help
     for mark in "\\[]:":
-        told = told.replace(mark, f"\\{mark}")
+        text = text.replace(mark, f"\\{mark}")
     if option.values is None:
         action = "_files"
     elif option.values:
@@ -118,15 +118,15 @@ def _zsh_spec(option: "Option") -> str:
     if option.flag is None:
         return f":{option.name}:{action}"
     repeat = "*" if option.repeatable else ""
-    return f"{repeat}{option.flag}[{told}]" + f":{option.name}:{action}" * option.takes_value
+    return f"{repeat}{option.flag}[{text}]" + f":{option.name}:{action}" * option.takes_value
 
 
 def fish(verbs: "list[VerbOptions]") -> str:
     """For fish."""
     lines = ["# Completion of nemotron-v3 for fish.", "complete -c nemotron-v3 -f"]
     for verb in verbs:
-        told = shlex.quote(verb.summary)
-        lines.append(f"complete -c nemotron-v3 -n __fish_use_subcommand -a {verb.name} -d {told}")
+        text = shlex.quote(verb.summary)
+        lines.append(f"complete -c nemotron-v3 -n __fish_use_subcommand -a {verb.name} -d {text}")
     for flag in ("help", "version"):
         lines.append(f"complete -c nemotron-v3 -n __fish_use_subcommand -l {flag}")
     for verb in verbs:
@@ -138,6 +138,6 @@ def fish(verbs: "list[VerbOptions]") -> str:
                 continue
             takes = " -r -F" if option.values is None else " -x" * option.takes_value
             chosen = f" -a {shlex.quote(values)}" if values else ""
-            told = shlex.quote(option.help)
-            lines.append(f"{start} -l {option.flag[2:]}{takes}{chosen} -d {told}")
+            text = shlex.quote(option.help)
+            lines.append(f"{start} -l {option.flag[2:]}{takes}{chosen} -d {text}")
     return "\n".join(dict.fromkeys(lines)) + "\n"

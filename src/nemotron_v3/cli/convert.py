@@ -105,9 +105,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 def summary(plan: "Conversion", merged: "Sequence[MergedTensor] | None") -> dict[str, Any]:
     """What is read and written, as JSON has it; `merged` is None for a dry run."""
     checkpoint, adapter = plan.checkpoint, plan.adapter
-    told = None
+    described = None
     if adapter is not None:
-        told = {
+        described = {
             "path": str(adapter.path),
             "ranks": list(adapter.ranks),
             "tensors": {m.name: {"change": m.change, "error": m.error} for m in merged or ()},
@@ -125,7 +125,7 @@ def summary(plan: "Conversion", merged: "Sequence[MergedTensor] | None") -> dict
         "pattern": plan.config.hybrid_override_pattern,
         "casts": plan.casts,
         "merged_tensors": plan.merged,
-        "adapter": told,
+        "adapter": described,
         "carried_along": list(plan.plan.carried),
         "left_out": list(plan.plan.left_out),
         "copied": list(plan.copied),
@@ -255,9 +255,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=new_console(stderr=True)) as progress:
         tasks = {}
 
-        def told(doing: str, done: int, total: int) -> None:
+        def report(doing: str, done: int, total: int) -> None:
             if doing not in tasks:
                 tasks[doing] = progress.add_task(doing, total=total)
             progress.update(tasks[doing], completed=done)
 
-        yield told
+        yield report

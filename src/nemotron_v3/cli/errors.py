@@ -18,7 +18,7 @@ _FAILURES = (RuntimeError, ArithmeticError, MemoryError)
 
 
 def status_of(error: Exception) -> int | None:
-    """The exit status of an error that is told in one line; None for a fault of ours, whose
+    """The exit status of an error that is printed in one line; None for a fault of ours, whose
     traceback is needed."""
     if isinstance(error, OSError) and error.errno is not None:
         return WRONG_CALL if error.errno in _WRONG_PATH else FAILED

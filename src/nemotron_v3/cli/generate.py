@@ -58,7 +58,7 @@ class Generate:
 
     def run(self) -> None:
         self._check()
-        told = self.talk.arguments()
+        arguments = self.talk.arguments()
         prompts = self._prompts()
         model = self._load()
         options = self.sampling.options(model.generation_config)
@@ -66,7 +66,7 @@ class Generate:
             from nemotron_v3.cli.chat import Conversation
 
             first = prompts[0] if prompts else None
-            Conversation(model, self.path, self.system, told | options).hold(first)
+            Conversation(model, self.path, self.system, arguments | options).hold(first)
             return
         tokens, lengths = self._stream(model, prompts, options)
         rows = [Continuation(*row) for row in zip(prompts, lengths, strict=True)]
@@ -170,7 +170,7 @@ class Continuation:
         self.token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "prompt": self.prompt,
@@ -208,7 +208,7 @@ def write_continuations(
         print()
     if as_json:
         for row in rows:
-            print(json.dumps(row.told()), flush=True)
+            print(json.dumps(row.as_json()), flush=True)
     reasons = ", ".join(dict.fromkeys(row.finish_reason or "interrupted" for row in rows))
     tell_rate(sum(len(row.token_ids) for row in rows), started, reasons)
     if interrupted:
@@ -230,8 +230,8 @@ def _continue(row: Continuation) -> None:
 def tell_rate(count: int, started: float, reason: str) -> None:
     """How many tokens came, how fast, and why they ended, on stderr."""
     rate = count / (time.perf_counter() - started)
-    told = f"{count:,} tokens, {rate:.1f} tokens/s, {reason}"
-    new_console(stderr=True).print(told, style="dim")
+    summary = f"{count:,} tokens, {rate:.1f} tokens/s, {reason}"
+    new_console(stderr=True).print(summary, style="dim")
 
 
 def check_device(device: str) -> None:

@@ -93,7 +93,7 @@ def _stored_table(checkpoint: "Checkpoint") -> "Table":
     for name in checkpoint:
         part = part_of(name)
         narrow = checkpoint.narrow.weights.get(name)
-        formats[part][checkpoint.told_dtype(name) if narrow is None else narrow.told] += 1
+        formats[part][checkpoint.dtype_name(name) if narrow is None else narrow.description] += 1
         bytes_[part] += stored_bytes(checkpoint, name)
         weights[part] += checkpoint.numel(name)
     table = Table(title="stored", title_justify="left")
@@ -103,9 +103,11 @@ def _stored_table(checkpoint: "Checkpoint") -> "Table":
         table.add_column(heading, justify="right", no_wrap=True)
     order = dict.fromkeys([*(part for _, part in _PARTS), _REST])
     for part in (part for part in order if part in weights):
-        told = ", ".join(f"{format_}: {count:,}" for format_, count in formats[part].most_common())
+        listed = ", ".join(
+            f"{format_}: {count:,}" for format_, count in formats[part].most_common()
+        )
         bits = 8 * bytes_[part] / max(1, weights[part])
-        table.add_row(part, told, f"{bits:.2f}", f"{bytes_[part]:,}")
+        table.add_row(part, listed, f"{bits:.2f}", f"{bytes_[part]:,}")
     if ignored := checkpoint.narrow.ignored:
         table.add_row(
             "scales of activations and cache", f"without effect: {len(ignored):,}", "", ""
@@ -129,9 +131,9 @@ def _memory_table(checkpoint: "Checkpoint", dtype: "torch.dtype") -> "Table":
     table.add_column("bytes", justify="right", no_wrap=True)
     for device, free in devices.items():
         table.add_column(f"{device}: {free / 2**30:,.1f} GiB free", justify="right")
-    for told, size in choices:
+    for what, size in choices:
         fits = ("fits" if size <= free else "too large" for free in devices.values())
-        table.add_row(told, f"{size:,}", *fits)
+        table.add_row(what, f"{size:,}", *fits)
     return table
 
 

@@ -83,7 +83,7 @@ def _field_docs(cls: type) -> dict[str, str]:
     return found
 
 
-def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Iterator[Option]:
+def _of_field(field: Any, hint: Any, help_text: str, prefix: str, plain: bool) -> Iterator[Option]:
     marks, inner = _unwrap(hint)
     name = prefix + field.name.replace("_", "-")
     if isinstance(inner, type) and dataclasses.is_dataclass(inner):
@@ -98,7 +98,7 @@ def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Ite
     if inner is bool:
         stem = "no-" if field.default is True else ""
         flag = f"--{prefix}{stem}{name.removeprefix(prefix)}"
-        yield Option(name, flag, told, takes_value=False)
+        yield Option(name, flag, help_text, takes_value=False)
         return
     values: tuple[str, ...] | None = ()
     if get_origin(inner) is Literal:
@@ -109,7 +109,7 @@ def _of_field(field: Any, hint: Any, told: str, prefix: str, plain: bool) -> Ite
         if isinstance(mark, Choices):
             values = mark.values
     flag = None if _POSITIONAL in marks else f"--{name}"
-    yield Option(name, flag, told, values=values, repeatable=_APPEND in marks)
+    yield Option(name, flag, help_text, values=values, repeatable=_APPEND in marks)
 
 
 def _is_sequence(hint: Any) -> bool:
@@ -120,14 +120,24 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
-    """The marks of an annotation, and the type of one value, without None and tuples."""
+    """The marks of an annotation, and the type of one value, without None and tuples.
+
+    Of several types it is the one with words to complete, as of `int | Literal["auto"]`.
+    """
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         more, inner = _unwrap(inner)
         return (*marks, *more), inner
     if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
-        return _unwrap(inner)
+        choices = [choice for choice in get_args(hint) if choice is not type(None)]
+        literals = [choice for choice in choices if get_origin(choice) is Literal]
+        if len(choices) == 1 or not literals:
+            return _unwrap(choices[0])
+        # Words beside a number: the words can be completed, the number is the user's.
+        (other,) = (choice for choice in choices if choice not in literals)
+        words = tuple(str(word) for literal in literals for word in get_args(literal))
+        marks, inner = _unwrap(other)
+        return (Choices(words), *marks), inner
     if get_origin(hint) is tuple:
         return _unwrap(get_args(hint)[0])
     return (), hint

@@ -1,4 +1,4 @@
-"""Options of `nemotron-v3 generate` that say how to draw, and what a chat's template is told."""
+"""Options of `nemotron-v3 generate` that say how to draw, and what a chat's template gets."""
 
 import json
 from collections.abc import Mapping
@@ -41,21 +41,21 @@ class Sampling:
 
     def options(self, generation_config: Mapping[str, Any] | None) -> dict[str, Any]:
         """In the names of `nemotron_v3.generation.GenerationOptions`."""
-        told = {n: v for n, v in (generation_config or {}).items() if v is not None}
+        model_values = {n: v for n, v in (generation_config or {}).items() if v is not None}
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         names += ("seed", "prefill_chunk")
         given = {n: v for n in names if (v := getattr(self, n)) is not None}
         if self.stop:
             given["stop_strings"] = self.stop
         options: dict[str, Any] = {"num_return_sequences": 1}
-        if "max_new_tokens" not in told and "max_length" not in told:
+        if "max_new_tokens" not in model_values and "max_length" not in model_values:
             options["max_new_tokens"] = MAX_NEW_TOKENS
         if self.temperature == 0:
             draws = ("temperature", "top_k", "top_p", "min_p", "seed")
             rest = {n: v for n, v in given.items() if n not in draws}
             return options | {"do_sample": False} | rest
-        if "do_sample" not in told:
-            options |= {n: v for n, v in DRAWS.items() if n not in told}
+        if "do_sample" not in model_values:
+            options |= {n: v for n, v in DRAWS.items() if n not in model_values}
         elif given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:
             options["do_sample"] = True
         return options | given
@@ -63,7 +63,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
-    """What a chat's template is told beside the messages."""
+    """What a chat's template gets beside the messages."""
 
     thinking: bool = True
     """--no-thinking tells the template enable_thinking=false; else the template decides"""

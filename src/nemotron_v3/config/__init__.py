@@ -20,8 +20,7 @@ __all__ = [
     "canonical_block_type",
 ]
 
-# Imported when they are asked for (PEP 562): who reads files with the modules of this room, as the
-# processes that prepare training data do, need not wait for torch.
+# Imported lazily (PEP 562), so that data workers need not import torch.
 _FILES = {
     "BLOCK_TYPES": "blocks",
     "PATTERN": "blocks",

@@ -63,13 +63,13 @@ class BackendConfig:
         settings = settings_of(cls)
         check_fields("backend", source, settings, INERT_BACKEND_FIELDS)
         if parts:
-            wanted = {name for part in parts for name in _READ_BY[part]}
+            wanted = {name for part in parts for name in READ_BY[part]}
             settings = {name: settings[name] for name in wanted}
         read = read_mapping if isinstance(source, Mapping) else read_attributes
         return cls(**read(settings, source))
 
 
-_READ_BY = {
+READ_BY: dict[str, tuple[str, ...]] = {
     "block": ("rms_norm", "impl"),
     "attention": ("attn", "linear", "impl"),
     "mamba": ("linear", "impl"),

@@ -46,9 +46,9 @@ def parse_pattern(name: str, pattern: str) -> tuple[str, ...]:
     """
     for position, letter in enumerate(pattern):
         if letter not in PATTERN and letter != PIPELINE_CUT:
-            told = f" ({NEWER[letter]})" if letter in NEWER else ""
+            meaning = f" ({NEWER[letter]})" if letter in NEWER else ""
             raise ValueError(
-                f"{name} has {letter!r} at position {position} of {pattern!r}{told}: "
+                f"{name} has {letter!r} at position {position} of {pattern!r}{meaning}: "
                 f"the pattern letters are {_LEGEND}"
             )
     return tuple(PATTERN[letter] for letter in pattern if letter != PIPELINE_CUT)

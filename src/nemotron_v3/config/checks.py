@@ -20,7 +20,7 @@ _EXPERT_SIZES = (
 def check(config: ModelSettings, num_hidden_layers: int | None, untyped: bool) -> None:
     """Raise `ValueError` where settings of `config` contradict each other.
 
-    `num_hidden_layers` is the depth that was told beside the blocks (`None`: none was).
+    `num_hidden_layers` is the depth that was given beside the blocks (None: it was not given).
     `untyped`: a foreign object may name no blocks (a layer built alone needs none) and no experts
     (a `MoEConfig` handed in beside it has them).
     """
@@ -70,17 +70,17 @@ def with_sizes(config: Settings, entry: BlockConfig) -> Settings:
     return one
 
 
-def _check_depth(config: ModelSettings, told: int | None, untyped: bool) -> None:
+def _check_depth(config: ModelSettings, depth: int | None, untyped: bool) -> None:
     blocks = config.layers_block_type
     if not blocks and not untyped:
         raise ValueError(
             "layers_block_type is empty: name the blocks, for instance layers_block_type='MEM*-'"
         )
-    if told is None or (untyped and not blocks):
+    if depth is None or (untyped and not blocks):
         return
-    if told != len(blocks):
+    if depth != len(blocks):
         raise ValueError(
-            f"num_hidden_layers {told} contradicts the {len(blocks)} blocks of "
+            f"num_hidden_layers {depth} contradicts the {len(blocks)} blocks of "
             f"{to_pattern(blocks)!r}: correct one, or leave num_hidden_layers out"
         )
 
@@ -118,7 +118,7 @@ def _check_experts(config: ModelSettings) -> None:
 def check_routing(
     config: object, *, experts: str, top_k: str, groups: str, top_groups: str
 ) -> None:
-    """Raise `ValueError` where a router cannot choose as told; names are those of the fields."""
+    """Raise `ValueError` if a router's fields contradict each other; arguments are their names."""
     n_experts, k = getattr(config, experts), getattr(config, top_k)
     n_groups, k_groups = getattr(config, groups), getattr(config, top_groups)
     _check_divides(experts, n_experts, groups, n_groups)

@@ -23,9 +23,9 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON spells one, alone or in a pair
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON's escape of a surrogate, alone or in a pair
 UTF8_MARK = b"\xef\xbb\xbf"
-_MARKS = (UTF8_MARK, b"\xff\xfe", b"\xfe\xff")  # of UTF-8 and UTF-16
+_MARKS = (UTF8_MARK, b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-8 and UTF-16
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -68,7 +68,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> byt
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        raw = b"" if size > limit else file.read(limit + 1)  # which may have grown since
+        raw = b"" if size > limit else file.read(limit + 1)  # the file may have grown since
     size = max(size, len(raw))
     if size > limit:
         raise ValueError(f"{path}: {size} bytes, more than the {limit} that are read")
@@ -113,7 +113,7 @@ def parse_object(raw: bytes | str, where: str, wide_integers: bool = False) -> d
             that holds half of a surrogate pair, which could not be written again; more than
             `DEEPEST` levels; mostly brackets, which would take a hundred times their size.
     """
-    # A str may hold half a pair by itself, which is told below as the escape is.
+    # A str may hold half a surrogate pair by itself; below it is refused as its escape is.
     raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
     raw = raw.removeprefix(UTF8_MARK)
     if raw.count(b"[") + raw.count(b"{") > len(raw) // 8 + 16:

@@ -79,16 +79,16 @@ def check_fields(
     known = {key for name, spelled in settings.items() for key in keys_of(name, spelled)}
     known |= set(inert)
     if isinstance(source, Mapping):
-        told = dict(source)
+        fields = dict(source)
     elif dataclasses.is_dataclass(source):
-        told = {
+        fields = {
             field.name: getattr(source, field.name)
             for field in dataclasses.fields(source)
             if not _is_default(getattr(source, field.name), field)
         }
     else:
         return
-    for name, value in told.items():
+    for name, value in fields.items():
         if name not in known:
             nearest = closest(str(name), known)
             way = f"did you mean {nearest[0]}?" if nearest else "leave it at its default"
@@ -108,12 +108,12 @@ def check_dropout(source: object) -> None:
     Raises:
         ValueError: the field and its value.
     """
-    told = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
-    for name in told:
+    fields = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
+    for name in fields:
         key = str(name).lower()
         if name in _DROPOUT_ELSEWHERE or not ("dropout" in key or key.endswith("_pdrop")):
             continue
-        value = told[name] if isinstance(source, Mapping) else attribute(source, name)
+        value = fields[name] if isinstance(source, Mapping) else attribute(source, name)
         number = isinstance(value, Real) and not isinstance(value, bool)
         if value is not MISSING and number and value != 0:
             raise ValueError(

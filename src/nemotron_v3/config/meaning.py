@@ -50,9 +50,9 @@ def check_meanings(data: Mapping[str, Any]) -> None:
     experts = data.get("mtp_n_routed_experts")
     predicts = data.get("num_nextn_predict_layers")
     if experts is not None and predicts and not data.get("mtp_block_configs"):
-        told = data.get("n_routed_experts")
-        if experts != told:
+        of_model = data.get("n_routed_experts")
+        if experts != of_model:
             raise ValueError(
-                f"mtp_n_routed_experts is {experts!r} and n_routed_experts {told!r}: give "
+                f"mtp_n_routed_experts is {experts!r} and n_routed_experts {of_model!r}: give "
                 "mtp_block_configs, whose moe entry says so"
             )

@@ -23,8 +23,8 @@ from nemotron_v3.config.source import (
     Source,
     Untyped,
     cut_text,
-    mend_text,
     of_text_model,
+    patch_json_text,
     plain_json,
 )
 from nemotron_v3.config.spelling import (
@@ -46,7 +46,7 @@ ARCHITECTURE = "NemotronHForCausalLM"
 PUZZLE_ARCHITECTURE = "NemotronHPuzzleForCausalLM"
 MODEL_TYPE = "nemotron_h"
 PUZZLE = "nemotron_h_puzzle"  # blocks with sizes of their own
-QUANTIZATION_CONFIG = "quantization_config"  # of a checkpoint's tensors, which reads it
+QUANTIZATION_CONFIG = "quantization_config"  # `checkpoint` reads it
 
 
 @settings_class
@@ -56,7 +56,7 @@ class NemotronV3Config(ModelSettings):
     Every value is checked at construction (`ValueError` with the value and the way out). A config
     does not change afterwards: :meth:`replace` gives another one. `layers_block_type` also takes
     a pattern string (`"MEM*-"`), a dtype field its name. Defaults are those of transformers'
-    `NemotronHConfig`, except that a model has no experts unless they are told.
+    `NemotronHConfig`, except that a model has no experts unless they are given.
     """
 
     _origin: Source | Untyped | None = field(default=None, repr=False, compare=False)
@@ -71,14 +71,14 @@ class NemotronV3Config(ModelSettings):
             put(self, "layers_block_type", tuple(b.block_type for b in self.block_configs))
         if self.num_key_value_heads is None:
             put(self, "num_key_value_heads", self.num_attention_heads)
-        told = values.optional(values.whole(0)).read("num_hidden_layers", num_hidden_layers)
+        depth = values.optional(values.whole(0)).read("num_hidden_layers", num_hidden_layers)
         origin = self._origin
         if isinstance(origin, Untyped):
-            if told is not None:
-                put(self, "_origin", dataclasses.replace(origin, num_hidden_layers=told))
-            check(self, None if origin.of_a_part else told, untyped=True)
+            if depth is not None:
+                put(self, "_origin", dataclasses.replace(origin, num_hidden_layers=depth))
+            check(self, None if origin.of_a_part else depth, untyped=True)
         else:
-            check(self, told, untyped=False)
+            check(self, depth, untyped=False)
 
     def _take_pattern(self, pattern: str) -> None:
         blocks = values.blocks.read("hybrid_override_pattern", pattern)
@@ -137,8 +137,8 @@ class NemotronV3Config(ModelSettings):
             settings = {name: settings[name] for name in wanted}
         if "hidden_dropout" in settings:
             check_dropout(source)
-        told = read_attributes(settings, source)
-        return cls(**told, num_hidden_layers=depth, _origin=Untyped(of_a_part=bool(parts)))
+        values_read = read_attributes(settings, source)
+        return cls(**values_read, num_hidden_layers=depth, _origin=Untyped(of_a_part=bool(parts)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -158,8 +158,8 @@ class NemotronV3Config(ModelSettings):
             raw = read_bytes(path, MAX_CONFIG_BYTES)
             return cls._from_source(Source(parse_object(raw, str(path)), raw.decode()))
         except (ValueError, RecursionError) as error:
-            told = "" if str(error).startswith(str(path)) else f"{path}: "
-            raise ValueError(f"{told}{error}") from None
+            place = "" if str(error).startswith(str(path)) else f"{path}: "
+            raise ValueError(f"{place}{error}") from None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -169,10 +169,11 @@ class NemotronV3Config(ModelSettings):
     @classmethod
     def _from_source(cls, source: Source) -> Self:
         source = of_text_model(source)
-        told = source.data.get("model_type", MODEL_TYPE)
-        if told not in (MODEL_TYPE, PUZZLE):
+        model_type = source.data.get("model_type", MODEL_TYPE)
+        if model_type not in (MODEL_TYPE, PUZZLE):
             raise ValueError(
-                f"model_type is {told!r}: only {MODEL_TYPE!r} and {PUZZLE!r} models are read here"
+                f"model_type is {model_type!r}: only {MODEL_TYPE!r} and {PUZZLE!r} models "
+                "are read here"
             )
         check_dropout(source.data)
         check_meanings(source.data)
@@ -184,17 +185,19 @@ class NemotronV3Config(ModelSettings):
     def _parsed(cls, source: Source) -> Self:
         data = dict(source.data)
         widths = data.pop("intermediate_size") if _has_mlp_widths(data) else None
-        told = read_mapping(settings_of(cls), data)
+        settings = read_mapping(settings_of(cls), data)
         if widths is not None:
-            if told.get("block_configs"):
+            if settings.get("block_configs"):
                 raise ValueError("intermediate_size is a list beside block_configs: give one")
-            blocks = told.get("layers_block_type", ())
-            told["block_configs"] = of_mlp_widths(blocks, widths)
-        for entry in told.get("mtp_block_configs", ()):
-            for name, value in entry.sizes:  # for the model too, where it says nothing itself
+            blocks = settings.get("layers_block_type", ())
+            settings["block_configs"] = of_mlp_widths(blocks, widths)
+        for entry in settings.get("mtp_block_configs", ()):
+            for name, value in entry.sizes:  # the model's value too, if it has none
                 if source.data.get(name) is None:
-                    told[name] = value
-        return cls(**told, num_hidden_layers=source.data.get("num_hidden_layers"), _origin=source)
+                    settings[name] = value
+        return cls(
+            **settings, num_hidden_layers=source.data.get("num_hidden_layers"), _origin=source
+        )
 
     # Else a trainer gets as far as setting `use_cache` of a frozen config, or further.
     get_text_config: ClassVar[AskedByTrainers] = AskedByTrainers()
@@ -266,7 +269,7 @@ class NemotronV3Config(ModelSettings):
 
     def _to_text(self) -> str:
         if isinstance(self._origin, Source) and self._origin.text is not None:
-            return mend_text(self._origin.text, self._changes(self._origin))
+            return patch_json_text(self._origin.text, self._changes(self._origin))
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def _changes(self, source: Source) -> dict[str, Any]:

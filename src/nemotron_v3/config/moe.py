@@ -118,15 +118,15 @@ class MoEConfig:
             return cls.from_config(source)
         check_fields("moe_config", source, settings_of(cls), INERT_MOE_FIELDS)
         read = read_mapping if isinstance(source, Mapping) else read_attributes
-        told = read(settings_of(cls), source)
+        given = read(settings_of(cls), source)
         missing = [
             field.name
             for field in fields(cls)
-            if field.default is MISSING and field.name not in told
+            if field.default is MISSING and field.name not in given
         ]
         if missing:
             raise ValueError(f"moe_config lacks {', '.join(missing)}: give a number for each")
-        return cls(**told)
+        return cls(**given)
 
     @classmethod
     def from_config(cls, config: NemotronV3Config) -> Self:

@@ -38,7 +38,7 @@ _TYPE = "block_type"
 class BlockConfig:
     """A block's type, and its own `sizes` as pairs of a setting's name and value, in order.
 
-    `others` are settings in its entry that no block has for itself; the model's have to be equal.
+    `others` are model-wide settings repeated in the entry; they must equal the model's.
     """
 
     block_type: str
@@ -55,24 +55,24 @@ def _read(key: str, value: Any) -> tuple[BlockConfig, ...]:
 def _read_entry(where: str, entry: Any) -> BlockConfig:
     if isinstance(entry, BlockConfig):
         return entry
-    told = dict(entry) if isinstance(entry, Mapping) else dict(getattr(entry, "__dict__", {}))
-    if _TYPE not in told:
+    given = dict(entry) if isinstance(entry, Mapping) else dict(getattr(entry, "__dict__", {}))
+    if _TYPE not in given:
         raise ValueError(f"{where} is {str(entry)[:200]}: give its {_TYPE} and sizes of its own")
     try:
-        block = canonical_block_type(told.pop(_TYPE))
+        block = canonical_block_type(given.pop(_TYPE))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     known = SIZES[block]
-    # One object for all types has null for what its block lacks; of a latent size it says as much.
+    # Writers that use one object for all types write null for sizes that a block does not have.
     for name in {name for sizes in SIZES.values() for name in sizes}:
-        if name in told and told[name] is None and not (name in known and known[name].optional):
-            del told[name]
+        if name in given and given[name] is None and not (name in known and known[name].optional):
+            del given[name]
     sizes = {
-        name: codec.read(f"{where}.{name}", told[name])
+        name: codec.read(f"{where}.{name}", given[name])
         for name, codec in known.items()
-        if name in told
+        if name in given
     }
-    others = {name: value for name, value in told.items() if name not in known}
+    others = {name: value for name, value in given.items() if name not in known}
     return BlockConfig(block, tuple(sizes.items()), tuple(others.items()))
 
 
@@ -115,15 +115,15 @@ def mlp_widths(blocks: Sequence[BlockConfig], width: int) -> list[int] | None:
 
 
 def check_entries(
-    key: str, told: Sequence[BlockConfig], blocks: Sequence[str], config: object
+    key: str, entries: Sequence[BlockConfig], blocks: Sequence[str], config: object
 ) -> None:
     """Raise `ValueError` unless there is an entry a block, of its type, with no other settings than
     those that a block may have for itself, or that are the model's own."""
-    if len(told) != len(blocks):
+    if len(entries) != len(blocks):
         raise ValueError(
-            f"{key} has {len(told)} entries for {len(blocks)} blocks: give one for each"
+            f"{key} has {len(entries)} entries for {len(blocks)} blocks: give one for each"
         )
-    for i, (entry, block) in enumerate(zip(told, blocks, strict=True)):
+    for i, (entry, block) in enumerate(zip(entries, blocks, strict=True)):
         if entry.block_type != block:
             raise ValueError(
                 f"{key}[{i}] is a {entry.block_type} block, the model's blocks say {block}: "

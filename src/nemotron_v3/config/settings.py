@@ -37,7 +37,7 @@ class ModelSettings:
 
     # Attention (no positional encoding of any kind)
     num_attention_heads: int = setting(32, _COUNT)
-    # None gives each query head its own
+    # None: each query head has its own
     num_key_value_heads: int = converted(default=8, converter=values.filled(_COUNT))
     head_dim: int = setting(128, _COUNT, "attention_head_dim")
     attention_bias: bool = setting(False, values.flag)
@@ -51,7 +51,7 @@ class ModelSettings:
     n_groups: int = setting(8, _COUNT, "mamba_n_groups")
     conv_kernel: int = setting(4, _COUNT, "mamba_d_conv")
     chunk_size: int = setting(128, _COUNT, "mamba_chunk_size")
-    mamba_hidden_act: str = setting("silu", values.choice("silu", "swish"))  # one function
+    mamba_hidden_act: str = setting("silu", values.choice("silu", "swish"))  # synonyms
     use_conv_bias: bool = setting(True, values.flag, "mamba_conv_bias")
     # Every implementation obeys use_bias; files hold mamba_proj_bias beside it without effect.
     use_bias: bool = setting(False, values.flag, yielding=("mamba_proj_bias",))
@@ -104,7 +104,7 @@ class ModelSettings:
     residual_in_fp32: bool = setting(False, values.flag)
     rescale_prenorm_residual: bool = setting(True, values.flag)
     initializer_range: float = setting(0.02, _NOT_NEGATIVE)
-    hidden_dropout: float = setting(0.0, values.only(0.0))  # which no implementation applies
+    hidden_dropout: float = setting(0.0, values.only(0.0))  # no implementation applies it
 
     # Generation and storage
     pad_token_id: int | None = setting(0, values.token_id)

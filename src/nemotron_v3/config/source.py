@@ -40,14 +40,14 @@ def of_text_model(source: Source) -> Source:
 
     Raises `ValueError` where there are two.
     """
-    told = source.data
-    nested = {key: told[key] for key in TEXT_MODELS if isinstance(told.get(key), dict)}
+    whole = source.data
+    nested = {key: whole[key] for key in TEXT_MODELS if isinstance(whole.get(key), dict)}
     if not nested:
         return source
     if len(nested) > 1:
         raise ValueError(f"{' and '.join(nested)} both hold a text model: remove one of them")
     (data,) = nested.values()
-    dtypes = {key: told[key] for key in ("dtype", "torch_dtype") if key in told}
+    dtypes = {key: whole[key] for key in ("dtype", "torch_dtype") if key in whole}
     return Source(data if {"dtype", "torch_dtype"} & data.keys() else data | dtypes)
 
 
@@ -67,7 +67,7 @@ def plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return parse_object(text, "the config")
 
 
-def mend_text(text: str, changes: Mapping[str, Any]) -> str:
+def patch_json_text(text: str, changes: Mapping[str, Any]) -> str:
     """The text of a JSON object with `changes` applied and every other byte as it was.
 
     A key that stands there gets its new value; the others are added behind the last one.

@@ -51,10 +51,10 @@ class Setting:
     """How a field is read and spelled."""
 
     codec: Codec[Any, Any]
-    spellings: tuple[str, ...]  # other keys than the field's name, after it in authority
-    fresh: str | None  # the key a new file uses, where it is not the field's name
-    group: str  # a new file holds the field where this part of the model is, or it was changed
-    yielding: tuple[str, ...]  # spellings that may disagree with the field's own name
+    spellings: tuple[str, ...]  # other keys of the field; its name has precedence
+    fresh: str | None  # the key that a new file uses, if it is not the field's name
+    group: str  # a new file holds the field if the model has this part, or the field was changed
+    yielding: tuple[str, ...]  # spellings that may contradict the field's name, and lose
 
 
 def setting(
@@ -161,8 +161,7 @@ def read_attributes(settings: Mapping[str, Setting], source: object) -> dict[str
 def attribute(source: object, key: str) -> Any:
     """An attribute of an untyped object, or `MISSING`.
 
-    An object that answers to a name that nobody has makes its attributes up, as test doubles do: of
-    such a one, only what was set on it counts.
+    Mocks return a value for any attribute; for those only `__dict__` counts.
     """
     if getattr(source, "_a_name_that_no_config_has", None) is not None:
         return getattr(source, "__dict__", {}).get(key, MISSING)
@@ -170,7 +169,7 @@ def attribute(source: object, key: str) -> Any:
 
 
 def check_keys(settings: Mapping[str, Setting], data: Mapping[str, Any], also: set[str]) -> None:
-    """Speak of the keys that nobody reads: a misspelt one raises, the rest is one warning.
+    """Report unknown keys: raise for a likely typo, warn once for the rest.
 
     `also` are keys with a meaning that are not settings.
     """

@@ -11,7 +11,7 @@ USE_THEIRS = (
 
 
 class AskedByTrainers:
-    """An attribute that such trainers read before they do anything, and nothing else needs."""
+    """Descriptor that raises TypeError when a transformers Trainer reads it."""
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:

@@ -26,7 +26,7 @@ Typed = TypeVar("Typed")
 
 MOST_BLOCKS = 10_000
 _FP32_MAX = torch.finfo(torch.float32).max
-INFINITY = "Infinity"  # as text, where a writer keeps to strict JSON
+INFINITY = "Infinity"  # a string: strict JSON has no number for it
 _MARKED_FLOAT = "__float__"  # transformers 5 writes infinity as {"__float__": "Infinity"}
 
 

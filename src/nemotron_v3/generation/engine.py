@@ -82,8 +82,8 @@ def generate(
         TypeError: an unknown option.
         FloatingPointError: logits that are NaN or infinite, of which no token can be chosen.
     """
-    told = GenerationOptions.of(options, model.generation_config)
-    run = _Run(model, input_ids, attention_mask, past_key_values, told)
+    chosen = GenerationOptions.of(options, model.generation_config)
+    run = _Run(model, input_ids, attention_mask, past_key_values, chosen)
     for _ in run.tokens():
         pass
     return run.output()
@@ -109,8 +109,8 @@ def stream(
     iterator that was never begun leaves the cache as it was. While it is open the cache may be
     behind, and then refuses to be used.
     """
-    told = GenerationOptions.of(options, model.generation_config)
-    run = _Run(model, input_ids, attention_mask, past_key_values, told)
+    chosen = GenerationOptions.of(options, model.generation_config)
+    run = _Run(model, input_ids, attention_mask, past_key_values, chosen)
     run.steps_at_once = 1
     return run.tokens()
 
@@ -190,7 +190,7 @@ class _Run:
         logits = self._prefill()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
         produced = 0
-        told: _Segment | None = None  # whose tokens the caller is being given
+        yielding: _Segment | None = None  # whose tokens the caller is being given
         try:
             self._make_step(produced)
             while self.active:
@@ -199,13 +199,13 @@ class _Run:
                 if steps > 1 and self.can_stop and not isinstance(self._step, GraphStep):
                     base = self.cache.select(self.places)
                 segment = self._segment(steps, logits, pending)
-                told = segment
+                yielding = segment
                 yield from self._read(segment)
-                told = None
+                yielding = None
                 pending = self._go_on(segment, base, produced)
                 produced += steps
         finally:
-            self._gather(told)
+            self._gather(yielding)
 
     @outside_inference_mode
     @torch.no_grad()
@@ -275,14 +275,16 @@ class _Run:
         """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
         longest = max(map(len, self.unfed))
         chunk = self.options.prefill_chunk or longest
-        after: dict[int, Tensor] = {}
+        ended, parts = list[int](), list[Tensor]()
         for start in range(0, longest, chunk):
             pieces = [tokens[start : start + chunk] for tokens in self.unfed]
             ending = [
                 row for row, tokens in enumerate(self.unfed) if start < len(tokens) <= start + chunk
             ]
-            after.update(zip(ending, self._feed(self.cache, pieces, ending), strict=True))
-        logits = torch.stack([after[row] for row in range(len(self.unfed))])
+            parts.append(self._feed(self.cache, pieces, ending))
+            ended += ending
+        order = sorted(range(len(ended)), key=ended.__getitem__)
+        logits = torch.cat(parts).index_select(0, torch.tensor(order, device=self.device))
         if self.options.num_return_sequences > 1:
             self.cache = self.cache.repeat(self.options.num_return_sequences)
             logits = logits.repeat_interleave(self.options.num_return_sequences, 0)
@@ -294,12 +296,11 @@ class _Run:
         """Feed any number of tokens to each row; the logits after the last one of some rows."""
         layout = SequenceLayout.from_lengths([len(piece) for piece in pieces], self.device)
         last = [layout.offsets[row + 1] - 1 for row in rows]
-        last = torch.tensor(last, dtype=torch.int64, device=self.device)
         return self.model(
             torch.cat(list(pieces)).to(self.device),
             layout=layout,
             past_key_values=cache,
-            logits_to_keep=last.to(self.device),
+            logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device),
         ).logits
 
     @outside_inference_mode
@@ -414,16 +415,16 @@ class _Run:
 
     @outside_inference_mode
     @torch.no_grad()
-    def _gather(self, told: "_Segment | None") -> None:
+    def _gather(self, yielding: "_Segment | None") -> None:
         """One cache of all rows, in order, in the caller's own where there is one.
 
-        With rows still active the run was left: between two tokens of the segment that is `told`,
+        With rows still active the run was left: between two tokens of the segment `yielding`,
         if it has one step, the cache holds what the caller knows, and otherwise it does not.
         """
         target = self._target
         if self.active:
             stopped = None if self.cache.withheld == _OPEN else self.cache.withheld
-            if target is None or stopped or told is None or len(told.drawn) > 1:
+            if target is None or stopped or yielding is None or len(yielding.drawn) > 1:
                 self._close()
                 if target is not None:
                     target.withhold(stopped or _STOPPED)

@@ -236,15 +236,15 @@ class GenerationOptions:
 _MAY_BE_NONE = frozenset(f.name for f in fields(GenerationOptions) if f.default is None)
 
 
-def _beside(told: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a generation config says that which acts beside what the caller says.
+def _beside(defaults: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a generation config, `defaults`, that act beside the caller's `options`.
 
     Raises:
         ValueError: it says something that cannot be.
     """
-    if told:
-        draws = bool(told.get("do_sample"))
-        alone = {n: v for n, v in told.items() if draws or n not in SAMPLING}
+    if defaults:
+        draws = bool(defaults.get("do_sample"))
+        alone = {n: v for n, v in defaults.items() if draws or n not in SAMPLING}
         if "max_new_tokens" in alone:
             alone.pop("max_length", None)
         try:
@@ -252,14 +252,14 @@ def _beside(told: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"in the model's generation_config, {error}") from error
     if options.get("temperature") == 0 and "do_sample" not in options:
-        told["do_sample"] = False  # what temperature 0 means
-    if not (options["do_sample"] if "do_sample" in options else told.get("do_sample")):
-        told = {name: value for name, value in told.items() if name not in SAMPLING}
+        defaults["do_sample"] = False  # what temperature 0 means
+    if not (options["do_sample"] if "do_sample" in options else defaults.get("do_sample")):
+        defaults = {name: value for name, value in defaults.items() if name not in SAMPLING}
     if "max_new_tokens" in options or "max_length" in options:
-        told = {n: v for n, v in told.items() if n not in ("max_new_tokens", "max_length")}
-    elif "max_new_tokens" in told:
-        told.pop("max_length", None)
-    return told
+        defaults = {n: v for n, v in defaults.items() if n not in ("max_new_tokens", "max_length")}
+    elif "max_new_tokens" in defaults:
+        defaults.pop("max_length", None)
+    return defaults
 
 
 def _check_seed(seed: int) -> None:

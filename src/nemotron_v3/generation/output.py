@@ -50,7 +50,7 @@ class StreamedToken:
     Attributes:
         row: which row it belongs to.
         token_id: the token.
-        text: what can be told now, never half a character; "" without a tokenizer. A row's texts
+        text: what is complete now, never half a character; "" without a tokenizer. A row's texts
             put together are `GenerationOutput.text`.
         logprob: the model's log-probability of it, if asked for.
         finish_reason: `"stop"` or `"length"` with a row's last token, else None.

@@ -19,19 +19,19 @@ class Detokenizer:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._told = 0  # characters of the window's text that were given out
+        self._emitted = 0  # characters of the window's text that were given out
 
     def push(self, token: int) -> str:
         """The text that this token completes."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         whole = len(text) - _unsettled(text)
-        piece = text[self._told : whole]
-        self._told = max(self._told, whole)
+        piece = text[self._emitted : whole]
+        self._emitted = max(self._emitted, whole)
         if whole == len(text) and len(self._window) > 1:
             last = self._tokenizer.decode([token])
             if last:  # one that reads as nothing would not stand before the next as text does
-                self._window, self._told = [token], len(last)
+                self._window, self._emitted = [token], len(last)
         return piece
 
 

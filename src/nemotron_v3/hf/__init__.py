@@ -1,4 +1,4 @@
-"""At home in transformers: its Nemotron-H models, computed by this package.
+"""transformers' Nemotron-H models, computed by this package.
 
 `accelerate(model)` changes a model in place, `undo(model)` gives it back; `register()` lets every
 such model be built accelerated, whoever builds it. docs/transformers.md says what works.
@@ -6,7 +6,7 @@ such model be built accelerated, whoever builds it. docs/transformers.md says wh
 
 from nemotron_v3.hf.versions import NEWEST, OLDEST, check_version
 
-check_version()  # before anything of transformers that another version may not have
+check_version()  # before imports from transformers that other versions lack
 
 from nemotron_v3.hf.accelerate import accelerate, is_accelerated, undo  # noqa: E402
 from nemotron_v3.hf.heads import (  # noqa: E402

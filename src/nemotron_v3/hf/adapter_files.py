@@ -26,7 +26,7 @@ from nemotron_v3.checkpoint.header import read_json
 from nemotron_v3.checkpoint.reader import MAX_CONFIG_BYTES
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.bin"  # of what PEFT reads, the one that torch itself writes
+WEIGHTS = "adapter_model.bin"  # of the two files that PEFT reads, the one that torch writes
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 _WHOLE = ("model.embeddings.weight", "lm_head.weight")  # PEFT saves them of its own accord
 
@@ -43,8 +43,8 @@ def read_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Pef
         _check(str(file), read_json(file, MAX_CONFIG_BYTES))
     kind = PeftConfig._get_peft_type(os.fspath(path), **hub)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(os.fspath(path), **hub)
-    told = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    _check(f"{path}", told)
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    _check(f"{path}", settings)
     return config
 
 

@@ -48,10 +48,12 @@ def accelerated_class(kind: type[nn.Module]) -> type[nn.Module]:
     _refuse_fsdp(kind)
     if issubclass(kind, Accelerated):
         return kind
-    told = f"a {kind.__module__}.{kind.__qualname__} is a subclass of transformers' own class, and "
+    message = (
+        f"a {kind.__module__}.{kind.__qualname__} is a subclass of transformers' own class, and "
+    )
     for base, name in _own_computation(kind):
         raise TypeError(
-            f"{told}what the {name} of {base.__module__}.{base.__qualname__} computes would be "
+            f"{message}what the {name} of {base.__module__}.{base.__qualname__} computes would be "
             "lost: accelerate the model before it is patched"
         )
     return _mixed(kind)

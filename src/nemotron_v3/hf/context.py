@@ -113,7 +113,7 @@ class TheirContext(ForwardContext):
                 real = torch.zeros(self.columns.shape[0], length, dtype=torch.bool, device=device)
                 known = min(length, self.columns.shape[1])
                 real[:, :known] = self.columns[:, :known].to(device) != 0
-                if self.columns.shape[1] == S:  # of the new tokens alone: all before is real
+                if self.columns.shape[1] == S:  # earlier tokens are real
                     real = (places < past) | real.roll(int(past), 1)
                 seen = seen & real[:, None]
             self._allowed[key] = seen[:, None]

@@ -14,7 +14,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3.hf.layers import NemotronHMamba2Mixer
 
-_CHECK = "_check_target_module_compatiblity"  # as PEFT spells it
+_CHECK = "_check_target_module_compatiblity"  # the spelling is PEFT's
 _ASKS = "nemotron_v3_asks"
 
 
@@ -31,7 +31,7 @@ def exempt_if_loaded() -> None:
         return
     kind = tuners.BaseTuner
     check = getattr(kind, _CHECK, None)
-    if check is None or hasattr(check, _ASKS):  # a PEFT that refuses nothing, or taught already
+    if check is None or hasattr(check, _ASKS):  # PEFT has no such check, or it is changed already
         return
 
     def ask(self: Any, peft_config: Any, model: nn.Module, target_name: str) -> None:

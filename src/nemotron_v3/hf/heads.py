@@ -7,12 +7,12 @@ from transformers.modeling_layers import (
 )
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
-from nemotron_v3.hf.model import Whole
+from nemotron_v3.hf.model import AcceleratedModelMixin
 
 
-class _Head(Whole):
-    # transformers reads in the source of a class's module whether its model can be told which
-    # attention or experts to use; a head goes by its backbone.
+class _Head(AcceleratedModelMixin):
+    # transformers inspects the source file to decide whether the attention implementation can be
+    # set, and the experts'; delegate to the backbone.
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

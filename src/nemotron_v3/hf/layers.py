@@ -44,7 +44,7 @@ def _alone(
     block_type: str = "",
     position_ids: Tensor | None = None,
 ) -> TheirContext:
-    """What its own arguments say about the tokens of a layer that is called alone."""
+    """The context of a layer that is called alone, from its own arguments."""
     B, S = hidden_states.shape[:2]
     return TheirContext.read(
         (B, S),
@@ -236,7 +236,7 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         """
         B, S = layout.shape
         past = cache.get_seq_length(self.layer_idx) if context.follows else 0
-        if isinstance(past, Tensor):  # of a static cache, which goes on counting in place
+        if isinstance(past, Tensor):  # a static cache counts on in place
             past = past.clone()
         new = (layout.unpack(t).transpose(1, 2) for t in (k, v))  # [B, J, S, P]
         keys, values = cache.update(*new, self.layer_idx)  # [B, J, L, P]
@@ -304,7 +304,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         return layout.unpack(y)
 
     def _weights(self) -> tuple[Tensor | None, ...] | None:
-        """What an op reads in the place of modules; None where these have to be called."""
+        """The weights that an op reads instead of calling modules; None if they must be called."""
         called = _is_called(self.conv1d, nn.Conv1d)
         called = _is_called(self.norm, GATED_NORM) or called
         if must_call(self.act, *SILU) or called:
@@ -398,7 +398,7 @@ def _is_called(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _only_fetches(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing happens at a call but that accelerate brings weights and inputs together."""
+    """Whether the only hook is accelerate's, which brings weights and inputs together."""
     placed = type(getattr(module, "_hf_hook", None)).__name__ == "AlignDevicesHook"
     return placed and type(module) is kind and not is_observed(module, by_its_forward=False)
 

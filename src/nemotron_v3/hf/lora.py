@@ -26,7 +26,7 @@ from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
 
-NAME = "default"  # of the adapter, as PEFT calls the first one
+NAME = "default"  # PEFT's name of the first adapter
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _STACKS = ("experts.up_proj", "experts.down_proj")
 _PEFT = re.compile(rf"(.+\.lora_(?:embedding_)?[AB])\.{NAME}(\.weight)?")
@@ -34,7 +34,7 @@ _GROUPED = re.compile(r"(.+\.experts)\.low_rank\.(up|down)_([ab])")
 
 
 class Asked(Protocol):
-    """Of an adapter: see `nemotron_v3.train.options.LoraOptions`."""
+    """The options of an adapter: see `nemotron_v3.train.options.LoraOptions`."""
 
     rank: int
     alpha: float | None
@@ -69,7 +69,7 @@ def save(model: Trained, options: Asked, folder: Path, base: str | None) -> None
         model: whose state dict holds whole tensors.
         options: it was adapted with.
         folder: that exists.
-        base: where the model without adapters lies; None is not told.
+        base: where the model without adapters lies; None: not recorded.
 
     Raises:
         CheckpointError: what is on the disk is not what was trained.
@@ -106,7 +106,7 @@ def _alpha(options: Asked) -> float:
 
 
 def _text(config: LoraConfig) -> str:
-    """As PEFT writes it: sets as sorted lists."""
+    """JSON as PEFT writes it: sets as sorted lists."""
 
     def plain(value: object) -> object:
         return sorted(value) if isinstance(value, set) else str(value)

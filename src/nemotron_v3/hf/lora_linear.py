@@ -51,7 +51,7 @@ class FusedLoraLinear(Linear):
         if any(must_call(layer, nn.Linear) for layer in layers) or layers[2].bias is not None:
             return None
         weights = [layer.weight for layer in layers]
-        plain = (Tensor, nn.Parameter)  # exactly: a weight in 8 bits, say, is of another class
+        plain = (Tensor, nn.Parameter)  # exactly these: a quantised weight has another class
         return name if all(type(w) in plain and w.dtype == x.dtype for w in weights) else None
 
 

@@ -30,8 +30,8 @@ from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
 
-class Whole:
-    """What the backbone, the language model and models with another head have in common.
+class AcceleratedModelMixin:
+    """What all accelerated models share: the backbone and models with any head.
 
     Built from a config or by `from_pretrained`, the modules are the accelerated ones from the
     start, and `A_log`, `D` and `dt_bias` stay fp32 whatever dtype the rest is loaded in.
@@ -51,17 +51,17 @@ class Whole:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `nn.Module.load_state_dict`, for the names of files as well.
+        """Load a state dict, as `nn.Module` does.
 
-        A Trainer resumes by handing over what a checkpoint's files hold, and looks over what does
-        not fit; their `backbone.` and single experts are found their places here.
+        Also accepts checkpoint names; `backbone.` and per-expert tensors are renamed here. (A
+        Trainer resumes with the tensors of checkpoint files, and ignores keys that do not fit.)
         """
         state = as_in_memory(state_dict, self.state_dict(), strict)
         return super().load_state_dict(state, strict, assign)
 
 
 @takes_place_of(theirs.NemotronHModel)
-class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
+class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
     """transformers' `NemotronHModel`, the backbone without a head, computed by this package.
 
     Args and Raises: as `NemotronHForCausalLM`.
@@ -103,7 +103,8 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
             )
         hidden = look_up(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
-        hidden = _without_padding(hidden, context)  # which is in the norms' gradients otherwise
+        # Padding would otherwise contribute to the norm weights' gradients.
+        hidden = _without_padding(hidden, context)
         for block in self.layers:
             # By transformers' name: its gradient checkpointing leaves the cache out by that.
             hidden = block(hidden, context=context, **{CACHE_NAME: cache})
@@ -123,7 +124,7 @@ class NemotronHModel(Whole, Accelerated, theirs.NemotronHModel):
 
 
 @takes_place_of(theirs.NemotronHForCausalLM)
-class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
+class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHForCausalLM):
     """transformers' `NemotronHForCausalLM`, computed by this package.
 
     Args:
@@ -134,7 +135,7 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
         ValueError: a config that asks for what this package does not have.
     """
 
-    __module__ = theirs.__name__  # as the backbone's
+    __module__ = theirs.__name__  # for the reason that the backbone has it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, ("NemotronHForCausalLM",), vars(self)
@@ -186,7 +187,7 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
             TypeError: a mask or cache of another kind.
         """
         cache = one_cache(past_key_values, cache)
-        if not isinstance(self, Accelerated):  # undone, while something held on to this method
+        if not isinstance(self, Accelerated):  # undone, and called by a method that was kept
             return type(self).forward(
                 self,
                 input_ids=input_ids,
@@ -200,7 +201,7 @@ class NemotronHForCausalLM(Whole, Accelerated, theirs.NemotronHForCausalLM):
                 **{CACHE_NAME: cache},
             )
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
-        if not isinstance(logits_to_keep, Tensor):  # which may be a mask, too
+        if not isinstance(logits_to_keep, Tensor):  # a tensor may be a mask, too
             check_kept(logits_to_keep)
         cache, context = enter(
             self.model,
@@ -301,7 +302,7 @@ def _unpickled(name: str = "NemotronHForCausalLM") -> NemotronHModel | NemotronH
 _LOSS_NAMES = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-@torch.compiler.disable  # it reads what the caller says about the tokens
+@torch.compiler.disable  # it reads tensors (masks, positions)
 def enter(
     model: NemotronHModel,
     input_ids: Tensor | None,
@@ -313,7 +314,7 @@ def enter(
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Cache | None, TheirContext]:
-    """Check the arguments of a pass; its cache, and how its tokens lie.
+    """Check the arguments of a pass; returns its cache and its context.
 
     Raises:
         ValueError, TypeError: see `NemotronHForCausalLM.forward`; nothing has been changed then.
@@ -385,7 +386,7 @@ def _packed_targets(
 
 
 def _labels(given: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]) -> Tensor:
-    """Where the layout is, with -100 for what does not count."""
+    """Labels on the layout's device, with -100 where none counts."""
     given = given.to(layout.device)
     ignored = kwargs.get("ignore_index", IGNORE_INDEX)
     return given if ignored == IGNORE_INDEX else given.masked_fill(given == ignored, IGNORE_INDEX)
@@ -412,7 +413,7 @@ def _summed_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """In fp32 or wider, as transformers returns them."""
+    """The tensor in fp32 or wider, as transformers returns logits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -33,7 +33,7 @@ def lora_config(
         groups: names in `nemotron_v3.adapters.GROUPS`; None is all but the routed experts, the
             router and the head.
         r: rank.
-        **settings: any other of `peft.LoraConfig`; `lora_alpha` is 2 r where it is not told.
+        **settings: any other of `peft.LoraConfig`; `lora_alpha` is 2 r where it is not given.
 
     Raises:
         ValueError: a group that is not there.

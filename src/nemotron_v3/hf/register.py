@@ -1,4 +1,4 @@
-"""Have everything that looks a Nemotron-H model of transformers up build an accelerated one.
+"""Let every way of building a Nemotron-H model of transformers build an accelerated one.
 
 Two things are changed, and given back exactly. The auto classes learn classes of this package, so
 that a checkpoint's own code is never run and heads are there that transformers lacks. And the
@@ -55,7 +55,7 @@ class NemotronHModel(models.NemotronHModel):
 
 
 class NemotronHForCausalLM(models.NemotronHForCausalLM):
-    """The same of the language model."""
+    """The language model for the auto classes."""
 
     __module__ = __name__
 
@@ -72,7 +72,7 @@ _AUTO_CLASSES = {
 }
 _MODEL_TYPE = their_config.NemotronHConfig.model_type
 _MISSING = object()
-_gives_back: list[Callable[[], None]] = []  # what `unregister` does, last things first
+_undo_stack: list[Callable[[], None]] = []  # called by `unregister`, from the last to the first
 
 
 def register(*, backend: BackendConfig | None = None, loss: str = "logits") -> None:
@@ -81,7 +81,7 @@ def register(*, backend: BackendConfig | None = None, loss: str = "logits") -> N
     `AutoModel`, `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and
     `AutoModelForTokenClassification` build accelerated models, and a checkpoint's own code
     (`auto_map`) is never run, not even with `trust_remote_code=True`. So do transformers' classes
-    themselves, however somebody came by them, which reaches the reference, teacher and reward
+    themselves, wherever they were imported, which reaches the reference, teacher and reward
     models that trainers make; and PEFT adds and loads adapters of an accelerated `out_proj`.
     Calling it again changes the options alone.
 
@@ -94,7 +94,7 @@ def register(*, backend: BackendConfig | None = None, loss: str = "logits") -> N
     """
     check_version()
     AS_BUILT.backend, AS_BUILT.loss = check_options(backend, loss), loss
-    if _gives_back:
+    if _undo_stack:
         return
     _put(CONFIG_MAPPING._extra_content, _MODEL_TYPE, NemotronHConfig)
     for auto_class, kind in _AUTO_CLASSES.items():
@@ -114,16 +114,16 @@ def unregister() -> None:
     What `register` changed is the object that it was before, unless something else has changed it
     since, which stays.
     """
-    while _gives_back:
-        _gives_back.pop()()
+    while _undo_stack:
+        _undo_stack.pop()()
     AS_BUILT.backend, AS_BUILT.loss = Options().backend, Options().loss
 
 
 def _packages() -> list[ModuleType]:
-    """transformers itself, as often as it is there.
+    """All module objects of transformers in this process.
 
-    It puts another module of its name in its place when it imports a model; whoever imported it
-    before, as a trainer, goes on with the first.
+    Importing a model may replace the one in `sys.modules`; code that imported it before, such as a
+    trainer, keeps the first.
     """
     kind, name = type(transformers), transformers.__name__
     found = [transformers]
@@ -138,7 +138,7 @@ def _put(mapping: dict, key: Any, value: Any) -> None:
     before = mapping.get(key, _MISSING)
     mapping[key] = value
 
-    def give_back() -> None:
+    def undo() -> None:
         if mapping.get(key) is not value:
             return
         if before is _MISSING:
@@ -146,7 +146,7 @@ def _put(mapping: dict, key: Any, value: Any) -> None:
         else:
             mapping[key] = before
 
-    _gives_back.append(give_back)
+    _undo_stack.append(undo)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
@@ -154,7 +154,7 @@ def _set(owner: Any, name: str, value: Any) -> None:
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
 
-    def give_back() -> None:
+    def undo() -> None:
         if vars(owner).get(name) is not value:
             return
         if before is _MISSING:
@@ -162,7 +162,7 @@ def _set(owner: Any, name: str, value: Any) -> None:
         else:
             setattr(owner, name, before)
 
-    _gives_back.append(give_back)
+    _undo_stack.append(undo)
 
 
 def _building_accelerated(original: Callable[..., None]) -> Callable[..., None]:
@@ -170,7 +170,7 @@ def _building_accelerated(original: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(original)
     def __init__(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not _gives_back:  # something else has wrapped this one, so that it stayed
+        if not _undo_stack:  # something else has wrapped this one, so that it stayed
             return original(self, config, *args, **kwargs)
         if not isinstance(self, Accelerated):
             _become_accelerated(self)
@@ -190,7 +190,7 @@ def _become_accelerated(model: nn.Module) -> None:
 
 
 def _let_peft_adapt_out_proj() -> None:
-    """Of accelerated models alone, which is nothing that `unregister` has to take back."""
+    """It affects accelerated models only, so `unregister` need not undo it."""
     with contextlib.suppress(ImportError):
         import peft  # noqa: F401
     exempt_if_loaded()

@@ -72,5 +72,5 @@ def _form(op: str, module: Accelerated) -> tuple[str, str]:
             return "none", f"loss={module.settings.loss!r}"
     try:
         return choose(op, module.impl, like=next(module.parameters()))
-    except RuntimeError as error:  # asked for by name, and not there: a call would raise this
+    except RuntimeError as error:  # a form asked for by name is missing: a call would raise this
         return "none", str(error)

@@ -13,10 +13,10 @@ from nemotron_v3.layout import SequenceLayout
 def project_rows(layer: nn.Module, x: Tensor, layout: SequenceLayout) -> Tensor:
     """`layer` of the packed tokens `[T, D]`: `[T, E]`.
 
-    A plain linear layer is called with them. Anything else, as one with an adapter or a hook, may
-    ask which row of the batch a token is in (PEFT's `adapter_names` and activated LoRA do), so it
-    is called with the grid `[B, S, D]`: always where nothing is padded, and beside padding, which
-    is 0 then, where somebody looks on. `layer` may be a module of several projections.
+    A plain linear layer is called with them. Anything else, such as a layer with an adapter or a
+    hook, may use the row of a token in the batch (PEFT's `adapter_names` and activated LoRA do), so
+    it is called with the grid `[B, S, D]`: without padding always; with padding (filled with zeros)
+    only if the module has hooks or adapters. `layer` may be a module of several projections.
     """
     if not must_call(layer, nn.Linear):
         return project(layer, x)

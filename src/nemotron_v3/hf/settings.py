@@ -6,7 +6,7 @@ from torch import nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 
-SETTINGS = "nemotron_v3_settings"  # where a module keeps them
+SETTINGS = "nemotron_v3_settings"  # the attribute of a module that holds its `Settings`
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Accelerated(nn.Module):
 
 @dataclass
 class Options:
-    """Of models that are built accelerated."""
+    """The options of models that are built accelerated."""
 
     backend: BackendConfig = field(default_factory=BackendConfig)
     loss: str = "logits"

@@ -1,4 +1,4 @@
-"""State dicts in the spelling of files, as a model in memory takes them."""
+"""State dicts with the names of checkpoint files, renamed for a model in memory."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from nemotron_v3.checkpoint.names import Place, to_memory
 def as_in_memory(
     state: Mapping[str, Any], own: Mapping[str, Tensor], strict: bool
 ) -> Mapping[str, Any]:
-    """A state dict under the model's own names, whichever it came in.
+    """Rename the tensors of a state dict to the names of the model in memory.
 
     Args:
         state: under the names of memory or of files (`backbone.`, one tensor an expert).
         own: the model's state dict.
-        strict: leave a stack out of which an expert is missing; else the model's own takes its
-            place, as it does for a shard of a checkpoint that holds some.
+        strict: if True, omit a stack with missing experts, so that loading reports it. If False,
+            take the missing experts from the model, as when loading one shard.
 
     Returns:
-        What belongs to the model under its names; what does not, under the name it came with.
+        The tensors of the model under its names, and all others under the names that they had.
     """
     if state.keys() <= own.keys():
         return state

@@ -123,7 +123,7 @@ def _holds_keys(cache: Cache, layer: int, rows: int) -> bool:
         )
     length = cache.get_seq_length(layer)
     if isinstance(length, Tensor) and capturing(length.device):
-        return False  # a graph cannot ask; it is one of a fresh cache
+        return False  # the length cannot be read during capture; assume an empty cache
     if not length > 0:
         return False
     _check_rows(rows, cache.layers[layer].keys, layer)

@@ -120,7 +120,8 @@ class NemotronV3Attention(RefusesContextParallel):
             past_key_values,
             attn_kwargs,
             layer_idx=layer_idx,
-            takes_pairs=True,
+            takes_4d_mask=True,
+            group=self.token_group,
         )
         with context.writing():
             return self._mix(hidden_states, context, layer_idx)

@@ -89,12 +89,12 @@ class NemotronV3Block(nn.Module):
 
     @property
     def self_attn(self) -> nn.Module:
-        """The mixer, whatever its type."""
+        """The mixer, whatever its type: for code that looks for this name."""
         return self.mixer
 
     @property
     def mlp(self) -> nn.Module | None:
-        """The mixer of a moe block, None otherwise."""
+        """The mixer of a moe block, None otherwise: for code that looks for this name."""
         return self.mixer if self.block_type == "moe" else None
 
     def forward(
@@ -134,9 +134,10 @@ class NemotronV3Block(nn.Module):
             attention_mask,
             past_key_values,
             attn_kwargs,
-            layer_idx=None if kind.by_token else self.layer_idx,
-            takes_pairs=kind.takes_pairs,
-            by_token=kind.by_token,
+            layer_idx=None if kind.is_stateless else self.layer_idx,
+            takes_4d_mask=kind.takes_4d_mask,
+            is_stateless=kind.is_stateless,
+            group=self.mixer.token_group,
         )
         with context.writing():
             return self._add(hidden_states, context)
@@ -206,19 +207,19 @@ class MixerKind(NamedTuple):
 
     Attributes:
         make: `(config, layer_idx, backend, moe_config)` -> the mixer.
-        by_token: it works token by token, without a state.
-        takes_pairs: it takes a 4-D mask.
+        is_stateless: it works token by token, without a state.
+        takes_4d_mask: it takes a 4-D mask.
     """
 
     make: Callable[[NemotronV3Config, int, Any, Any], nn.Module]
-    by_token: bool = False
-    takes_pairs: bool = False
+    is_stateless: bool = False
+    takes_4d_mask: bool = False
 
 
 # By block type. Every mixer is called as `mixer(x, context=context)`.
 MIXERS = {
     "mamba": MixerKind(_mamba),
-    "attention": MixerKind(_attention, takes_pairs=True),
-    "mlp": MixerKind(_mlp, by_token=True),
-    "moe": MixerKind(_moe, by_token=True),
+    "attention": MixerKind(_attention, takes_4d_mask=True),
+    "mlp": MixerKind(_mlp, is_stateless=True),
+    "moe": MixerKind(_moe, is_stateless=True),
 }

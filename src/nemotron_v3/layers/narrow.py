@@ -86,9 +86,9 @@ class NarrowWeight(Tensor):
         return [f"_{name}" for name in held], (self.divides, self.dtype)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], told: Any, *_: Any) -> "NarrowWeight":
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, *_: Any) -> "NarrowWeight":
         return NarrowWeight(
-            NarrowParts(inner["_codes"], inner["_scale"], inner.get("_global_scale")), *told
+            NarrowParts(inner["_codes"], inner["_scale"], inner.get("_global_scale")), *context
         )
 
     @property
@@ -189,8 +189,8 @@ def _linear(input: Tensor, weight: NarrowWeight, bias: Tensor | None = None) -> 
 
 
 def _embedding(input: Tensor, weight: NarrowWeight, *args: Any, **kwargs: Any) -> Tensor:
-    told = dict(zip(("padding_idx", "max_norm"), args, strict=False)) | kwargs
-    if told.get("max_norm") is not None:
+    settings = dict(zip(("padding_idx", "max_norm"), args, strict=False)) | kwargs
+    if settings.get("max_norm") is not None:
         raise RuntimeError("max_norm would write into a weight in 8 or 4 bits: leave it out")
     _refuse_training(weight)
     return weight.rows(input)
@@ -263,8 +263,8 @@ def _clone(weight: NarrowWeight, **_: Any) -> NarrowWeight:
     return weight.with_parts(weight.parts.map(Tensor.clone))
 
 
-def _to_copy(weight: NarrowWeight, **told: Any) -> NarrowWeight:
-    dtype, device = told.get("dtype"), told.get("device")
+def _to_copy(weight: NarrowWeight, **kwargs: Any) -> NarrowWeight:
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
     copied = weight.parts.map(lambda part: part.to(device or part.device, copy=True))
     return weight.with_parts(copied, dtype)
 

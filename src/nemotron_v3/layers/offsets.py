@@ -23,7 +23,7 @@ def offsets_of_this_call(
     mask: Tensor | None,
     cache: NemotronHybridCache | None,
     layer_idx: int | None = None,
-    by_token: bool = False,
+    may_end_early: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments for `SequenceLayout.resolve` whose offsets count the tokens of the call.
 
@@ -33,16 +33,16 @@ def offsets_of_this_call(
         mask: their padding mask, or None.
         cache: what they follow, or None.
         layer_idx: the layer's number in the cache; None where it has no state there.
-        by_token: whether the layer works token by token: then offsets may end early, and what
+        may_end_early: whether the layer works token by token: then offsets may end early, and what
             follows is a document of its own.
     """
-    told = agreed("cu_seqlens", *map(layout_kwargs.get, _OFFSETS))
+    given = agreed("cu_seqlens", *map(layout_kwargs.get, _OFFSETS))
     follows = cache is not None and cache.has_previous_state
-    if told is None or layout_kwargs.get("cu_seqlens_padded") is not None:
+    if given is None or layout_kwargs.get("cu_seqlens_padded") is not None:
         return layout_kwargs
-    if not (follows or (by_token and mask is None)):
+    if not (follows or (may_end_early and mask is None)):
         return layout_kwargs
-    offsets, total = read_offsets("cu_seqlens", told), grid_size(shape)
+    offsets, total = read_offsets("cu_seqlens", given), grid_size(shape)
     if offsets[-1] == total:
         return layout_kwargs
     others = {k: v for k, v in layout_kwargs.items() if k not in (*_OFFSETS, *_LONGEST)}
@@ -51,11 +51,11 @@ def offsets_of_this_call(
     if follows and lengths in _whole_sequences(shape, mask, cache, layer_idx):
         check_max_seqlen(longest, lengths)
         return others  # what the cache knows: one document a row, behind what that holds
-    if by_token and mask is None and offsets[-1] < total:
+    if may_end_early and mask is None and offsets[-1] < total:
         check_max_seqlen(longest, lengths)
         borders = range(shape[-1], total + 1, shape[-1])
         tail = [border for border in borders if border > offsets[-1]]
-        return others | {"cu_seqlens": torch.tensor([*offsets, *tail], device=told.device)}
+        return others | {"cu_seqlens": torch.tensor([*offsets, *tail], device=given.device)}
     return layout_kwargs
 
 

@@ -16,7 +16,10 @@ def grid_size(shape: tuple[int, ...]) -> int:
 
 
 def all_equal(lengths: tuple[int, ...]) -> bool:
-    """Not by their hashes: to a compiler a hash is a fixed number."""
+    """Whether all lengths are equal.
+
+    A set would compare hashes, which a compiler takes for fixed numbers.
+    """
     return all(length == lengths[0] for length in lengths[1:])
 
 
@@ -39,8 +42,8 @@ def agreed(name: str, alone: Any, of_queries: Any, of_keys: Any) -> Any:
     Raises:
         ValueError: two of them that differ.
     """
-    told = {name: alone, f"{name}_q": of_queries, f"{name}_kv": of_keys}
-    given = [(key, value) for key, value in told.items() if value is not None]
+    by_name = {name: alone, f"{name}_q": of_queries, f"{name}_kv": of_keys}
+    given = [(key, value) for key, value in by_name.items() if value is not None]
     for key, value in given[1:]:
         first, its = given[0]
         if _plain(value) != _plain(its):

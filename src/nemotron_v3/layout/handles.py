@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
-UNKNOWN = 0  # of a layout that was made inside a graph
+UNKNOWN = 0  # the number of layouts made inside a graph
 KEPT = 256  # layouts of forward passes whose backward pass may still come
 
 _numbers = itertools.count(2, 2)

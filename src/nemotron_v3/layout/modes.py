@@ -1,4 +1,4 @@
-"""Create long-lived tensors outside inference mode, and on which device."""
+"""Tensors that outlive a call: made outside inference mode, and brought to a device."""
 
 import functools
 from collections.abc import Callable, Sequence

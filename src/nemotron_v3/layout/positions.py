@@ -1,4 +1,4 @@
-"""Documents that position ids or document numbers tell: where they start anew, a document does.
+"""Documents from position ids or document numbers: a document starts where they start anew.
 
 Letters: B batch rows, S sequence length, T real tokens.
 """
@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-FIRST = (0, 1)  # what a document's first token is numbered
+FIRST = (0, 1)  # positions that a document's first token may have
 
 
 def fit_positions(position_ids: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -394,7 +394,10 @@ class SequenceLayout:
         return on_device(last, self.device)
 
     def same_as(self, other: "SequenceLayout") -> bool:
-        """Whether both put the same documents at the same places (reads tensors: border use)."""
+        """Whether both put the same documents at the same places.
+
+        It reads tensors, so it waits for a GPU: use it where a pass begins.
+        """
         if self.shape != other.shape:
             return False
         mine, theirs = ([n for n in x.lengths if n] for x in (self, other))
@@ -406,7 +409,9 @@ class SequenceLayout:
 
     @outside_inference_mode
     def split_by(self, position_ids: Tensor | None, *, every_break: bool = False) -> Self:
-        """The layout whose documents also start where positions do (reads tensors: border use).
+        """The layout whose documents also start where positions do.
+
+        It reads tensors, so it waits for a GPU: use it where a pass begins.
 
         Args:
             position_ids: on the grid, or one row for all; None says nothing, and neither do those
@@ -423,7 +428,7 @@ class SequenceLayout:
         if position_ids is None or self.shape[-1] < 2:
             return self
         positions = fit_positions(position_ids, self.shape)
-        if positions.is_meta:  # without values
+        if positions.is_meta:  # a meta tensor has no values
             return self
         positions, index = positions.detach().cpu().flatten(), None
         places = torch.arange(len(positions), device="cpu")

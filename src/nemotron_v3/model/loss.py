@@ -122,7 +122,7 @@ def _with_padding(labels: Tensor, layout: SequenceLayout, targets: Tensor) -> tu
 
 def _strays(labels: Tensor, layout: SequenceLayout, shifted: bool) -> Tensor:
     """Bool `[B, S]`: labels that count and that only padding could predict."""
-    real = layout.derived("real places", _real)  # [B, S]
+    real = layout.derived("real places", _real_places)  # [B, S]
     none = torch.zeros_like(real[:, :1])
     labels = labels.reshape(real.shape)
     if shifted:  # the label of a document's first token stands at the place before it
@@ -132,8 +132,8 @@ def _strays(labels: Tensor, layout: SequenceLayout, shifted: bool) -> Tensor:
     return (labels != IGNORE_INDEX) & ~predicted & real.any(1, keepdim=True)
 
 
-def _real(layout: SequenceLayout) -> Tensor:
-    """Bool `[B, S]`; one row without a batch dimension."""
+def _real_places(layout: SequenceLayout) -> Tensor:
+    """Bool `[B, S]`, True at real tokens; one row without a batch dimension."""
     size = torch.Size(layout.shape).numel()
     real = torch.zeros(size, dtype=torch.bool, device=layout.device)
     return real.index_fill_(0, layout.token_index, True).view(-1, max(1, layout.shape[-1]))
@@ -141,7 +141,7 @@ def _real(layout: SequenceLayout) -> Tensor:
 
 def _behind(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     """The place behind each packed token `[T]`, and whether it is padding of the same row `[T]`."""
-    real, S = _real(layout), layout.shape[-1]
+    real, S = _real_places(layout), layout.shape[-1]
     last = layout.token_index % S == S - 1
     places = layout.token_index + (~last).long()
     return places, ~real.flatten().index_select(0, places)

@@ -32,7 +32,7 @@ from nemotron_v3.model.loss import (
     stray_label,
     targets_of,
 )
-from nemotron_v3.model.output import CausalLMOutput, ModelOutput, Unread
+from nemotron_v3.model.output import CausalLMOutput, LazyLogits, ModelOutput
 from nemotron_v3.model.vocabulary import resize
 
 
@@ -310,7 +310,7 @@ class NemotronV3ForCausalLM(nn.Module):
         layout: SequenceLayout,
         logits_to_keep: int | Tensor,
         items: int | Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | Unread]:
+    ) -> tuple[Tensor | None, Tensor | LazyLogits]:
         """The loss, None without labels, and the logits."""
         if labels is None:
             if type(logits_to_keep) is not int or logits_to_keep:
@@ -325,7 +325,7 @@ class NemotronV3ForCausalLM(nn.Module):
 
     def _mean(
         self, hidden: Tensor, targets: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor
-    ) -> tuple[Tensor, Tensor | Unread]:
+    ) -> tuple[Tensor, Tensor | LazyLogits]:
         """The mean loss, and the logits: those asked for by `logits_to_keep`, else unread ones."""
         packed = layout.pack(hidden)  # [T, D]
         weight = plain_weight(self.lm_head)
@@ -336,7 +336,7 @@ class NemotronV3ForCausalLM(nn.Module):
         impl = self.model.backend.impl
         loss = ops.linear_cross_entropy(packed, weight, targets, impl=impl)
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            return loss, Unread(self.lm_head, hidden)
+            return loss, LazyLogits(self.lm_head, hidden)
         return loss, self.lm_head(_keep(hidden, logits_to_keep))
 
     def generate(self, input_ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
@@ -441,8 +441,8 @@ def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext)
             "checkpointing, or leave the cache out"
         )
     # A compiler takes a checkpoint without contexts better: only where something watches.
-    told = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
-    contexts = {"context_fn": checkpoint_contexts} if told else {}
+    routes = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
+    contexts = {"context_fn": checkpoint_contexts} if routes else {}
     return checkpoint(partial(block, context=context), hidden, use_reentrant=False, **contexts)
 
 

@@ -40,7 +40,7 @@ class CausalLMOutput:
     """
 
     loss: Tensor | None = None
-    _logits: "Tensor | Unread | None" = None
+    _logits: "Tensor | LazyLogits | None" = None
     hidden_states: tuple[Tensor, ...] | None = None
     past_key_values: Any = None
 
@@ -51,7 +51,7 @@ class CausalLMOutput:
         Raises:
             RuntimeError: they were not read before the head's weight changed.
         """
-        if isinstance(self._logits, Unread):
+        if isinstance(self._logits, LazyLogits):
             self._logits = self._logits.compute()
         return self._logits
 
@@ -60,14 +60,14 @@ class CausalLMOutput:
         return self.__dict__ | {"_logits": self.logits}
 
     def __repr__(self) -> str:
-        logits = "unread" if isinstance(self._logits, Unread) else self._logits
+        logits = "unread" if isinstance(self._logits, LazyLogits) else self._logits
         return (
             f"CausalLMOutput(loss={self.loss}, logits={logits}, "
             f"hidden_states={self.hidden_states}, past_key_values={self.past_key_values})"
         )
 
 
-class Unread:
+class LazyLogits:
     """Logits that nobody has asked for yet.
 
     Args:
@@ -123,7 +123,7 @@ def _state(tensor: Tensor) -> tuple[torch.dtype, torch.device, int]:
 def _flatten_causal(output: CausalLMOutput) -> tuple[list[Any], dict[str, Any]]:
     """Logits that are unread stay so: their hidden states are the tensor that leads to them."""
     logits = output._logits
-    unread = logits if isinstance(logits, Unread) else None
+    unread = logits if isinstance(logits, LazyLogits) else None
     parts = {
         "loss": output.loss,
         "_logits": logits if unread is None else unread.hidden,

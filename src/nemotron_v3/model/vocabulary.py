@@ -93,8 +93,8 @@ def _size(tokens: Any, multiple: Any) -> int:
 def _check_named_tokens(config: Any, size: int) -> None:
     """A smaller vocabulary may not lose the tokens that the config names."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        told = getattr(config, name, None)
-        for token in told if isinstance(told, (list, tuple)) else [told]:
+        tokens_named = getattr(config, name, None)
+        for token in tokens_named if isinstance(tokens_named, (list, tuple)) else [tokens_named]:
             if token is not None and token >= size:
                 raise ValueError(
                     f"{name} of the config is {token}, which a vocabulary of {size} does not have: "

@@ -36,7 +36,7 @@ from nemotron_v3.pages.read import SAMPLES
 from nemotron_v3.recipes.console import Story
 from nemotron_v3.recipes.options import DemoOptions
 from nemotron_v3.recipes.plot import plot_loss
-from nemotron_v3.recipes.run_folder import METRICS, whole_or_nothing
+from nemotron_v3.recipes.run_folder import METRICS, atomic_run_folder
 from nemotron_v3.train.checkpoints import FOLDER as CHECKPOINTS
 from nemotron_v3.train.display import Display
 from nemotron_v3.train.loop import Step
@@ -94,7 +94,7 @@ class Corpus:
             self._given += 1
             yield [as_row(pack)]
 
-    def total_steps(self) -> None:
+    def total_steps(self, at_most: int | None = None) -> None:
         """It has no end."""
 
     def report(self) -> DataReport:
@@ -132,7 +132,7 @@ def run_demo(options: DemoOptions, story: Story | None = None) -> DemoResult:
     started = time.perf_counter()
     story = story or Story()
     story.title("nemotron-v3 demo")
-    with whole_or_nothing(options.out) as folder:
+    with atomic_run_folder(options.out) as folder:
         text = read_text(options, story)
         tell_model(options, story)
         steps = train_on(text, options, folder, started, story)

@@ -13,7 +13,7 @@ CHECKPOINT = ("config.json", "model.safetensors")
 
 
 @contextmanager
-def whole_or_nothing(out: Path) -> Iterator[Path]:
+def atomic_run_folder(out: Path) -> Iterator[Path]:
     """Give a new folder beside `out` to write a run into, and rename it to `out` at the end.
 
     Whatever goes wrong before the end leaves `out` as it was. Ctrl-C does too, and moves what was

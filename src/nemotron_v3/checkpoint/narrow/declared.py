@@ -22,7 +22,7 @@ _ALGORITHMS = {
     "FP8_BLOCK_SCALES": FP8,
     "NVFP4": NVFP4,
     "W4A16_NVFP4": NVFP4,
-    "MIXED_PRECISION": None,  # told layer by layer
+    "MIXED_PRECISION": None,  # declared layer by layer
 }
 _FORMATS = ("nvfp4-pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 # Settings of compressed-tensors that change what a weight is.
@@ -50,24 +50,25 @@ class Declared:
         modules = {outer + n.removesuffix(".weight"): w for n, w in narrow.weights.items()}
         for module, claimed in self.layers.items():
             if module in modules and modules[module].layout != claimed:
-                told = modules[module].told
-                yield f"{module}.weight is {told}, {self.where} says {claimed}"
+                found = modules[module].description
+                yield f"{module}.weight is {found}, {self.where} says {claimed}"
             elif module not in modules and f"{module.removeprefix(outer)}.weight" in stored:
                 yield f"{module}.weight has no scales beside it, {self.where} says {claimed}"
         offered = {layout for layout, _ in self.groups}
         offered |= set() if self.algorithm is None else {self.algorithm}
         for module, weight in modules.items():
             if offered and module not in self.layers and weight.layout not in offered:
-                told = " and ".join(sorted(offered))
-                yield f"{weight.name} is {weight.told}, {self.where} says {told}"
+                layouts = " and ".join(sorted(offered))
+                yield f"{weight.name} is {weight.description}, {self.where} says {layouts}"
         for layout, size in self.groups:
             if layout == NVFP4 and size not in (None, NVFP4_GROUP):
                 for weight in narrow.weights.values():
                     if weight.layout == layout:
-                        yield f"{weight.name} is {weight.told}, {self.where} says groups of {size}"
+                        said = f"{self.where} says groups of {size}"
+                        yield f"{weight.name} is {weight.description}, {said}"
         for module in _matching(modules, self.excluded):
             weight = modules[module]
-            yield f"{weight.name} is {weight.told}, {self.where} excludes {module}"
+            yield f"{weight.name} is {weight.description}, {self.where} excludes {module}"
         if (offered or self.layers) and not modules:
             yield f"no tensor has scales beside it, {self.where} says that weights are quantised"
 
@@ -78,43 +79,45 @@ def read_declared(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -
     Raises `ValueError` for a format that is not read here, and for claims of another shape.
     """
     found = []
-    if (told := config.get(QUANTIZATION_CONFIG)) is not None:
+    if (settings := config.get(QUANTIZATION_CONFIG)) is not None:
         where = f"config.json's {QUANTIZATION_CONFIG}"
-        method = _mapping(told, where).get("quant_method", "modelopt")
+        method = _mapping(settings, where).get("quant_method", "modelopt")
         if method not in _METHODS:
             raise ValueError(
                 f"{where} has quant_method {method!r}: read are {', '.join(_METHODS)}, or no "
                 f"{QUANTIZATION_CONFIG} where the tensors are of their layouts"
             )
-        found.append(_read(told, where))
+        found.append(_read(settings, where))
     if beside is not None:
-        told = _mapping(beside.get("quantization", {}), f"{HF_QUANT_CONFIG}'s quantization")
-        found.append(_read(told, HF_QUANT_CONFIG))
+        settings = _mapping(beside.get("quantization", {}), f"{HF_QUANT_CONFIG}'s quantization")
+        found.append(_read(settings, HF_QUANT_CONFIG))
     return found
 
 
-def _read(told: Mapping[str, Any], where: str) -> Declared:
+def _read(settings: Mapping[str, Any], where: str) -> Declared:
     for name in _TRANSFORMS:
-        if told.get(name):
+        if settings.get(name):
             raise ValueError(f"{where} has a {name}, which changes the weights: not read here")
-    if told.get("format") not in (None, *_FORMATS):
-        raise ValueError(f"{where} has format {told['format']!r}: read are {', '.join(_FORMATS)}")
-    excluded = [*_texts(told, "ignore", where), *_texts(told, "exclude_modules", where)]
+    if settings.get("format") not in (None, *_FORMATS):
+        raise ValueError(
+            f"{where} has format {settings['format']!r}: read are {', '.join(_FORMATS)}"
+        )
+    excluded = [*_texts(settings, "ignore", where), *_texts(settings, "exclude_modules", where)]
     layers = {
         module: _layout(_mapping(entry, f"{where}: {module}").get("quant_algo"), where)
-        for module, entry in _mapping(told.get("quantized_layers"), where).items()
+        for module, entry in _mapping(settings.get("quantized_layers"), where).items()
     }
     return Declared(
         where=where,
-        algorithm=_layout(told.get("quant_algo"), where),
+        algorithm=_layout(settings.get("quant_algo"), where),
         layers={module: layout for module, layout in layers.items() if layout is not None},
-        groups=tuple(_groups(told, where)),
+        groups=tuple(_groups(settings, where)),
         excluded=tuple(excluded),
     )
 
 
-def _groups(told: Mapping[str, Any], where: str) -> Iterator[tuple[str, int | None]]:
-    for name, group in _mapping(told.get("config_groups"), where).items():
+def _groups(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, int | None]]:
+    for name, group in _mapping(settings.get("config_groups"), where).items():
         weights = _mapping(_mapping(group, f"{where}: {name}").get("weights"), f"{where}: {name}")
         if not weights:
             continue
@@ -142,8 +145,8 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _texts(told: Mapping[str, Any], key: str, where: str) -> list[str]:
-    value = told.get(key)
+def _texts(settings: Mapping[str, Any], key: str, where: str) -> list[str]:
+    value = settings.get(key)
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):

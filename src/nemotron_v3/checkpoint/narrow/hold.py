@@ -1,4 +1,4 @@
-"""Narrow weights that stay narrow in a model: which can, and the tensors that hold them."""
+"""Weights that stay quantised in a model: which can, and the tensors that hold them."""
 
 import math
 from collections.abc import Mapping
@@ -6,19 +6,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemotron_v3.checkpoint.narrow.layouts import NVFP4, NarrowWeight
+from nemotron_v3.checkpoint.narrow.layouts import NVFP4, StoredNarrow
 from nemotron_v3.checkpoint.narrow.read import Stored, parts_of
 from nemotron_v3.checkpoint.plan import Fill
-from nemotron_v3.layers import narrow as held
-from nemotron_v3.layers.narrow import NarrowParts
+from nemotron_v3.layers.narrow import NarrowParts, NarrowWeight
 
 
 def held_narrow(
-    fills: list[Fill], weights: Mapping[str, NarrowWeight], shapes: Mapping[str, torch.Size]
-) -> dict[str, NarrowWeight]:
-    """The tensors of a model that can stay narrow, each with one of the weights that fill it.
+    fills: list[Fill], weights: Mapping[str, StoredNarrow], shapes: Mapping[str, torch.Size]
+) -> dict[str, StoredNarrow]:
+    """The tensors of a model that can stay quantised, each with one of the weights that fill it.
 
-    A stack can where all its experts are of one layout, with as many scales each.
+    A stack can stay quantised if all experts have the same layout and scale shape.
     """
     kinds: dict[str, set] = {}
     for fill in fills:
@@ -34,12 +33,12 @@ def held_narrow(
 
 
 def empty_like(
-    weight: NarrowWeight,
+    weight: StoredNarrow,
     stored: Stored,
     shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
-) -> held.NarrowWeight:
+) -> NarrowWeight:
     """A weight of `shape`, or a stack of them, to be filled; `dtype` is that of its values."""
     experts, (N, K) = shape[:-2], shape[-2:]
     packed = weight.layout == NVFP4
@@ -52,11 +51,11 @@ def empty_like(
     number = None
     if weight.global_scale is not None:
         number = torch.empty(tuple(experts), dtype=torch.float32, device=device)
-    return held.NarrowWeight(NarrowParts(codes, scale, number), weight.divides, dtype)
+    return NarrowWeight(NarrowParts(codes, scale, number), weight.divides, dtype)
 
 
 def fill_narrow(
-    target: held.NarrowWeight, stored: Stored, weight: NarrowWeight, expert: int | None
+    target: NarrowWeight, stored: Stored, weight: StoredNarrow, expert: int | None
 ) -> None:
     """Copy the tensors of a stored weight, as they are, into `target` or one expert of it."""
     for ours, theirs in zip(target.parts, parts_of(stored, weight), strict=True):
@@ -64,9 +63,9 @@ def fill_narrow(
             (ours if expert is None else ours[expert]).copy_(theirs)
 
 
-def holds(tensor: Tensor, stored: Stored, weight: NarrowWeight) -> bool:
+def holds(tensor: Tensor, stored: Stored, weight: StoredNarrow) -> bool:
     """Whether a narrow tensor of a model is the stored weight, bit for bit."""
-    assert isinstance(tensor, held.NarrowWeight)
+    assert isinstance(tensor, NarrowWeight)
     pairs = zip(tensor.parts, parts_of(stored, weight), strict=True)
     equal = tensor.divides == weight.divides and all(
         ours is theirs is None or (ours is not None and theirs is not None and _same(ours, theirs))

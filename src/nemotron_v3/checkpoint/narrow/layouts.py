@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint together are one narrow weight: told by what stands beside each.
+"""Which tensors of a checkpoint together are one quantised weight, by what is stored beside each.
 
 | layout | codes | scales | one more scale |
 |---|---|---|---|
@@ -22,7 +22,7 @@ FP8_BLOCK = 128
 
 NVFP4, FP8 = "nvfp4", "fp8"
 
-# What changes nothing where activations and the cache are not in 8 or 4 bits.
+# Scales that have no effect, since activations and the cache are not quantised here.
 _ACTIVATIONS = ("input_scale", "input_global_scale")
 _CACHE = {"k_scale": "k_proj", "v_scale": "v_proj"}
 _COMPANIONS = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")
@@ -30,8 +30,8 @@ _LIKE_A_COMPANION = re.compile(r"scale|zero_point|packed|qweight|qzeros|g_idx|ab
 
 
 @dataclass(frozen=True)
-class NarrowWeight:
-    """A weight of several tensors.
+class StoredNarrow:
+    """A quantised weight: the names of its tensors in a checkpoint, and their layout.
 
     `name` is what it is called as one tensor, `layout` "nvfp4" or "fp8"; `codes`, `scale` and
     `global_scale` are the names of its tensors, the last one None where there is none, and
@@ -55,8 +55,8 @@ class NarrowWeight:
         return tuple(n for n in (self.codes, self.scale, self.global_scale) if n is not None)
 
     @property
-    def told(self) -> str:
-        """Its layout in words."""
+    def description(self) -> str:
+        """The layout in words, for messages."""
         if self.layout == NVFP4:
             return f"{NVFP4} in groups of {NVFP4_GROUP}"
         (n, k), (N, K) = self.tiles, self.shape
@@ -73,11 +73,11 @@ class Narrow:
     that are no tensors of a model.
     """
 
-    weights: Mapping[str, NarrowWeight] = field(default_factory=dict)
+    weights: Mapping[str, StoredNarrow] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether anything in the checkpoint is in 8 or 4 bits, or speaks of it."""
+        """Whether the checkpoint holds quantised weights, or tensors that belong to such."""
         return bool(self.weights or self.ignored)
 
     @property
@@ -127,7 +127,7 @@ class _Module:
 
     def __init__(self, module: str, held: Mapping[str, Entry]):
         self.module, self.held = module, held
-        self.weight: NarrowWeight | None = None
+        self.weight: StoredNarrow | None = None
         self.problems = list(self._strangers())
         if self.problems:
             return
@@ -196,7 +196,7 @@ class _Module:
         if self._find(global_scale, codes) is not None:
             self._is_one_float(global_scale)
         if not self.problems:
-            self.weight = NarrowWeight(
+            self.weight = StoredNarrow(
                 name=self._name("weight"),
                 layout=NVFP4,
                 codes=name,
@@ -231,7 +231,7 @@ class _Module:
             )
         if tiles is not None and not self.problems:
             scales = self._name("weight_scale")
-            self.weight = NarrowWeight(
+            self.weight = StoredNarrow(
                 name, FP8, name, scales, None, False, held.shape, tiles, ignored
             )
 

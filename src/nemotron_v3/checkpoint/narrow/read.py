@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nemotron_v3.checkpoint.narrow.layouts import NarrowWeight
+from nemotron_v3.checkpoint.narrow.layouts import StoredNarrow
 from nemotron_v3.layers.dequantise import dequantise, factors
 
-ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a weight that are given their values at once
-_NAN = 0x7F  # of float8_e4m3fn, without the sign
+ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # elements of a weight dequantised at once
+_NAN = 0x7F  # the code of NaN in float8_e4m3fn, without the sign
 
 
 class Stored(Protocol):
@@ -21,7 +21,7 @@ class Stored(Protocol):
     def drop(self, name: str) -> None: ...
 
 
-def parts_of(stored: Stored, weight: NarrowWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+def parts_of(stored: Stored, weight: StoredNarrow) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales `[n, k]` and the global scale (fp32, no dimensions) as they are in the file."""
     scale = stored.tensor(weight.scale).reshape(weight.tiles)
     if weight.global_scale is None:
@@ -32,7 +32,7 @@ def parts_of(stored: Stored, weight: NarrowWeight) -> tuple[Tensor, Tensor, Tens
 
 def row_blocks(
     stored: Stored,
-    weight: NarrowWeight,
+    weight: StoredNarrow,
     dtype: torch.dtype,
     device: torch.device | None = None,
     most: int | None = None,
@@ -60,8 +60,8 @@ def row_blocks(
     stored.drop(weight.scale)
 
 
-def scale_problems(stored: Stored, weights: Iterable[NarrowWeight]) -> list[str]:
-    """What is wrong with the scales of narrow weights, one line for each that is; reads no codes
+def scale_problems(stored: Stored, weights: Iterable[StoredNarrow]) -> list[str]:
+    """Problems with the scales of quantised weights, one line for each; reads no codes
     unless a scale is 0, which stands for nothing but zeros."""
     problems = []
     for weight in weights:
@@ -87,7 +87,7 @@ def _all_plain(scale: Tensor, number: Tensor | None, divides: bool) -> bool:
 
 
 def _problem(
-    codes: Tensor, scale: Tensor, number: Tensor | None, weight: NarrowWeight
+    codes: Tensor, scale: Tensor, number: Tensor | None, weight: StoredNarrow
 ) -> str | None:
     wide = scale.to(torch.float32)
     for name, values in ((weight.global_scale, number), (weight.scale, wide)):

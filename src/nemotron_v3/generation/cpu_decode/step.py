@@ -73,6 +73,7 @@ class DecodeStep:
             and not torch.is_autocast_enabled("cpu")
             and backend.impl in ("auto", "portable")
             and (backend.attn, backend.linear) == ("sdpa", "torch")
+            and all(block.block_type in BLOCKS for block in model.model.layers)
             and not any(map(why_called, model.modules()))
         )
 

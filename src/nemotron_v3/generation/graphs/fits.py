@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import MOST_ENDS
 from nemotron_v3.generation.graphs.updates import is_update, why_not_update
 from nemotron_v3.generation.plain import why_called
-from nemotron_v3.layers.moe.dispatcher import LocalDispatcher
 from nemotron_v3.layers.moe.moe import NemotronV3MoE
 from nemotron_v3.layers.moe.router import NemotronV3Router
 from nemotron_v3.model.protocol import CausalLM
@@ -41,9 +41,15 @@ def why_not(model: CausalLM, ends: int = 0) -> str | None:
         return f"the model's backend asks for impl={backend.impl!r}"
     if (backend.attn, backend.linear) != ("sdpa", "torch"):
         return "the model's backend asks for other layers than the plain ones"
-    if reason := _why_not_modules(model, "the model"):
-        return reason
-    return _why_not_tensors(model, weight)
+    return why_not_layers(model) or _why_not_tensors(model, weight)
+
+
+def why_not_layers(model: CausalLM) -> str | None:
+    """Why no graph can do the work of the model's modules, or None."""
+    for number, block in enumerate(model.model.layers):
+        if not Plan.knows(block.block_type):
+            return f"layer {number} is a block of type {block.block_type!r}, which no graph knows"
+    return _why_not_modules(model, "the model")
 
 
 def say_once(reason: str, device: torch.device) -> None:
@@ -76,8 +82,6 @@ def _why_not_modules(module: Any, name: str, path: str = "") -> str | None:
 def _why_not_moe(moe: NemotronV3MoE) -> str | None:
     if type(moe.gate) is not NemotronV3Router or moe.gate.observed:
         return "has a router that is watched, or routes evenly"
-    if type(moe.dispatcher) is not LocalDispatcher:
-        return "sends its tokens elsewhere"
     if moe.shared_experts is not None and moe.shared_experts.up_proj.bias is not None:
         return "has a shared expert with a bias"
     return None

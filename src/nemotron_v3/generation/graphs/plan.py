@@ -67,6 +67,16 @@ class Plan:
         )
         self.drawing = None if asked is None else Drawing(asked, self.logits, slots)
 
+    @property
+    def every_call(self) -> list[Call]:
+        """Those of the layers, and the choice behind them."""
+        return [*self.calls, *([] if self.drawing is None else [self.drawing])]
+
+    @staticmethod
+    def knows(block_type: str) -> bool:
+        """Whether a step can hold blocks of this type."""
+        return hasattr(Plan, f"_add_{block_type}")
+
     @torch.no_grad()
     def __call__(self) -> None:
         """Feed `slots.tokens` to the active rows that they do not end, and choose the next."""

@@ -232,6 +232,6 @@ class NemotronV3Experts(nn.Module):
         if self.low_rank is None:
             raise ValueError("there is no low-rank update: add_low_rank(rank) first")
         if merged is not None and self.low_rank.merged != merged:
-            told = "not merged" if merged else "merged already"
-            raise ValueError(f"the low-rank update is {told}")
+            state = "not merged" if merged else "merged already"
+            raise ValueError(f"the low-rank update is {state}")
         return self.low_rank

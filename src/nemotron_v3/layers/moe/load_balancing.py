@@ -16,7 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers, watched
+from nemotron_v3.layers.moe.router import (
+    NemotronV3Router,
+    Routing,
+    Watcher,
+    routers,
+    watching_routers,
+)
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -66,7 +72,7 @@ class ExpertLoad:
         self.counts: dict[str, Tensor] = {}
         self._entropies: dict[str, Tensor] = {}
         self._watching = ExitStack()
-        self._watching.enter_context(watched(model, self._watcher_of))
+        self._watching.enter_context(watching_routers(model, self._watcher_of))
 
     def metrics(self) -> dict[str, LoadMetrics]:
         """Of each router that was called, by its name, since the last `reset`; shares and entropies
@@ -212,7 +218,7 @@ class BalanceLoss:
         # By the layout of their tokens, which a checkpoint's recomputation has again.
         self._parts: WeakKeyDictionary[SequenceLayout, BalanceInParts] = WeakKeyDictionary()
         self._watching = ExitStack()
-        self._watching.enter_context(watched(model, lambda name: self._watch))
+        self._watching.enter_context(watching_routers(model, lambda name: self._watch))
 
     def take(self) -> Tensor | float:
         """The loss of the forward passes since the last call; 0.0 where there were none."""

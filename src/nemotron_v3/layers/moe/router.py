@@ -346,7 +346,7 @@ _UNTOLD = (
 
 
 @contextmanager
-def watched(model: nn.Module, watcher_of: Callable[[str], Watcher]) -> Iterator[None]:
+def watching_routers(model: nn.Module, watcher_of: Callable[[str], Watcher]) -> Iterator[None]:
     """Within it, `watcher_of(name)` watches the router of that name, whoever calls it."""
     added = [(router, watcher_of(name)) for name, router in routers(model).items()]
     for router, watcher in added:

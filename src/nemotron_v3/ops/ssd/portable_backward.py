@@ -124,7 +124,7 @@ class _Gradients:
         """
         n, q, sizes, work = slab.count, slab.size, self.sizes, self.work
         H, P, N, G, R = sizes.H, sizes.P, sizes.N, sizes.G, sizes.R
-        dyg = work("rows", n, G, q, R, P).copy_(by_group(_real(slab, self.dy), sizes))
+        dyg = work("rows", n, G, q, R, P).copy_(by_group(_gradient_of_tokens(slab, self.dy), sizes))
         dyh = work("dy", n, G, R, q, P).copy_(dyg.transpose(2, 3)).view(n * H, q, P)
         Bg = shared(slab, self.B, work("B", n * G, q, N))
         Cg = shared(slab, self.C, work("C", n * G, q, N))
@@ -206,7 +206,7 @@ class _Gradients:
         self.dA += (through * decays.dt).sum((0, 2))
 
 
-def _real(slab: Slab, dy: Tensor) -> Tensor:
+def _gradient_of_tokens(slab: Slab, dy: Tensor) -> Tensor:
     """The slab's part of dy, `[n, q, H, P]`; a place without a token has no gradient."""
     part = slab.take(dy)
     return part if slab.valid is None else part.masked_fill(~slab.valid[..., None, None], 0)
