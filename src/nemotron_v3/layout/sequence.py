@@ -394,10 +394,7 @@ class SequenceLayout:
         return on_device(last, self.device)
 
     def same_as(self, other: "SequenceLayout") -> bool:
-        """Whether both put the same documents at the same places.
-
-        It reads tensors, so it waits for a GPU: use it where a pass begins.
-        """
+        """Whether both put the same documents at the same places. Waits for the device."""
         if self.shape != other.shape:
             return False
         mine, theirs = ([n for n in x.lengths if n] for x in (self, other))
@@ -409,9 +406,7 @@ class SequenceLayout:
 
     @outside_inference_mode
     def split_by(self, position_ids: Tensor | None, *, every_break: bool = False) -> Self:
-        """The layout whose documents also start where positions do.
-
-        It reads tensors, so it waits for a GPU: use it where a pass begins.
+        """The layout whose documents also start where positions do. Waits for the device.
 
         Args:
             position_ids: on the grid, or one row for all; None says nothing, and neither do those
