@@ -76,8 +76,7 @@ def cached_attention(
             gives 0.
         scale: of the scores, by default `P ** -0.5`.
         impl: see `nemotron_v3.ops`. "auto" takes PyTorch's kernels for one token a row, and in 16
-            bits on a GPU for long prompts: onto an empty cache at a few fixed sizes, behind other
-            tokens of one row in blocks of keys.
+            bits on a GPU for long prompts onto an empty cache, at a few fixed sizes.
 
     Returns:
         `[T, H, P]` in `q`'s dtype.
@@ -104,8 +103,7 @@ def cached_attention(
         run = _MASKED.pick(impl, (q,))
         return run(q, keys, values, mask=mask, layout=layout, scale=scale).to(q.dtype)
     one_token = layout.uniform_length == 1
-    is_tail = rows == 1 and starts[0] > 0 and T >= long.LONG and long.takes(q)
-    form = "portable" if impl == "auto" and (one_token or is_tail) else impl
+    form = "portable" if impl == "auto" and one_token else impl
     run = _OP.pick(form, (q, keys, values), H, J, P, scale)
     runs = None
     if impl in ("auto", "portable") and long.takes(q) and not any(starts):

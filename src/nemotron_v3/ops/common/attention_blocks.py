@@ -116,12 +116,10 @@ class Planned:
 
 def takes(q: Tensor) -> bool:
     """Whether a kernel of PyTorch's attends to blocks for such queries."""
-    if torch.compiler.is_compiling() or not q.is_floating_point():
-        return False
-    if q.is_cpu:
-        return True
-    narrow = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    # Not on a GPU yet: in a model of 32 query and 2 key heads the segments'
+    # gradients of q, k and v were wrong by up to 87 % there, while each kernel alone, of 8 and 2
+    # heads, held the rule. The cause is not known.
+    return q.is_cpu and q.is_floating_point() and not torch.compiler.is_compiling()
 
 
 def attend_after(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
