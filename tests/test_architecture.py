@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         "model layers parallel checkpoint data adapters verify layout config ops chat pages"
     ),
     # generation: a score's log-probabilities, and answers of tasks. train: the processes that
-    # torchrun has made, and the signals that ask them to end.
-    "evaluation": rooms("model layout cache checkpoint generation data config chat train"),
+    # torchrun has made, and the signals that ask them to end. pages: what a page is made of.
+    "evaluation": rooms("model layout cache checkpoint generation data config chat train pages"),
     "hf": ROOMS - {"cli", "train", "recipes", "nemo", "pages"},
     # Not hf: NeMo AutoModel pins a transformers of its own, which hf may not take.
     "nemo": rooms("layers ops layout"),

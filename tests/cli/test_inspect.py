@@ -161,3 +161,35 @@ def test_a_broken_file_is_named(tmp_path):
 def test_options_are_checked(options, told):
     with pytest.raises(ValueError, match=told):
         inspect("nemotron-h-8b", **options)
+
+
+def test_rows_that_fit_a_memory(capsys):
+    inspect("nemotron-3-nano-30b", memory="141GB", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["memory"] == 141_000_000_000
+    rows = {int(length): fit for length, fit in told["rows_that_fit"].items()}
+    assert list(rows) == sorted(rows) and list(rows.values()) == sorted(rows.values(), reverse=True)
+    assert rows[1024] >= 512 and 16 <= rows[131072] <= 64
+    inspect("nemotron-3-nano-30b", memory="40GB")
+    assert figures(capsys.readouterr().out)["1,024"] == "none"
+    with pytest.raises(ValueError, match="give one of them"):
+        inspect("nemotron-3-nano-30b", memory="40GB", device="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no such NVIDIA GPU"):
+            inspect("nemotron-3-nano-30b", device="cuda")
+
+
+def test_what_a_row_takes():
+    from nemotron_v3.generation.graphs.memory import ASIDE, row_bytes, rows_that_fit
+
+    config = NemotronV3Config.preset("nemotron-3-nano-30b")
+    bf16 = torch.bfloat16
+    longer = row_bytes(config, bf16, 8192) - row_bytes(config, bf16, 4096)
+    assert longer == 6 * 1024 * 2 * 4096  # 6 KiB a token, in the graph and in the cache
+    states = cost.ssm_state_bytes(config) + cost.conv_state_bytes(config, bf16)
+    assert 45e6 < states < 55e6 and row_bytes(config, bf16, 1) > 2 * states
+    rest = ASIDE + cost.checkpoint_bytes(config, bf16)
+    each = row_bytes(config, bf16, 1024)
+    found = [rows_that_fit(config, bf16, 1024, rest + rows * each) for rows in (1, 3, 63, 64, 100)]
+    assert found == [1, 2, 32, 64, 96]
+    assert rows_that_fit(config, bf16, 1024, rest + each - 1) == 0

@@ -58,7 +58,8 @@ def test_every_token_is_predicted_once_an_epoch(folder, contents, rows):
     expected = Counter(pair for document in documents for pair in pairwise(document))
     with packed(folder, texts_of(folder, contents), tokens_per_row=T, rows=rows) as data:
         steps = list(data)
-        assert len(steps) == data.total_steps()
+        assert data.total_steps(at_most=len(steps) - 1) == len(steps) - 1
+        assert len(steps) == data.total_steps() == data.total_steps(at_most=len(steps) + 1)
         report = data.report()
     found = [row for step in steps for row in step]
     assert Counter(pair for row in found for pair in predictions(row)) == expected

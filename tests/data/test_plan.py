@@ -67,7 +67,8 @@ def test_every_piece_is_in_each_epoch_once(sizes, seed):
     made = make(sizes, seed=seed, epochs=3)
     rows = all_rows(made)
     assert Counter(i for row in rows for i in row) == dict.fromkeys(range(len(sizes)), 3)
-    assert made.total_rows() == len(rows)
+    assert made.total_rows() == len(rows) == made.total_rows(at_most=len(rows) + 1)
+    assert made.total_rows(at_most=len(rows) - 1) == len(rows) - 1
 
 
 @given(

@@ -1,5 +1,9 @@
 """This package's models in lm-evaluation-harness, against the harness's own class."""
 
+import contextlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -94,3 +98,38 @@ def test_shared_prefixes_change_no_figure_and_save_two_thirds_of_a_5_shot_task(f
     assert_same(run(shared, tasks, TASKS[:1]), run(alone, tasks, TASKS[:1]))
     assert shared.asked == alone.asked == alone.computed
     assert shared.computed <= alone.computed / 3
+
+
+def test_requests_that_were_answered_are_not_asked_again(folder, tasks, tmp_path, monkeypatch):
+    from nemotron_v3.evaluation import Candidate, EvalOptions, TaskOptions, evaluate
+    from nemotron_v3.evaluation import run as running
+    from nemotron_v3.evaluation.forks import Forks
+    from nemotron_v3.train.interrupts import Stopped
+
+    asked = TaskOptions(("local_choices", "local_answers"), include_path=tasks, batch_size=4)
+    options, passes = EvalOptions(tasks=asked, device="cpu"), []
+    forward = Forks._pass
+    monkeypatch.setattr(Forks, "_pass", lambda self, *a: passes.append(1) or forward(self, *a))
+    whole = evaluate([Candidate(folder)], options).checkpoints[0]
+    total = len(passes)
+    passes.clear()
+    out = tmp_path / "e.json"
+    with monkeypatch.context() as patch:
+        noted = contextlib.nullcontext(lambda: 15 if len(passes) > total // 2 else 0)
+        patch.setattr(running, "noted_signals", lambda: noted)
+        with pytest.raises(Stopped):
+            evaluate([Candidate(folder)], options, out)
+    passes.clear()
+    again = evaluate([Candidate(folder)], options, out, resume=True).checkpoints[0]
+    assert again.tasks == whole.tasks and again.seconds is None
+    assert again.tokens_asked < whole.tokens_asked and len(passes) < total
+    assert not out.with_name("e.json.partial").exists()
+
+
+def test_the_harness_knows_this_class_by_name_and_its_own_still():
+    script = (
+        "from nemotron_v3.evaluation import harness; from lm_eval.api.registry import "
+        "get_model; assert get_model('nemotron-v3') is harness.NemotronV3LM; get_model('dummy')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ mamba2 = import_module("nemotron_v3.ops.decode_mamba2.kernels")
 sampling = import_module("nemotron_v3.ops.sampling.kernels.launch")
 
 OTHERS = {"positions": "*i64", "active": "*i1"}
-OTHERS |= dict.fromkeys(("R", "V", "n", "stride", "blocks", "parts", "places"), "i32")
+OTHERS |= dict.fromkeys(("R", "V", "n", "stride", "blocks", "parts", "places", "level"), "i32")
 OTHERS |= dict.fromkeys(("drawn", "top_k"), "*i64") | {"seen": "*u8"}
 OTHERS |= dict.fromkeys(
     ("uniform", "stats", "floors", "table", "tables", "records", "kept"), "*fp64"
@@ -78,7 +78,7 @@ def combine() -> dict[str, int]:
 
 def sample(kernel: Any, **constants: Any) -> dict[str, int]:
     """With everything asked for, over the 131 072 words of Nemotron-3."""
-    asked = ("PENALIZED", "FLOORED", "CUT", "SAMPLED", "BY_K", "BY_P", "LOGGED", "COUNTED")
+    asked = ("PENALIZED", "FLOORED", "CUT", "SAMPLED", "BY_K", "BY_P", "LOGGED", "COUNTED", "FIRST")
     constants |= dict.fromkeys(asked, True)
     constants |= {"SIZE": 8192, "ROWS": 8, "COLUMNS": 1024, "BLOCK_C": 16}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
@@ -95,7 +95,7 @@ def main() -> None:
         "mamba2, many slots": step(64 * 64),
         "sampling, largest": sample(sampling.passes.stats_kernel),
         "sampling, scaled": sample(sampling.passes.scale_kernel),
-        "sampling, searched": sample(sampling.passes.descend_kernel, QUERY=2, PREVIOUS=1, LEVEL=1),
+        "sampling, searched": sample(sampling.passes.descend_kernel, QUERY=2, PREVIOUS=1),
         "sampling, finished": sample(sampling.finish.finish_kernel),
     }
     print(json.dumps(found))

@@ -14,6 +14,7 @@ import torch
 from nemotron_v3 import NemotronHybridCache, NemotronV3Config, NemotronV3ForCausalLM
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
+from nemotron_v3.ops.skinny_linear import LowRank, Norm, skinny_linear
 from tests.kernels.compiled_calls import launches, needs
 
 # Bytes of shared memory that one program may have.
@@ -38,17 +39,35 @@ NANO = {
 }
 
 
-def step(rows: int, dtype: torch.dtype) -> list:
-    """The launches of one step: sources and options."""
+def step(rows: int, dtype: torch.dtype, rank: int = 0) -> list:
+    """The launches of one step: sources and options. With a rank also of low-rank updates."""
     found: list = []
     with torch.device("meta"):
         model = NemotronV3ForCausalLM(NemotronV3Config(**NANO, dtype=dtype)).eval()
+        if rank:
+            model.model.layers[2].mixer.experts.add_low_rank(rank)
         cache = NemotronHybridCache(model.config, rows, dtype, "meta")
         plan = Plan(model, Slots(cache, rows, CAPACITY))
         with launches(found), torch.no_grad():
             for call in plan.calls:
                 call()
+            if rank:
+                _updated_projections(rows, dtype, rank)
     return found
+
+
+def _updated_projections(rows: int, dtype: torch.dtype, rank: int) -> None:
+    """q, k and v behind a norm, and an output behind a norm of groups, each with an update."""
+    for x_dtype, n, outputs, group in (
+        (dtype, 2688, (4096, 256, 256), 0),
+        (torch.float32, 4096, (2688,), 512),
+    ):
+        x = torch.empty(rows, n, dtype=x_dtype)
+        weights = [torch.empty(m, n, dtype=dtype) for m in outputs]
+        a, out = torch.empty(rank, n), torch.empty(rows, sum(outputs), dtype=dtype)  # a, b in fp32
+        updates = tuple(LowRank(a, torch.empty(m, rank), 1.0) for m in outputs)
+        norm = Norm(torch.empty(n, dtype=dtype), 1e-5, group)
+        skinny_linear(x, *weights, norm=norm, low_rank=updates, out=out)
 
 
 def main(architecture: int, numbers: list[int]) -> None:
@@ -63,9 +82,9 @@ def main(architecture: int, numbers: list[int]) -> None:
         patch.object(launchers[0], "shared_memory", lambda device: SHARED[architecture]),
         patch.object(launchers[1], "shared_memory", lambda device: SHARED[architecture]),
     ):
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in numbers if dtype == torch.bfloat16 else numbers[:2]:
-                for source, options in step(rows, dtype):
+        for dtype, rank in ((torch.bfloat16, 0), (torch.float32, 0), (torch.bfloat16, 16)):
+            for rows in numbers if (dtype, rank) == (torch.bfloat16, 0) else numbers[:2]:
+                for source, options in step(rows, dtype, rank):
                     key = (source.hash(), tuple(sorted(options.items())))
                     if key not in made:
                         used = needs(source, options, architecture)

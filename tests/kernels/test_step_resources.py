@@ -14,11 +14,9 @@ pytest.importorskip("triton")
 # keeps a cursor of its choices there.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SPILLED = 32  # bytes a thread, of a single value around a loop
-# Attention over fp32 keys spills a little of its queries.
-EXCEPTIONS = {("parts_kernel", "torch.float32"): 400}
 KERNELS = {
     *("linear_kernel", "step_kernel", "parts_kernel", "combine_kernel", "route_kernel"),
-    *("up_kernel", "down_kernel"),
+    *("up_kernel", "down_kernel", "thin_kernel"),
 }
 
 
@@ -47,6 +45,5 @@ def test_a_step_fits(architecture, rows):
     found = json.loads(done.stdout.splitlines()[-1])
     assert {needs["kernel"] for needs in found} >= KERNELS
     for needs in found:
-        most = EXCEPTIONS.get((needs["kernel"], needs["dtype"]), SPILLED)
         assert needs["shared"] <= SHARED[architecture], needs
-        assert needs["spilled"] <= most, needs
+        assert needs["spilled"] <= SPILLED, needs

@@ -87,5 +87,6 @@ def saved(model: NemotronHForCausalLM, folder: Path) -> Path:
     """The folder with what AutoModel's own adapter makes of the weights, and the config."""
     state = model.state_dict_adapter.to_hf(dict(model.state_dict()))
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    model.config.architectures = ["NemotronHForCausalLM"]
     model.config.save_pretrained(folder)
     return folder

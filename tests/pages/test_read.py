@@ -70,7 +70,8 @@ def test_missing_files_and_columns_are_told(tmp_path):
     folder = write_run(tmp_path / "run", lines)
     (folder / "train.toml").unlink()
     (folder / "run.json").write_text("{}")
-    told = " ".join(run_page(read_run(folder)).notices)
+    page = run_page(read_run(folder))
+    told = " ".join([*page.notices, *page.missing])
     missing = ("learning rate", "gradient norm", "tokens", "speed", "MFU", "validation")
     for what in ("train.toml is missing", "run.json is no list", "by kind of block"):
         assert what in told

@@ -15,8 +15,8 @@ from nemotron_v3.parallel import Plan, by_mesh, clip_gradients_, gradient_norm, 
 from tests.models import disturb, tiny_model
 
 LENGTHS = (23, 9, 0, 17, 5, 31, 2, 12)  # tokens of each process; one has none
-FEW = {"n_routed_experts": 8, "num_experts_per_tok": 6}
-MANY = {"n_routed_experts": 32, "num_experts_per_tok": 22}
+FEW = {"n_routed_experts": 8, "num_experts_per_tok": 6}  # of 97 words, which nothing divides
+MANY = {"n_routed_experts": 32, "num_experts_per_tok": 22, "vocab_size": 96}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def batch_of(rank: int) -> dict[str, Tensor]:
     """Tokens of two documents, or none."""
     length = LENGTHS[rank]
     generator = torch.Generator().manual_seed(100 + rank)
-    ids = torch.randint(0, 97, (length,), generator=generator)
+    ids = torch.randint(0, 96, (length,), generator=generator)
     first = length // 3
     lengths = torch.tensor([0, first, length], dtype=torch.int32)
     return {"input_ids": ids, "labels": ids.clone(), "cu_seqlens": lengths}

@@ -1,6 +1,7 @@
 """What processes of a context-parallel group do in the tests: their share against the whole."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from nemotron_v3.parallel.agreement import Disagreement
 from nemotron_v3.parallel.context import context_parallel
 from nemotron_v3.parallel.context_carry import ContextCarry
 from nemotron_v3.parallel.shares import Shares
+from nemotron_v3.parallel.token_group import share_tokens
 from tests.models import tiny_model, tokens
 
 EXACT = 1e-12  # of each tensor's largest entry, in fp64
@@ -139,6 +141,37 @@ def disagreeing(rank: int) -> None:
     with pytest.raises(Disagreement, match="the layout"):
         other(ids, labels=ids)
     assert bool(shared(ids, labels=ids).isfinite())
+
+
+def documented(rank: int) -> None:
+    """A layer that was given a group is called with cp_size and cp_rank, and the offsets of all."""
+    torch.set_default_dtype(torch.float64)
+    size = dist.get_world_size()
+    x = torch.randn(1, 22, 48, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, 9, 22])
+    for block in tiny_model("M*E").double().model.layers:
+        wanted = block.mixer(x, cu_seqlens=offsets)
+        with pytest.raises(ValueError, match="no context-parallel group"):
+            block.mixer(x, cu_seqlens=offsets, cp_size=size, cp_rank=rank)
+        shares = share_tokens(block, dist.group.WORLD, "zigzag").shares(
+            SequenceLayout.from_lengths([9, 13])
+        )
+        own = x[:, shares.index]
+        told = {"cp_size": size, "cp_rank": rank}
+        y = block.mixer(own, cu_seqlens=offsets, **told)
+        close(y, wanted[:, shares.index], "a call of a mixer")
+        y = block(own, cu_seqlens=offsets, cp_size=size)
+        close(y, block(x, cu_seqlens=offsets)[:, shares.index], "a call of a block")
+        for wrong, message in (
+            ({"cu_seqlens": offsets, "cp_size": size + 1}, "the layer's group has"),
+            ({"cu_seqlens": offsets, **told, "cp_rank": rank + 1}, "this is number"),
+            (told, "need cu_seqlens or a layout of all"),
+            ({"cu_seqlens": torch.tensor([0, 9, 40]), **told}, "give those, packed"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                block.mixer(own, **wrong)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(block.mixer)))
+        assert copied.token_group is None
 
 
 def sending(rank: int) -> None:

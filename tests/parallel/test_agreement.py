@@ -1,12 +1,20 @@
 """What processes refuse to do together: on all of them, before anything is changed."""
 
+import re
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from nemotron_v3 import NemotronV3ForCausalLM, from_pretrained, save_pretrained
+from nemotron_v3.checkpoint import load_parts
+from nemotron_v3.checkpoint.reader import Checkpoint
 from nemotron_v3.parallel import Plan, parallelize
 from nemotron_v3.parallel.agreement import Disagreement
-from tests.models import tiny_model
+from tests.models import tiny_config, tiny_model
 from tests.parallel.processes import run
 
 
@@ -38,9 +46,59 @@ def refusals(rank: int) -> None:
     refused(spread, Plan(ep=2), ValueError, "spread over processes already")
 
 
+def from_the_meta_device(rank: int) -> None:
+    """What one process draws with the first one's seed, in parts."""
+    torch.manual_seed(0)
+    alone = NemotronV3ForCausalLM(tiny_config("ME*E", moe_latent_size=28))
+    for plan in (Plan(ep=2), Plan()):
+        model = bare(plan, moe_latent_size=28)
+        torch.manual_seed(rank)
+        model.init_weights()
+        torch.manual_seed(0)
+        alone.init_weights()
+        for (name, found), drawn in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(found.full_tensor(), drawn), name
+
+
+def bare(plan: Plan, **changes) -> NemotronV3ForCausalLM:
+    """A spread model with what was in memory."""
+    with torch.device("meta"):
+        model = NemotronV3ForCausalLM(tiny_config("ME*E", **changes))
+    return parallelize(model, plan, device_type="cpu").to_empty(device="cpu")
+
+
+def parts_of(folder: Path, rank: int) -> None:
+    """Each process reads the experts that are its own, and what it has of other tensors."""
+    alone, read = from_pretrained(folder), []
+    for plan in (Plan(ep=2), Plan(dp_replicate=2, dp_shard=1), Plan()):
+        model = bare(plan)
+        read.clear()
+        copy_to = Checkpoint.copy_to
+
+        def noting(self, name, target, copy_to=copy_to):
+            read.append(name)
+            copy_to(self, name, target)
+
+        Checkpoint.copy_to = noting
+        load_parts(model, folder)
+        Checkpoint.copy_to = copy_to
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, tensor in (dict(alone.named_parameters()) | dict(alone.named_buffers())).items():
+            found = tensors[name]
+            found = found.full_tensor() if isinstance(found, DTensor) else found
+            assert torch.equal(found, tensor) and found.dtype == tensor.dtype, name
+        experts = {int(m[1]) for n in read if (m := re.search(r"\.experts\.(\d+)\.", n))}
+        if plan.ep == 2:
+            assert experts == set(range(4 * rank, 4 * rank + 4))
+    with torch.device("meta"), pytest.raises(ValueError, match="has no storage"):
+        load_parts(NemotronV3ForCausalLM(tiny_config("ME*E")), folder)
+
+
 @pytest.mark.integration
-def test_processes_that_differ_are_named_on_all_of_them():
-    run([refusals], 2)
+def test_processes_that_differ_are_named_on_all_of_them(tmp_path):
+    """And what they begin with where they do not: drawn, or read."""
+    save_pretrained(tiny_model("ME*E"), tmp_path)
+    run([refusals, from_the_meta_device, partial(parts_of, tmp_path)], 2)
 
 
 def test_one_process_alone_is_told_to_start_others():

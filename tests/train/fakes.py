@@ -20,8 +20,9 @@ class MadeUp:
         self.step = 0
         self.largest_token = VOCAB - 1
 
-    def total_steps(self) -> int | None:
-        return None if self.options.epochs is None else round(10 * self.options.epochs)
+    def total_steps(self, at_most: int | None = None) -> int | None:
+        there = None if self.options.epochs is None else round(10 * self.options.epochs)
+        return there if there is None or at_most is None else min(there, at_most)
 
     def row(self, number: int) -> PackedRow:
         T = self.options.tokens_per_row

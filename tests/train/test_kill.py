@@ -79,7 +79,7 @@ def test_a_run_killed_at_twenty_moments_goes_on_to_the_bit(options, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 3), ("fsdp", 3)])
 def test_processes_killed_at_random_moments_go_on_to_the_bit(options, tmp_path, parallel, size):
     asked = options(schedule=ScheduleOptions(steps=8), save=SaveOptions(every=1), parallel=parallel)
     kill_at_random(asked, tmp_path / "whole", moments=2, seed=size, size=size)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from nemotron_v3.train import update
 from nemotron_v3.train.eight_bit import EightBitAdamW, block_of
 from nemotron_v3.train.optimizer import RoundedAdamW, make_optimizer
 from nemotron_v3.train.options import OptimizerOptions
+from tests.accuracy import relative_error
 from tests.models import tiny_model, tokens
 
 OPTIONS = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)
@@ -64,6 +66,52 @@ def test_an_update_of_bf16_weights_is_pytorchs_in_fp32_then_rounded(rounding):
             assert torch.equal(p, wide[name].bfloat16())
         if rounding == "master" and p.dtype == torch.bfloat16:
             assert torch.equal(optimizer.state[p]["master"], wide[name])
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "master", "nearest"])
+def test_the_pass_of_a_gpu_makes_the_update_of_the_others(rounding, monkeypatch):
+    """Not compiled here; over three steps, of chunks, with gradients that are shortened."""
+    monkeypatch.setattr(update, "CHUNK", 100)
+    made, gradients = [], []
+    for by_pass in (False, True):
+        model = models(torch.bfloat16)
+        optimizer = make_optimizer(model, replace(OPTIONS, bf16_weights=rounding), 0)
+        optimizer.scale = 0.25
+        if by_pass:
+            optimizer._update = optimizer._update_on_gpu
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            gradients.append([p.grad for p in model.parameters()])
+            versions = [p._version for p in model.parameters()]
+            optimizer.step()
+            moved = zip(versions, model.parameters(), strict=True)
+            assert not by_pass or all(p._version > version for version, p in moved)
+        made.append((model, optimizer))
+    (first, one), (second, other) = made
+    true = [nn.Parameter(p.detach().double()) for p in models(torch.bfloat16).parameters()]
+    decays = {p: g["weight_decay"] for g in one.param_groups for p in g["params"]}
+    groups = [
+        {"params": [t], "weight_decay": decays[p]}
+        for t, p in zip(true, first.parameters(), strict=True)
+    ]
+    exact = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIONS.betas)
+    for each in gradients[:3]:
+        for t, gradient in zip(true, each, strict=True):
+            t.grad = 0.25 * gradient.double()
+        exact.step()
+    for p, q, t in zip(first.parameters(), second.parameters(), true, strict=True):
+        state, same = one.state[p], other.state[q]
+        assert state.keys() == same.keys() and state["step"] == same["step"] == 3
+        exact.state[t]["master"] = t
+        for name in state.keys() - {"step", "count"}:
+            errors = [relative_error(s[name], exact.state[t][name]) for s in (same, state)]
+            assert errors[0] <= 2 * errors[1] + torch.finfo(torch.float32).eps / 2, name
+        torch.testing.assert_close(p, q)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    apart = torch.cat([(p != q).flatten() for p, q in pairs if p.dtype == torch.bfloat16])
+    assert apart.float().mean() < 1e-3  # on the other side of a rounding
 
 
 def test_frozen_parameters_have_no_state():

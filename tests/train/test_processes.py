@@ -77,7 +77,7 @@ def test_processes_train_the_adapter_that_one_does(asked, parallel):
         assert torch.allclose(written[1][name], tensor, atol=1e-4), name
 
 
-@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])
 def test_killed_processes_go_on_to_the_bit(asked, parallel, size):
     whole = asked("whole", parallel=parallel)
     run(whole, size)

@@ -4,6 +4,7 @@ from nemotron_v3.checkpoint.audit import audit
 from nemotron_v3.checkpoint.convert import Conversion, convert, plan_conversion
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.load import from_pretrained
+from nemotron_v3.checkpoint.load_parts import load_parts
 from nemotron_v3.checkpoint.merge import merge_adapter
 from nemotron_v3.checkpoint.names import CheckpointOrigin, LoadReport
 from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ __all__ = [
     "audit",
     "convert",
     "from_pretrained",
+    "load_parts",
     "merge_adapter",
     "open_checkpoint",
     "plan_conversion",

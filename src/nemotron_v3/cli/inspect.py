@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +34,8 @@ RELEASED = (
     "nemotron-3.5-lightning",
 )
 
+LENGTHS = (1024, 8192, 32768, 131072, 1048576)  # of rows that are to fit a memory
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -48,6 +50,16 @@ class Inspect:
     """tokens in the sequence that FLOPs and state are counted for"""
     dtype: Annotated[str, Choices(tuple(DTYPES))] = "bfloat16"
     """of weights, keys and values: bfloat16, float16, float32 or float64 (bf16, fp16, ...)"""
+    plan: str | None = None
+    """also what training on several GPUs takes of each, such as gpus=8,ep=4: gpus, and ep or
+    dp_replicate beside it; with --seq-len tokens a GPU in a pass"""
+    moments: Literal["float32", "8bit"] = "float32"
+    """of the optimiser, for --plan"""
+    device: str | None = None
+    """a GPU by its name (h100, h200, b200), or one that is here (cuda, cuda:1): also how many rows
+    of how many tokens it holds in generation, and what --plan leaves of it"""
+    memory: str | None = None
+    """in the place of --device, the memory of a GPU, such as 80GB"""
     json: bool = False
     """print one JSON object"""
 
@@ -62,10 +74,21 @@ class Inspect:
             raise ValueError(f"seq_len is {self.seq_len}: give at least 1 token")
         config = read_target(self.target)
         costs = costs_of(config, self.seq_len, dtype)
+        memory = self._memory()
+        if memory is not None:
+            costs |= {"memory": memory, "rows_that_fit": rows_of(config, dtype, memory)}
+        if self.plan is not None:
+            from nemotron_v3.cli.inspect_plan import costs_of_plan, plan_table
+
+            costs["plan"] = costs_of_plan(config, self.plan, self.seq_len, dtype, self.moments)
         if self.json:
             print(json.dumps(costs, indent=2))
             return
         tables = [layers_table(costs), totals_table(costs, config)]
+        if memory is not None:
+            tables.append(rows_table(costs))
+        if self.plan is not None:
+            tables.append(plan_table(self.plan, costs["plan"], self.seq_len, memory))
         if self.target not in PRESETS and has_weights(Path(self.target)):
             tables += weight_tables(Path(self.target), dtype)
         console = console_for(*tables)
@@ -73,6 +96,48 @@ class Inspect:
         console.print(layers, markup=False, soft_wrap=True)
         for table in tables:
             console.print(table)
+
+    def _memory(self) -> int | None:
+        """Bytes of the GPU that is asked about."""
+        import torch
+
+        from nemotron_v3.checkpoint.spelling import parse_size
+        from nemotron_v3.cli.inspect_plan import DEVICES
+
+        if self.memory is not None:
+            if self.device is not None:
+                raise ValueError("--device and --memory say the same thing: give one of them")
+            return parse_size(self.memory)
+        if self.device is None:
+            return None
+        if self.device in DEVICES:
+            return DEVICES[self.device] * 2**30
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type != "cuda" or not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {self.device}: there is no such NVIDIA GPU here; give "
+                f"{', '.join(DEVICES)}, or its memory: --memory 80GB"
+            )
+        return torch.cuda.get_device_properties(device).total_memory
+
+
+def rows_of(config: "NemotronV3Config", dtype: "torch.dtype", memory: int) -> dict[int, int]:
+    """Rows that fit, by tokens a row."""
+    from nemotron_v3.generation.graphs.memory import rows_that_fit
+
+    lengths = sorted({min(n, config.max_position_embeddings) for n in LENGTHS})
+    return {length: rows_that_fit(config, dtype, length, memory) for length in lengths}
+
+
+def rows_table(costs: dict[str, Any]) -> "Table":
+    table = new_table("tokens a row", f"rows in {_bytes(costs['memory'])}")
+    table.columns[1].justify = "right"
+    for length, rows in costs["rows_that_fit"].items():
+        table.add_row(f"{length:,}", f"{rows:,}" if rows else "none")
+    return table
 
 
 def read_target(target: str) -> "NemotronV3Config":

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ VERBS = {
     "inspect": "Inspect",
     "report": "Report",
     "train": "Train",
+    "warm": "Warm",
     "completion": "Completion",
 }
 
@@ -130,7 +132,11 @@ def _plain(frame: str) -> str:
             sections.append([])
         elif text:
             sections[-1].append(text)
-    title, *sentences = [" ".join(section).rstrip(".") for section in sections if section]
+    # An option is called as it is given: what tyro wraps around the verbs has a name of its own.
+    inner = re.compile(r"Error parsing __tyro-dummy-inner__\S*: ")
+    title, *sentences = [
+        inner.sub("", " ".join(section)).rstrip(".") for section in sections if section
+    ]
     if sentences and sentences[0].lower().startswith(title.lower()):
         return ". ".join(sentences)
     return f"{title}: {'. '.join(sentences)}"

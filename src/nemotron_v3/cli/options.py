@@ -120,18 +120,21 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
-    """The marks of an annotation, and the type of one value, without None and tuples.
-
-    Of several types it is the one with words to complete, as of `int | Literal["auto"]`.
-    """
+    """The marks of an annotation, and the type of one value, without None and tuples."""
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         more, inner = _unwrap(inner)
         return (*marks, *more), inner
     if get_origin(hint) in (Union, types.UnionType):
         choices = [choice for choice in get_args(hint) if choice is not type(None)]
-        words = [choice for choice in choices if get_origin(choice) is Literal]
-        return _unwrap((words or choices)[0])
+        literals = [choice for choice in choices if get_origin(choice) is Literal]
+        if len(choices) == 1 or not literals:
+            return _unwrap(choices[0])
+        # Words beside a number: the words can be completed, the number is the user's.
+        (other,) = (choice for choice in choices if choice not in literals)
+        words = tuple(str(word) for literal in literals for word in get_args(literal))
+        marks, inner = _unwrap(other)
+        return (Choices(words), *marks), inner
     if get_origin(hint) is tuple:
         return _unwrap(get_args(hint)[0])
     return (), hint

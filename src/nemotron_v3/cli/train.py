@@ -77,7 +77,8 @@ class Train:
         from nemotron_v3.train.run import train
 
         try:
-            train(self.options, resume=self.resume, adapters=_adapters(self.options))
+            adapters = _adapters(self.options)
+            train(self.options, resume=self.resume, adapters=adapters, write_on=_write_on)
         except Stopped as stopped:
             print(f"nemotron-v3: interrupted: {stopped}", file=sys.stderr)
             sys.exit(128 + stopped.number)
@@ -98,6 +99,15 @@ def _named(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     if recipe is None and args and not args[0].startswith("-") and os.path.isdir(args[0]):
         recipe = Path(args[0])
     return recipe, files
+
+
+def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -> list[str]:
+    """The texts that a model in training puts behind prompts: its likeliest tokens."""
+    from nemotron_v3.generation import generate
+
+    told = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
+    found = [generate(model, prompt, **told).text for prompt in prompts]
+    return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
 
 
 def _adapters(options: TrainOptions) -> Any:

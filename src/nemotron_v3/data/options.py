@@ -52,7 +52,8 @@ class DataOptions:
         tokens_per_row: T, the places of a row; a longer document is cut.
         rows: rows of a step, over all ranks together.
         seed: of the order of the documents and rows.
-        epochs: how often the sources are gone through, also a fraction; None is without end.
+        epochs: how often the sources are gone through, also a fraction; inf, kept as None, is
+            without end.
         chat_template: a template's file, a folder that has one, or the template itself; needed
             where there are chats.
         train_on: in chats, whether only the assistant's own words are targets, or all tokens. Text
@@ -82,8 +83,10 @@ class DataOptions:
             )
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}: a step has at least 1")
+        if self.epochs == math.inf:
+            object.__setattr__(self, "epochs", None)
         if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs is {self.epochs}: give a positive number, or None")
+            raise ValueError(f"epochs is {self.epochs}: give a positive number, inf for no end")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: give 0 or more")
         _check_choice("train_on", self.train_on, TrainOn)

@@ -100,15 +100,20 @@ class PackedData:
         self._position = behind
         return rows
 
-    def total_steps(self) -> int | None:
+    def total_steps(self, at_most: int | None = None) -> int | None:
         """Steps from the first to the end, None where the epochs are without end.
 
-        It packs all epochs to know, at about a million documents in three seconds.
+        It packs all epochs to know, at about a million documents in three seconds; for who asks
+        whether there are `at_most`, so many of them as hold that number, which is given then.
         """
-        if self._total_steps is None:
-            rows = self._new_plan().total_rows()
-            self._total_steps = None if rows is None else ceil(rows / self.options.rows)
-        return self._total_steps
+        if self._total_steps is not None:
+            return self._total_steps if at_most is None else min(self._total_steps, at_most)
+        each = self.options.rows
+        rows = self._new_plan().total_rows(None if at_most is None else at_most * each)
+        steps = None if rows is None else ceil(rows / each)
+        if at_most is None or (steps is not None and steps < at_most):
+            self._total_steps = steps
+        return steps
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides about the token ids of every row, to be kept with a checkpoint."""

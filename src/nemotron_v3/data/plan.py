@@ -113,15 +113,18 @@ class RowPlan:
         # Of the last row that was taken: where the sequence ends, an epoch more may follow later.
         return taken, behind
 
-    def total_rows(self) -> int | None:
-        """Rows of the whole sequence, None where it is endless; packs all of it to know."""
+    def total_rows(self, at_most: int | None = None) -> int | None:
+        """Rows of the whole sequence, None where it is endless; packs all of it to know, or as much
+        of it as holds `at_most` rows, and gives that number then."""
         if self._epochs is None:
             return None
-        return sum(
-            len(self._packed(window))
-            for epoch in range(ceil(self._epochs))
-            for window in self._ordered(epoch)
-        )
+        rows = 0
+        for epoch in range(ceil(self._epochs)):
+            for window in self._ordered(epoch):
+                if at_most is not None and rows >= at_most:
+                    return at_most
+                rows += len(self._packed(window))
+        return rows if at_most is None else min(rows, at_most)
 
     def _is_over(self, epoch: int) -> bool:
         return self._epochs is not None and epoch >= self._epochs

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -26,6 +27,7 @@ from nemotron_v3.evaluation.options import WINDOW
 from nemotron_v3.evaluation.prefixes import LEAST_SAVED
 from nemotron_v3.evaluation.streaming import Scorer
 from nemotron_v3.evaluation.tally import Partial
+from nemotron_v3.evaluation.texts import Tell
 from nemotron_v3.generation import GenerationOptions, generate
 from nemotron_v3.generation.score import LOGITS_AT_ONCE
 from nemotron_v3.model.model import NemotronV3ForCausalLM
@@ -57,6 +59,7 @@ class NemotronV3LM(TemplateLM):
         share: whether what requests begin with in common is computed once.
         world: the processes that share the requests; None is this one alone.
         before_pass: called before every pass; what it raises ends the work.
+        tell: told the kind of request, and how many of how many are answered.
         max_batch_size: the harness gives it; there is no batch size to find out, and it counts for
             nothing.
 
@@ -83,6 +86,7 @@ class NemotronV3LM(TemplateLM):
         share: bool = True,
         world: World | None = None,
         before_pass: Callable[[], None] = lambda: None,
+        tell: Tell | None = None,
         max_batch_size: int | str | None = None,
     ):
         super().__init__()
@@ -112,6 +116,7 @@ class NemotronV3LM(TemplateLM):
         least = LEAST_SAVED if share else None
         self._forks = Forks(model, window, rows, least, before_pass)
         self._scorer, self._before_pass = Scorer(model, window), before_pass
+        self._tell: Tell = tell if tell is not None else lambda _kind, _done, _total: None
         self.asked = self._scored = 0
         names = {} if folder is None else read_special_tokens(folder)
         ids = {name: tokenizer.backend.token_to_id(text) for name, text in names.items()}
@@ -191,9 +196,12 @@ class NemotronV3LM(TemplateLM):
         self.asked += sum(map(len, fed))
         sums, greedy = [0.0] * len(requests), [True] * len(requests)
         answers = _Answers(requests, sums, greedy)
+        done = 0
         for pieces, complete in self._forks.feed(fed):
             for piece in pieces:
                 self._answer(piece, answers)
+            done += len(complete)
+            self._tell("loglikelihood", done, len(requests))
             for number in complete:
                 told = (sums[number], greedy[number])
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], told)
@@ -242,6 +250,7 @@ class NemotronV3LM(TemplateLM):
             self._scored += len(tokens) - 1
             results.append(-self._score(tokens) if len(tokens) > 1 else 0.0)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+            self._tell("loglikelihood_rolling", len(results), len(requests))
         return results
 
     def _score(self, tokens: Tensor) -> float:
@@ -262,7 +271,7 @@ class NemotronV3LM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to a stop string, an eos token or the most tokens."""
-        results = [""] * len(requests)
+        results, done = [""] * len(requests), 0
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -278,6 +287,7 @@ class NemotronV3LM(TemplateLM):
                 unfed = sum(map(len, rows)) - sum(cache.lengths)
                 self._scored += unfed
                 out = generate(self.model, rows, past_key_values=cache, **options)
+                done += len(rows)
                 for row, member in enumerate(members):
                     number = numbers[member]
                     new = out.sequences[row, out.prompt_lengths[row] : out.lengths[row]]
@@ -286,6 +296,7 @@ class NemotronV3LM(TemplateLM):
                         text = text.partition(stop)[0]
                     results[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                self._tell("generate_until", done, len(requests))
         return results
 
     def _generation_options(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -347,4 +358,6 @@ class _Answers:
         return asked
 
 
+# The harness lists its own classes when the first one is asked for, unless some are there already.
+assert lm_eval.models.MODEL_MAPPING, "imported for its list, before ours is put beside it"
 register_model("nemotron-v3")(NemotronV3LM)

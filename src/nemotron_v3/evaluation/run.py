@@ -82,8 +82,7 @@ def evaluate(
     _check_out(out, overwrite, resume)
     tell = tell if tell is not None and rank == 0 else _silent
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    if options.tasks is not None:
-        open_tasks(options.tasks)
+    manager = None if options.tasks is None else open_tasks(options.tasks)
     with contextlib.ExitStack() as stack:
         # Before the processes meet: the first one tokenises, which may take longer than they wait.
         subjects = [stack.enter_context(_opened(each, options, tell)) for each in candidates]
@@ -93,7 +92,7 @@ def evaluate(
         signal = stack.enter_context(noted_signals())
         around = Circumstances(world, journal, lambda: bool(signal()), tell)
         try:
-            results = _measure_all(subjects, options, around)
+            results = _measure_all(subjects, options, manager, around)
         except Interrupted:
             raise _stopped(signal(), out) from None
         told = Evaluation(
@@ -187,7 +186,7 @@ def _stores(
 
 
 def _measure_all(
-    subjects: Sequence[_Subject], options: EvalOptions, around: Circumstances
+    subjects: Sequence[_Subject], options: EvalOptions, manager: Any, around: Circumstances
 ) -> list[CheckpointResult]:
     names = unique_names([_spelling(subject.candidate) for subject in subjects])
     results = []
@@ -195,7 +194,7 @@ def _measure_all(
         world, journal = around.world, around.journal
         result = world.told(journal.finished(number) if world.first else None)
         if result is None:
-            result = _measure(subject, name, number, options, around)
+            result = _measure(subject, name, number, options, manager, around)
             if world.first:
                 alone = Evaluation([], [result], "", {}, {})
                 journal.finish(number, alone.to_dict()["checkpoints"][0])
@@ -204,7 +203,12 @@ def _measure_all(
 
 
 def _measure(
-    subject: _Subject, name: str, number: int, options: EvalOptions, around: Circumstances
+    subject: _Subject,
+    name: str,
+    number: int,
+    options: EvalOptions,
+    manager: Any,
+    around: Circumstances,
 ) -> CheckpointResult:
     """The result of one checkpoint, whose model is in memory only here."""
     candidate, device = subject.candidate, around.world.device
@@ -231,9 +235,8 @@ def _measure(
             model, subject.encoder, subject.stores, options, key, f"{name}: ", around
         )
     if options.tasks is not None:
-        around.tell(f"{name}: tasks", 0, 1)
-        run_tasks(model, candidate, options.tasks, options.window, result, number, around)
-        around.tell(f"{name}: tasks", 1, 1)
+        window = options.window
+        run_tasks(model, candidate, options.tasks, manager, window, result, number, around)
     result.seconds = time.perf_counter() - started if whole else None
     del model
     gc.collect()

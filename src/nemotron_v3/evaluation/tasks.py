@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness, and its figures as this package keeps them."""
 
+import contextlib
 import difflib
 import math
 from typing import TYPE_CHECKING, Any
@@ -26,20 +27,27 @@ def open_tasks(options: TaskOptions) -> "TaskManager":
         raise ValueError(
             f"tasks need lm-evaluation-harness ({error}): pip install 'nemotron-v3[eval]'"
         ) from None
-    folder = options.include_path
+    folder, names = options.include_path, list(options.names)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"include_path {folder} is no folder")
+    if folder is not None:
+        # Listing the harness's own tasks takes ten seconds: only where they are needed.
+        alone = TaskManager(include_path=folder, include_defaults=False)
+        with contextlib.suppress(Exception):  # definitions may build on the harness's own
+            if all(alone.match_tasks([name]) for name in names):
+                alone.load(names)
+                return alone
     manager = TaskManager(include_path=folder)
-    for name in options.names:
+    for name in names:
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             told = f"; the nearest are {', '.join(near)}" if near else ""
             raise ValueError(f"the harness has no task {name!r}{told}")
     try:
-        manager.load(list(options.names))
+        manager.load(names)
     except Exception as error:  # whatever a task's own code, or the loading of its data, raises
         told = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"the tasks {', '.join(options.names)} cannot be read: {told}") from error
+        raise ValueError(f"the tasks {', '.join(names)} cannot be read: {told}") from error
     return manager
 
 
@@ -47,6 +55,7 @@ def run_tasks(
     model: NemotronV3ForCausalLM,
     candidate: Candidate,
     options: TaskOptions,
+    manager: "TaskManager",
     window: int,
     result: CheckpointResult,
     number: int,
@@ -58,6 +67,7 @@ def run_tasks(
         model: of the candidate.
         candidate: whose tokenizer and chat template are taken.
         options: the tasks.
+        manager: what `open_tasks` gives.
         window: tokens of a pass.
         result: of the checkpoint.
         number: of the checkpoint in the evaluation.
@@ -84,6 +94,7 @@ def run_tasks(
         batch_size=options.batch_size,
         world=around.world,
         before_pass=go_on,
+        tell=lambda kind, done, total: around.tell(f"{result.name}: {kind}", done, total),
     )
     limit = options.limit
     found = simple_evaluate(
@@ -96,7 +107,7 @@ def run_tasks(
         fewshot_as_multiturn=options.fewshot_as_multiturn,
         fewshot_random_seed=options.seed,
         use_cache=around.journal.answers(number),
-        task_manager=open_tasks(options),
+        task_manager=manager,
         log_samples=False,
     )
     answers = harness_model.cache_hook.dbdict

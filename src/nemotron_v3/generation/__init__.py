@@ -5,6 +5,7 @@ from nemotron_v3.generation.chat import Chat
 from nemotron_v3.generation.engine import GenerationOutput, StreamedToken, generate, stream
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.score import score
+from nemotron_v3.generation.warm import warm
 
 __all__ = [
     "Chat",
@@ -15,4 +16,5 @@ __all__ = [
     "generate",
     "score",
     "stream",
+    "warm",
 ]

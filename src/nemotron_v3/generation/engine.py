@@ -275,14 +275,16 @@ class _Run:
         """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
         longest = max(map(len, self.unfed))
         chunk = self.options.prefill_chunk or longest
-        after: dict[int, Tensor] = {}
+        ended, parts = list[int](), list[Tensor]()
         for start in range(0, longest, chunk):
             pieces = [tokens[start : start + chunk] for tokens in self.unfed]
             ending = [
                 row for row, tokens in enumerate(self.unfed) if start < len(tokens) <= start + chunk
             ]
-            after.update(zip(ending, self._feed(self.cache, pieces, ending), strict=True))
-        logits = torch.stack([after[row] for row in range(len(self.unfed))])
+            parts.append(self._feed(self.cache, pieces, ending))
+            ended += ending
+        order = sorted(range(len(ended)), key=ended.__getitem__)
+        logits = torch.cat(parts).index_select(0, torch.tensor(order, device=self.device))
         if self.options.num_return_sequences > 1:
             self.cache = self.cache.repeat(self.options.num_return_sequences)
             logits = logits.repeat_interleave(self.options.num_return_sequences, 0)
@@ -294,12 +296,11 @@ class _Run:
         """Feed any number of tokens to each row; the logits after the last one of some rows."""
         layout = SequenceLayout.from_lengths([len(piece) for piece in pieces], self.device)
         last = [layout.offsets[row + 1] - 1 for row in rows]
-        last = torch.tensor(last, dtype=torch.int64, device=self.device)
         return self.model(
             torch.cat(list(pieces)).to(self.device),
             layout=layout,
             past_key_values=cache,
-            logits_to_keep=last.to(self.device),
+            logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device),
         ).logits
 
     @outside_inference_mode

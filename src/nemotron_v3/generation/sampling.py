@@ -173,7 +173,8 @@ class Sampler:
         if like.is_cuda if on_slots is None else on_slots:
             self._choice = Choice(self.asked, len(prompts), self.dtype, device)
             self._choice.take(options)
-            self._active = torch.ones(len(prompts), dtype=torch.bool, device=device)
+            # As the slots of a graph have it: its kernels are compiled for both at once.
+            self._active = torch.ones(len(prompts), dtype=torch.int32, device=device)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits `[R, V]` -> tokens int64 `[R]`, and their log-probabilities `[R]` if asked for.

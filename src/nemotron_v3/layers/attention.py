@@ -121,6 +121,7 @@ class NemotronV3Attention(RefusesContextParallel):
             attn_kwargs,
             layer_idx=layer_idx,
             takes_4d_mask=True,
+            group=self.token_group,
         )
         with context.writing():
             return self._mix(hidden_states, context, layer_idx)

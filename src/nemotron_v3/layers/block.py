@@ -137,6 +137,7 @@ class NemotronV3Block(nn.Module):
             layer_idx=None if kind.is_stateless else self.layer_idx,
             takes_4d_mask=kind.takes_4d_mask,
             is_stateless=kind.is_stateless,
+            group=self.mixer.token_group,
         )
         with context.writing():
             return self._add(hidden_states, context)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache, Transaction
 from nemotron_v3.layers.carry import Carry
+from nemotron_v3.layers.context_parallel import TokenGroup
 from nemotron_v3.layers.offsets import offsets_of_this_call
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.layout.checks import agreed, read_offsets
 
 
 class ForwardContext:
@@ -62,6 +64,7 @@ class ForwardContext:
         takes_4d_mask: bool = False,
         is_stateless: bool = False,
         who: str = "a layer",
+        group: TokenGroup | None = None,
     ) -> "ForwardContext":
         """Read what a caller says about the tokens of a pass.
 
@@ -77,6 +80,8 @@ class ForwardContext:
             is_stateless: the layer works token by token (see `offsets_of_this_call`); a 4-D mask
                 says nothing to it.
             who: of whose arguments an error speaks.
+            group: the processes that `cp_size` and `cp_rank` speak of; the other arguments are then
+                those of the tokens of all.
 
         Raises:
             ValueError: masks, layouts or a cache that do not fit.
@@ -90,6 +95,14 @@ class ForwardContext:
             mask = attention_mask if takes_4d_mask else None
             attention_mask, may_end_early = None, True
         kwargs = layout_kwargs or {}
+        if group is not None and kwargs.get("cp_size") not in (None, 1):
+            check_names(kwargs, who)
+            if attention_mask is not None or mask is not None or cache is not None:
+                raise ValueError(
+                    "tokens that processes share come without a mask and without a cache: say "
+                    "where the documents of all tokens lie by cu_seqlens or a layout"
+                )
+            return cls(*_shared(shape, device, kwargs, group))
         if attention_mask is None and not kwargs:
             if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
                 layout = cache.one_token_layout(shape)
@@ -134,6 +147,40 @@ class ForwardContext:
             self.step.layer_is_done()
         layout = self.layout if self.layout.device == y.device else self.on(y.device)
         return layout.unpack(y)
+
+
+def _shared(
+    shape: tuple[int, ...], device: torch.device, kwargs: dict[str, Any], group: TokenGroup
+) -> tuple[SequenceLayout, None, None, None, Carry]:
+    """What `ForwardContext` takes, of a process's share of packed tokens.
+
+    Raises:
+        ValueError: another group than the layer's, no word of where the documents lie, or another
+            number of tokens than the share has.
+    """
+    others = {name: said for name, said in kwargs.items() if name not in ("cp_size", "cp_rank")}
+    size, rank = kwargs["cp_size"], kwargs.get("cp_rank")
+    if size != group.size or rank not in (None, group.rank):
+        raise ValueError(
+            f"cp_size={size}, cp_rank={rank}, but the layer's group has {group.size} processes and "
+            f"this is number {group.rank}: leave cp_rank out, or give those"
+        )
+    layout, names = others.get("layout"), ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_kv")
+    offsets = agreed("cu_seqlens", *map(others.get, names))
+    if layout is None and offsets is None:
+        raise ValueError(
+            "tokens that processes share need cu_seqlens or a layout of all of them, not of this "
+            "process's share"
+        )
+    total = layout.num_tokens if layout is not None else read_offsets("cu_seqlens", offsets)[-1]
+    local, carry = group.share(SequenceLayout.resolve((total,), device, **others))
+    if shape not in ((local.num_tokens,), (1, local.num_tokens)):
+        raise ValueError(
+            f"the call holds tokens of shape {shape}; the share of process {group.rank} of "
+            f"{group.size} is {local.num_tokens} of {total} tokens: give those, packed"
+        )
+    own = SequenceLayout(shape, local.lengths, local.cu_seqlens, None)
+    return own, None, None, None, carry
 
 
 def _is_4d(mask: Any) -> bool:

@@ -1,22 +1,47 @@
-"""Objects for context parallelism, which other programs set on layers: no layer can honour one."""
+"""Context parallelism as a layer sees it: the group that is set on it from outside, and the objects
+of other programs, which no layer can honour."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
+
+from nemotron_v3.layers.carry import Carry
+from nemotron_v3.layout import SequenceLayout
 
 _NAMES = ("cp", "cp_mesh", "attn_module")
 
 
-class RefusesContextParallel(nn.Module):
-    """A layer on which nothing can be set that would spread the tokens of a document.
+class TokenGroup(Protocol):
+    """Processes that share the tokens of a batch.
 
     Attributes:
+        size, rank: how many they are, and which of them this is.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def share(self, layout: SequenceLayout) -> tuple[SequenceLayout, Carry]:
+        """Of packed tokens: how those of this process lie, and what stands for the others."""
+        ...
+
+
+class RefusesContextParallel(nn.Module):
+    """A layer on which no object of another program can be set that would spread a document.
+
+    Attributes:
+        token_group: the processes that `cp_size` and `cp_rank` of a call speak of; None where there
+            are none, and a call that speaks of several is refused.
         cp, cp_mesh: None. Setting anything else raises `ValueError` at once: the layer would
             compute with its own part of the tokens alone.
     """
 
     cp = None
     cp_mesh = None
+    token_group: TokenGroup | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES and value is not None:

@@ -52,7 +52,7 @@ def moe_mixer(
     x: Tensor,
     layer: Any,
     route: Callable[[Tensor], tuple[Tensor, Tensor]],
-    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor | Callable[[], Tensor]],
     *,
     project: Projection = call_projection,
 ) -> Tensor:
@@ -63,7 +63,8 @@ def moe_mixer(
         layer: holds `fc1_latent_proj`, `fc2_latent_proj` and `shared_experts`, each a module or
             None.
         route: tokens -> weights and expert numbers `[T, K]`.
-        experts: `[T, X]`, expert numbers and weights -> `[T, X]`.
+        experts: `[T, X]`, expert numbers and weights -> `[T, X]`, or a function that gives it: for
+            the tokens to arrive somewhere while the shared expert is computed.
         project: calls a projection, or the shared expert, which is several.
 
     Returns:
@@ -71,10 +72,15 @@ def moe_mixer(
     """
     weights, indices = route(x)
     latent = x if layer.fc1_latent_proj is None else project(layer.fc1_latent_proj, x)
-    y = experts(latent, indices, weights)
+    y, shared, beside = experts(latent, indices, weights), layer.shared_experts, None
+    if not isinstance(y, Tensor):
+        beside = None if shared is None else project(shared, x)
+        y = y()
     if layer.fc2_latent_proj is not None:
         y = project(layer.fc2_latent_proj, y)
-    return y if layer.shared_experts is None else y + project(layer.shared_experts, x)
+    if shared is None:
+        return y
+    return y + (project(shared, x) if beside is None else beside)
 
 
 class Mamba2Sizes(NamedTuple):

@@ -126,6 +126,7 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             past_key_values,
             kwargs,
             layer_idx=self.layer_idx,
+            group=self.token_group,
         )
         with context.writing():
             return self._mix(hidden_states, context)

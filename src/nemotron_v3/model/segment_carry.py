@@ -73,15 +73,15 @@ class SegmentCarry:
             return ops.attention(q, k, v, layout=segment.layout, impl=impl)
         if layer_idx not in self._held:
             self._held[layer_idx] = _Held(k, self.tokens)
-        keys, values = _Behind.apply(k, v, self._held[layer_idx], segment)  # [J, before + n, P]
+        keys, values = _Behind.apply(k, v, self._held[layer_idx], segment)  # [before + n, J, P]
         entering, end = segment.entering, segment.before + segment.entering
         parts = []
         if entering:
-            of_first = (t if segment.behind is None else t[:, :end] for t in (keys, values))
+            of_first = (t if segment.behind is None else t[:end] for t in (keys, values))
             parts.append(
                 ops.cached_attention(
                     q[:entering],
-                    *(t[None] for t in of_first),
+                    *(t.transpose(0, 1)[None] for t in of_first),
                     layout=SequenceLayout.from_lengths([entering], q.device),
                     starts=(segment.before,),
                     positions=segment.held,
@@ -89,7 +89,7 @@ class SegmentCarry:
                 )
             )
         if segment.behind is not None:
-            k, v = (t[:, end:].transpose(0, 1) for t in (keys, values))
+            k, v = (t[end:] if end else t for t in (keys, values))
             parts.append(ops.attention(q[entering:], k, v, layout=segment.behind, impl=impl))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -164,19 +164,18 @@ class _States:
 
 
 class _Held:
-    """Keys and values of a layer `[J, T, P]`, and their gradients in fp32 or wider."""
+    """Keys and values of a layer `[T, J, P]`, and their gradients in fp32 or wider."""
 
     def __init__(self, k: Tensor, tokens: int):
-        shape = k.shape[1], tokens, k.shape[2]
-        self.keys, self.values = (k.new_empty(shape) for _ in range(2))
+        self.keys, self.values = (k.new_empty(tokens, *k.shape[1:]) for _ in range(2))
         self.written: set[int] = set()
         self._gradients: tuple[Tensor, Tensor] | None = None
 
     def write(self, k: Tensor, v: Tensor, segment: Segment) -> None:
         """Store those of a segment, once: what is computed again is the same."""
         if segment.number not in self.written:
-            self.keys[:, segment.tokens] = k.transpose(0, 1)
-            self.values[:, segment.tokens] = v.transpose(0, 1)
+            self.keys[segment.tokens] = k
+            self.values[segment.tokens] = v
             self.written.add(segment.number)
 
     @property
@@ -191,7 +190,7 @@ class _Held:
 class _Behind(torch.autograd.Function):
     """A segment's keys and values behind those of its first document that lie before it.
 
-    `[n, J, P]` each -> `[J, before + n, P]` each. On the way back the gradients of what lies before
+    `[n, J, P]` each -> `[before + n, J, P]` each. On the way back the gradients of what lies before
     are collected, and those that later segments have collected of the segment's own are added.
     """
 
@@ -200,7 +199,7 @@ class _Behind(torch.autograd.Function):
         held.write(k, v, segment)
         ctx.held, ctx.segment = held, segment
         first = segment.start - segment.before
-        keys, values = (t[:, first : segment.end].detach() for t in (held.keys, held.values))
+        keys, values = (t[first : segment.end].detach() for t in (held.keys, held.values))
         return keys, values
 
     @staticmethod
@@ -209,7 +208,6 @@ class _Behind(torch.autograd.Function):
         segment, own = ctx.segment, []
         before = slice(segment.start - segment.before, segment.start)
         for gradient, held in zip((dkeys, dvalues), ctx.held.gradients, strict=True):
-            held[:, before] += gradient[:, : segment.before]
-            total = held[:, segment.tokens] + gradient[:, segment.before :]
-            own.append(total.transpose(0, 1).to(gradient.dtype).contiguous())
+            held[before] += gradient[: segment.before]
+            own.append((held[segment.tokens] + gradient[segment.before :]).to(gradient.dtype))
         return *own, None, None

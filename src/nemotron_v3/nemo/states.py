@@ -52,7 +52,7 @@ class CachedStates:
     def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:
         yield None, self._layout
 
-    def read(self, in_graph: bool) -> dict[str, Tensor]:
+    def read(self, tokens: Tensor, in_graph: bool) -> dict[str, Tensor]:
         if not self._follows:
             return {}
         conv, ssm = (self._conv, self._ssm)

@@ -10,6 +10,7 @@ from nemotron_v3.pages.thin import MOST_POINTS, thin
 Look = Literal["line", "faint", "points"]
 # Digits that a page keeps of a number: more than fp32 has.
 DIGITS = 8
+STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Lines:
         log: begin with a logarithmic axis; None where there is no choice.
         form: of a value that is pointed at, as d3 spells it.
         zero: whether a linear axis begins at 0.
+        x: what `steps` count. Curves of the same are looked at closer together.
+        log_x: whether that axis is logarithmic.
+        wide: whether the picture takes the whole width of the page.
         note: below the title.
     """
 
@@ -67,6 +71,9 @@ class Lines:
     log: bool | None = None
     form: str = ".4~g"
     zero: bool = False
+    x: str = STEP
+    log_x: bool = False
+    wide: bool = False
     note: str = ""
 
     def data(self) -> dict[str, Any]:
@@ -80,6 +87,8 @@ class Lines:
             "log": self.log,
             "form": self.form,
             "zero": self.zero,
+            "x": self.x,
+            "log_x": self.log_x,
             "lines": [line.data(most) for line in self.lines],
         }
 
@@ -107,6 +116,7 @@ class Heat:
         scale: one colour that deepens, or two from a middle value.
         low, high: ends of the scale; None is what the data have.
         note: below the title.
+        wide: whether the picture takes the whole width of the page.
     """
 
     title: str
@@ -117,6 +127,7 @@ class Heat:
     low: float | None = None
     high: float | None = None
     note: str = ""
+    wide: bool = True
 
     def data(self) -> dict[str, Any]:
         """As page.js takes it."""
@@ -151,6 +162,11 @@ class Bars:
     values: Mapping[str, Sequence[float | None]]
     form: str = ".4~g"
     note: str = ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the picture takes the whole width of the page."""
+        return len(self.names) * len(self.values) > 8
 
     def data(self) -> dict[str, Any]:
         """As page.js takes it."""

@@ -64,7 +64,7 @@
 
   let charts = [];
   let axis = "step";
-  let range = null; // of the steps or tokens that all curves show, or null for all
+  const ranges = {}; // that all curves over the same thing show; absent for all of it
   let ready = false;
 
   // ---- fewer points where the width cannot show them: the least and the greatest of a stretch
@@ -80,8 +80,8 @@
     }
     return [from, to];
   };
-  const thin = (x, y, pixels) => {
-    const [from, to] = within(x, range ? range[0] : null, range ? range[1] : null);
+  const thin = (x, y, pixels, range) => {
+    const [from, to] = within(x, ...(range ?? [null, null]));
     const count = to - from;
     const stretches = Math.max(200, Math.floor(pixels));
     if (count <= 2 * stretches) return [x.slice(from, to), y.slice(from, to)];
@@ -104,6 +104,7 @@
   // ---- one chart
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash"];
   const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross", "x", "star", "triangle-down"];
+  const overTokens = (chart) => axis === "tokens" && (chart.lines ?? chart.frames ?? []).some((data) => data.tokens);
   const axisOf = (data) => (axis === "tokens" && data.tokens ? data.tokens : data.step);
 
   const layout = (chart, width) => {
@@ -117,7 +118,7 @@
       hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("rule"), font: { color: colour("ink") } },
       legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font: { size: width < 500 ? 11 : 12 } },
       showlegend: true,
-      xaxis: { ...line, title: { text: axis === "tokens" ? "tokens" : "step", standoff: 6 }, nticks: width < 500 ? 5 : 9, exponentformat: "SI" },
+      xaxis: { ...line, title: { text: plain(overTokens(chart) ? "tokens" : chart.x ?? "step"), standoff: 6 }, nticks: width < 500 ? 5 : 9, exponentformat: "SI" },
       yaxis: { ...line, title: { text: plain(chart.unit ?? ""), standoff: 6 }, exponentformat: "power" },
     };
   };
@@ -126,7 +127,7 @@
     let next = 0;
     return chart.lines.map((data) => {
       const number = data.colour ?? next++;
-      const [x, y] = thin(axisOf(data), data.y, width);
+      const [x, y] = thin(axisOf(data), data.y, width, ranges[chart.x]);
       const few = data.look === "points" || y.length === 1;
       return {
         type: "scatter", x, y, name: plain(data.name), connectgaps: false,
@@ -153,7 +154,9 @@
     } else if (chart.zero) {
       shape.yaxis.rangemode = "tozero";
     }
-    if (range) shape.xaxis.range = range;
+    if (ranges[chart.x]) shape.xaxis.range = ranges[chart.x];
+    if (chart.log_x) Object.assign(shape.xaxis, { type: "log", dtick: 1 });
+    else if (Math.max(...traces.flatMap((trace) => trace.x)) <= 10) shape.xaxis.dtick = 1;
     shape.showlegend = traces.length > 1;
     return [traces, shape];
   };
@@ -184,7 +187,7 @@
   const drawBars = (chart, width) => {
     const traces = chart.bars.map((bar, i) => ({
       type: "bar", name: plain(bar.name), x: chart.names.map(plain), y: bar.y,
-      marker: { color: colour(`c${i % 8}`), pattern: { shape: ["", "/", ".", "x", "-", "\\", "+", "|"][i % 8], fgcolor: colour("paper"), fgopacity: 0.5, size: 6 } },
+      marker: { color: colour(`c${i % 8}`), pattern: { shape: ["", "/", ".", "x", "-", "\\", "+", "|"][i % 8], fillmode: "overlay", fgcolor: colour("paper"), fgopacity: 0.6, size: 7 } },
       hovertemplate: `%{y:${chart.form}}`,
       texttemplate: chart.names.length * chart.bars.length <= 12 ? `%{y:${chart.form}}` : undefined,
       textposition: "outside", cliponaxis: false,
@@ -192,7 +195,9 @@
     const shape = layout(chart, width);
     shape.xaxis = { automargin: true, type: "category", tickangle: width < 500 ? -40 : "auto" };
     shape.showlegend = traces.length > 1;
-    shape.margin.t = 24;
+    // Names may be long and stand aslant, where a legend would be below.
+    Object.assign(shape.legend, { y: 1.06, yanchor: "bottom" });
+    shape.margin.t = traces.length > 1 ? 48 : 24;
     return [traces, shape];
   };
 
@@ -225,19 +230,18 @@
 
   // A curve that is looked at closer takes the others along, and shows points that were left out.
   const follow = (chart, plot, change) => {
-    if (chart.kind === "bars" || plot.busy) return;
-    let next = range;
+    if (chart.kind !== "lines" || chart.log_x || plot.busy) return;
+    let next;
     if ("xaxis.range[0]" in change) next = [change["xaxis.range[0]"], change["xaxis.range[1]"]].map(Number);
     else if (change["xaxis.range"]) next = change["xaxis.range"].map(Number);
-    else if (change["xaxis.autorange"]) next = null;
-    else return;
-    if (JSON.stringify(next) === JSON.stringify(range)) return;
-    if (chart.kind === "heat") return;
-    range = next;
-    all.hidden = range === null;
+    else if (!change["xaxis.autorange"]) return;
+    if (JSON.stringify(next) === JSON.stringify(ranges[chart.x])) return;
+    if (next) ranges[chart.x] = next;
+    else delete ranges[chart.x];
+    all.hidden = Object.keys(ranges).length === 0;
     find("figure[data-chart]", panels[shown]).forEach((figure) => {
       const other = charts[Number(figure.dataset.chart)];
-      if (other.kind === "lines" && figure.querySelector(".plot").data) draw(figure);
+      if (other.kind === "lines" && other.x === chart.x && figure.querySelector(".plot").data) draw(figure);
     });
   };
 
@@ -248,7 +252,11 @@
   const redraw = () => Promise.all(find("figure[data-chart]").filter((f) => f.querySelector(".plot").data).map(draw));
 
   const all = document.getElementById("all");
-  const showAll = () => { range = null; all.hidden = true; return redraw(); };
+  const showAll = () => {
+    for (const name of Object.keys(ranges)) delete ranges[name];
+    all.hidden = true;
+    return redraw();
+  };
 
   // ---- choices above a chart: a logarithmic axis, a router
   const offerChoices = (figure) => {

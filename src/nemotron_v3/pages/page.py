@@ -70,7 +70,8 @@ class Page:
         kind: of page, above the title.
         word: of the state, for its colour, and `told`, the sentence; "" for none.
         facts: figures at the top, by label.
-        notices: what the reader has to know of missing or broken parts.
+        notices: what the reader has to know of broken parts.
+        missing: what a reader may look for and is not there, with the reason.
         tabs: at least one.
         refreshed: seconds after which a running run writes it anew; None where nothing will.
     """
@@ -82,6 +83,7 @@ class Page:
     told: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    missing: Sequence[str] = ()
     refreshed: float | None = None
 
 
@@ -140,6 +142,7 @@ def page_text(page: Page) -> str:
 {_state(page)}
 {_facts(page.facts)}
 {_notices(page.notices)}
+{_missing(page.missing)}
 <noscript><p class="notice">The curves are drawn by a script, which is off in this browser. The
 tables below hold their figures.</p></noscript>
 </header>
@@ -197,6 +200,10 @@ def _notices(notices: Iterable[str]) -> str:
     return f'<ul class="notice" aria-label="What to know">{items}</ul>' if items else ""
 
 
+def _missing(missing: Sequence[str]) -> str:
+    return f'<p class="note missing">{_text(" ".join(missing))}</p>' if missing else ""
+
+
 def _tab_buttons(tabs: Sequence[Tab]) -> str:
     return "".join(
         f'<button type="button" role="tab" id="tab-{n}" aria-controls="panel-{n}" '
@@ -230,7 +237,7 @@ def _block(block: Block, charts_by_id: dict[int, int]) -> str:
 
 
 def _figure(chart: charts.Chart, number: int) -> str:
-    wide = ' class="wide"' if isinstance(chart, charts.Heat | charts.Bars) else ""
+    wide = ' class="wide"' if chart.wide else ""
     note = f'<p class="note">{_text(chart.note)}</p>' if chart.note else ""
     return (
         f'<figure{wide} data-chart="{number}"><figcaption><h3>{_text(chart.title)}</h3>{note}'
@@ -254,7 +261,7 @@ def _figures_of(chart: charts.Chart) -> str:
         if finite:
             told = (finite[-1], min(finite), max(finite))
             rows.append(
-                (line.name, *(f"{short(value)} (step {step:,.0f})" for value, step in told))
+                (line.name, *(f"{short(value)} ({chart.x} {step:,.0f})" for value, step in told))
             )
     if not rows:
         return ""

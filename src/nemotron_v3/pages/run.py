@@ -31,7 +31,8 @@ def run_page(run: Run, state: State | None = None, refreshed: float | None = Non
         word="" if state.word == "unknown" else state.word,
         told=state.told,
         facts=facts_of(run),
-        notices=[*run.problems, *missing],
+        notices=run.problems,
+        missing=missing,
         refreshed=refreshed if state.word == "running" else None,
         tabs=[
             Tab("Curves", curves(metrics), "Nothing was measured yet."),

@@ -23,7 +23,9 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         OSError: something cannot be read or written.
     """
     if not paths:
-        raise ValueError("there is nothing to report: give folders of runs")
+        raise ValueError(
+            "there is nothing to report: give folders of runs, or files of evaluations"
+        )
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing:
         raise ValueError(f"{', '.join(missing)}: no folder of a run")

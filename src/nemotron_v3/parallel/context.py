@@ -21,6 +21,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.parallel.agreement import agree
 from nemotron_v3.parallel.context_carry import ContextCarry
 from nemotron_v3.parallel.shares import Order, Shares, check_order
+from nemotron_v3.parallel.token_group import share_tokens
 
 
 def context_parallel(
@@ -29,7 +30,8 @@ def context_parallel(
     """A model whose tokens are shared by the processes of a group.
 
     Every process of the group calls this, and then the result, with the same arguments: the whole
-    batch, of which it computes its share. The model is unchanged; it may be sharded too.
+    batch, of which it computes its share. The model may be sharded too, before this. Its layers can
+    then be called by themselves with `cp_size` and `cp_rank` (`share_tokens`).
 
     Args:
         model: the same on all processes of the group.
@@ -76,6 +78,7 @@ class ContextParallel:
 
     def __init__(self, model: NemotronV3ForCausalLM, group: ProcessGroup, layout: Order):
         self.model, self.group, self.layout = model, group, layout
+        self._shared = share_tokens(model, group, layout)
         self._host = group
         if dist.get_backend(group) != "gloo":
             ranks = dist.get_process_group_ranks(group)
@@ -183,7 +186,7 @@ class ContextParallel:
         whole = context.layout
         targets = targets_of(labels, whole)
         items = (targets != IGNORE_INDEX).sum() if items is None else items
-        shares = Shares.of(whole.packed, self.group.size(), self.group.rank(), self.layout)
+        shares = self._shared.shares(whole.packed)
         ids = whole.pack(input_ids).index_select(0, shares.index)
         return shares, ids, targets.index_select(0, shares.index), items
 

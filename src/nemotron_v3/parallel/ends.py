@@ -4,6 +4,7 @@ Letters: R processes that share them, V vocabulary, T token ids of this process,
 any of them, D hidden size.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
-from nemotron_v3.parallel.collectives import Sum, gathered
+from nemotron_v3.parallel.collectives import gathered, sums_of
 from nemotron_v3.parallel.experts import first_rows
 from nemotron_v3.parallel.meshes import Meshes
 from nemotron_v3.parallel.token_counts import TokenCounts
@@ -34,6 +35,8 @@ def shard_tail(
     norm, head = model.model.norm_f, model.lm_head
     if type(head) is not nn.Linear:
         return set()
+    # What the norm returns is never changed in place: its warning is for those who do.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .*RMSNorm.* returned a view")
     norm.add_module("head", head)  # for as long as its parameters are looked for
     try:
         fully_shard(norm, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -87,5 +90,5 @@ def _look_up(
     token = (everyone >= 0) & (everyone < V)
     rows = F.embedding(torch.where(token, everyone % each, everyone), weight.to_local())
     here = everyone // each == group.rank()
-    found = Sum.apply(rows.where(here[:, None], 0), group)[: len(ids)]
+    found = sums_of(rows.where(here[:, None], 0), group)()[: len(ids)]
     return found.unflatten(0, input_ids.shape)

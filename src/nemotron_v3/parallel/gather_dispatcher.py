@@ -5,6 +5,7 @@ Letters: R processes of the group, T tokens of this one, n the most tokens of an
 a token, E experts in all, X width the experts see.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from nemotron_v3.layers.moe.dispatcher import Dispatched, Experts
-from nemotron_v3.parallel.collectives import Gather, Sum, gathered
+from nemotron_v3.layers.moe.dispatcher import Experts
+from nemotron_v3.parallel.collectives import gather, sums_of
 from nemotron_v3.parallel.token_counts import TokenCounts
 
 
@@ -30,6 +31,14 @@ class Owned(NamedTuple):
         return torch.where(here, indices - self.first, self.end - self.first)
 
 
+class Arriving(NamedTuple):
+    """What comes from all processes: each is called for the tensor, once it is needed."""
+
+    chosen: Callable[[], Tensor]
+    weights: Callable[[], Tensor]
+    x: Callable[[], Tensor]
+
+
 class GatherDispatcher:
     """For a few processes: shapes that do not depend on the routing, so that no host waits.
 
@@ -44,26 +53,22 @@ class GatherDispatcher:
         counts: how many tokens each process has.
     """
 
+    waits = True
+
     def __init__(self, group: ProcessGroup, owned: Owned, counts: TokenCounts):
         self.group, self.owned, self.counts = group, owned, counts
 
-    def dispatch(
-        self, x: Tensor, indices: Tensor, weights: Tensor
-    ) -> tuple[Dispatched, tuple[int, int]]:
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Arriving, int]:
         T = len(x)
         most = max(self.counts.of(T))
         # Of expert E, which is nowhere; a 32-bit number is half of what travels.
         chosen = pad(indices.to(torch.int32), (0, 0, 0, most - T), value=self.owned.all)
-        everyone = self.owned.numbers(gathered(chosen, self.group)).to(torch.int64)
-        x, weights = (pad(t, (0, 0, 0, most - T)) for t in (x, weights))
-        dispatched = Dispatched(
-            Gather.apply(x, self.group), everyone, Gather.apply(weights, self.group)
-        )
-        return dispatched, (T, most)
+        padded = (chosen, *(pad(t, (0, 0, 0, most - T)) for t in (weights, x)))
+        return Arriving(*(gather(t, self.group) for t in padded)), T
 
-    def compute(self, dispatched: Dispatched, experts: Experts) -> Tensor:
-        return experts(*dispatched)
+    def compute(self, dispatched: Arriving, experts: Experts) -> Tensor:
+        chosen, weights, x = (arrived() for arrived in dispatched)
+        return experts(x, self.owned.numbers(chosen).to(torch.int64), weights)
 
-    def combine(self, y: Tensor, metadata: tuple[int, int]) -> Tensor:
-        tokens, _ = metadata
-        return Sum.apply(y, self.group)[:tokens]
+    def combine(self, y: Tensor, metadata: int) -> Tensor:
+        return sums_of(y, self.group)()[:metadata]

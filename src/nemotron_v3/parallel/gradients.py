@@ -29,7 +29,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
         held.setdefault((_sharers(gradient), dtype), []).append(_local(gradient))
     total: Tensor | None = None
     for (groups, dtype), tensors in held.items():
-        norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]
+        norms = torch._foreach_norm(tensors, 2.0, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
         square = torch.stack(norms).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)

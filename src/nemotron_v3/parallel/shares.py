@@ -67,7 +67,7 @@ class Shares:
     @classmethod
     def of(cls, layout: SequenceLayout, size: int, rank: int, order: Order) -> "Shares":
         """The shares of a layout of packed tokens."""
-        chosen = order if order != "auto" else _cheapest(layout, size)
+        chosen: Order = order if order != "auto" else _cheapest(layout, size)
         bounds = _bounds(layout.num_tokens, size, chosen)
         ranks = [*range(size)] if chosen == "contiguous" else [*range(size), *reversed(range(size))]
         starts = sorted({s for s, n in zip(layout.offsets, layout.lengths, strict=False) if n})

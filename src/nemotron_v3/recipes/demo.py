@@ -94,7 +94,7 @@ class Corpus:
             self._given += 1
             yield [as_row(pack)]
 
-    def total_steps(self) -> None:
+    def total_steps(self, at_most: int | None = None) -> None:
         """It has no end."""
 
     def report(self) -> DataReport:

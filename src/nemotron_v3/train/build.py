@@ -14,6 +14,7 @@ from nemotron_v3.config import PRESETS, NemotronV3Config
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
 from nemotron_v3.parallel import Plan, parallelize
+from nemotron_v3.train.batches import empty_batch
 from nemotron_v3.train.memory import device_room, recomputed_blocks
 from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
 from nemotron_v3.train.processes import World
@@ -82,8 +83,7 @@ def build_model(
             block.compile()
     if sharded or world.size == 1:
         return model, model
-    ids = [world.device] if world.device.type == "cuda" else None
-    return model, DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return model, _copied(model, world)
 
 
 def _whole(
@@ -108,6 +108,21 @@ def _adapt(
         )
     torch.manual_seed(seed)
     adapters.add(model, options)
+
+
+def _copied(model: NemotronV3ForCausalLM, world: World) -> DistributedDataParallel:
+    """A copy in each process, whose gradients are summed in one order from the first step on.
+
+    DDP lays out its buckets anew after its first backward pass, and where a gradient lies in a
+    bucket decides in which order three processes or more add it up. A run that goes on would begin
+    with the first layout again: so a pass without targets comes before all steps.
+    """
+    ids = [world.device] if world.device.type == "cuda" else None
+    copied = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    nothing = empty_batch(world.device).arguments()
+    copied.train()(**nothing, num_items_in_batch=1).loss.backward()
+    copied.zero_grad()
+    return copied
 
 
 def _recomputed(

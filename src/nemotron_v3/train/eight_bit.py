@@ -20,7 +20,7 @@ from nemotron_v3.train.optimizer import RoundedAdamW, local_part
 
 LARGEST, SMALLEST = 256, 32  # elements of a block
 FEW = 4096  # elements of a tensor that has moments in fp32, as one without a block has
-AT_ONCE = 2**26  # elements that are updated at once
+AT_ONCE = 2**28  # elements that are updated at once
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -52,6 +52,8 @@ class EightBitAdamW(RoundedAdamW):
             ) from None
         self._kind = OptimState8bit
         self._parts: dict[tuple[bool, torch.device], Tensor] = {}
+        self._told: Any = None
+        self._filled = torch.empty(0)
         super().__init__(*args, **kwargs)
 
     def _update(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
@@ -67,30 +69,34 @@ class EightBitAdamW(RoundedAdamW):
         local = local_part(p)
         if not local.numel():
             return
-        count, (beta1, beta2) = state["count"], group["betas"]
-        corrections = 1 - beta1**count, 1 - beta2**count
-        told = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *corrections]
-        numbers = torch.tensor(told, dtype=torch.float32, device=local.device)
-        step = _compiled() if local.is_cuda else _step
+        numbers, step = self._numbers(group, state["count"], local.device), _step
+        if local.is_cuda:
+            step = _compiled()
         values = torch.empty(local.shape, dtype=torch.float32, device=local.device)
         gradient = local_part(p.grad).contiguous()  # type: ignore[arg-type]
-        flat = [t.view(-1) for t in (values, local, gradient)]
-        for first, last in _chunks(local.numel(), block):
-            first_moment, second_moment = (
-                self._moment(state, name, block, first, last) for name in MOMENTS
-            )
-            new, weight, change = (t[first:last] for t in flat)
-            new.copy_(step(weight, change, first_moment, second_moment, numbers))
+        codes = [local_part(state[name]) for name in MOMENTS]
+        scales = [local_part(state[f"{name}_scale"]).view(-1) for name in MOMENTS]
+        blocks = [t.view(-1, block) for t in (values, local, gradient, *codes)]
+        parts = [self._values(signed, local.device) for signed in (True, False)]
+        for rows in _chunks(len(blocks[0]), block):
+            new, *others = (t[rows] for t in (*blocks, *scales))
+            if local.is_cuda:
+                for tensor in others:  # one graph for any number of blocks
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            new.copy_(step(*others, *parts, numbers))
         self._write(p, values)
 
-    def _moment(
-        self, state: dict[str, Any], name: str, block: int, first: int, last: int
-    ) -> Tensor:
-        """Some elements of a moment, as torchao's tensor over the codes and scales of the state."""
-        codes = local_part(state[name]).view(-1)[first:last]
-        scale = local_part(state[f"{name}_scale"]).view(-1)[first // block : last // block]
-        signed = name == "exp_avg"
-        return self._kind(codes, scale, self._values(signed, codes.device), signed)
+    def _numbers(self, group: dict[str, Any], count: int, device: torch.device) -> Tensor:
+        """What a step is told, filled in on the device once for all tensors of a group."""
+        beta1, beta2 = group["betas"]
+        corrections = 1 - beta1**count, 1 - beta2**count
+        told = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        told = (*told, *corrections, self.scale)
+        if self._told != (told, device):
+            self._told = told, device
+            filled = [torch.full((), n, dtype=torch.float32, device=device) for n in told]
+            self._filled = torch.stack(filled)
+        return self._filled
 
     def _values(self, signed: bool, device: torch.device) -> Tensor:
         """What the codes stand for, as parts of a block's scale."""
@@ -112,10 +118,10 @@ class EightBitAdamW(RoundedAdamW):
         return state
 
 
-def _chunks(numel: int, block: int) -> Iterator[tuple[int, int]]:
-    """Borders of parts that are whole blocks."""
-    size = AT_ONCE // block * block
-    return ((first, min(numel, first + size)) for first in range(0, numel, size))
+def _chunks(blocks: int, block: int) -> Iterator[slice]:
+    """So many blocks in parts that are updated at once."""
+    size = max(1, AT_ONCE // block)
+    return (slice(first, first + size) for first in range(0, blocks, size))
 
 
 def _scales(p: Tensor, block: int) -> Tensor:
@@ -146,21 +152,46 @@ def _check_rows(p: Tensor) -> None:
 
 
 def _step(
-    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    first_scale: Tensor,
+    second_scale: Tensor,
+    signed: Tensor,
+    unsigned: Tensor,
+    numbers: Tensor,
 ) -> Tensor:
-    """The new weights in fp32; the moments `first` and `second` are changed in place."""
-    rate, beta1, beta2, eps, decay, correction1, correction2 = numbers.unbind(0)
-    gradient = gradient.float()
-    mean = gradient + beta1 * (first.dequantize() - gradient)
-    square = gradient.square() + beta2 * (second.dequantize() - gradient.square())
+    """The new weights in fp32, n blocks `[n, B]`; the moments are changed in place.
+
+    Args:
+        first, second: codes of the moments, uint8 `[n, B]`, beside their scales `[n]`.
+        signed, unsigned: what the codes stand for, `[256]`.
+        numbers: rate, both betas, eps, decay, how far the moments' weights have come, and what
+            the gradient is multiplied by.
+    """
+    from torchao.optim.quant_utils import (
+        dequant_with_qmap,
+        quantize_8bit_with_qmap,
+        scale_tensor,
+    )
+
+    rate, beta1, beta2, eps, decay, correction1, correction2, shorter = numbers.unbind(0)
+    gradient = gradient.float() * shorter
+    mean = dequant_with_qmap(first, signed, first_scale)
+    square = dequant_with_qmap(second, unsigned, second_scale)
+    mean = gradient + beta1 * (mean - gradient)
+    square = gradient.square() + beta2 * (square - gradient.square())
     update = (mean / correction1) / ((square / correction2).sqrt() + eps)
-    new = weight.float() * (1 - rate * decay) - rate * update
-    first.copy_(mean)
-    second.copy_(square)
-    return new
+    moments = ((first, first_scale, signed, mean), (second, second_scale, unsigned, square))
+    for codes, scale, parts, value in moments:
+        scaled, largest = scale_tensor(value, value.shape[1])
+        codes.copy_(quantize_8bit_with_qmap(scaled, parts))
+        scale.copy_(largest)
+    return weight.float() * (1 - rate * decay) - rate * update
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """As a few kernels: one element is read and written a dozen times otherwise."""
-    return torch.compile(_step, dynamic=False)
+    return torch.compile(_step)

@@ -19,6 +19,7 @@ from nemotron_v3.layers.moe.load_balancing import ExpertLoad, balance_
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.parallel import clip_gradients_, gradient_norm
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
+from nemotron_v3.train.optimizer import RoundedAdamW
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
 
@@ -30,7 +31,7 @@ class Data(Protocol):
 
     def __iter__(self) -> Iterator[list[PackedRow]]: ...
 
-    def total_steps(self) -> int | None: ...
+    def total_steps(self, at_most: int | None = None) -> int | None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -188,8 +189,11 @@ class Trainer:
         total = gradient_norm(parameters)
         longest = self.options.optimizer.clip_norm
         norm = total.item()
-        # The norm is read for the log anyway, and a pass over all gradients saved where it fits.
-        if norm > longest:
+        # The norm is read for the log anyway, and a pass over all gradients saved where it fits, or
+        # where the optimiser shortens them as it reads them.
+        if isinstance(self.optimizer, RoundedAdamW):
+            self.optimizer.scale = min(1.0, longest / norm) if norm else 1.0
+        elif norm > longest:
             clip_gradients_(parameters, longest, total)
         return norm
 

@@ -5,8 +5,9 @@ width the experts see, N state, Q chunk.
 """
 
 import os
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -90,11 +91,10 @@ def recomputed_blocks(
         return tuple(blocks[::every]) if every else ()
     run = _Run(options, config, dtype, processes, kernels)
     limit = usable(options.memory, room)
-    sizes = [run.block_bytes(number) for number in blocks]
     length = options.data.tokens_per_row
     values = [
         cost.block_flops(config.of_block(number), kind, length) / size
-        for number, (kind, size) in enumerate(zip(config.layers_block_type, sizes, strict=True))
+        for number, (kind, size) in enumerate(zip(config.layers_block_type, run.sizes, strict=True))
     ]
     recomputed = set(blocks)
     for number in sorted(blocks, key=lambda n: (-values[n], -n)):
@@ -115,53 +115,50 @@ class _Run:
 
     def memory(self, recomputed: Collection[int]) -> Memory:
         """Where these blocks are recomputed."""
+        fixed, update = self._fixed
+        stream = _stream_bytes(self.config, self.dtype.itemsize)
+        activations = self.tokens * _held(self.sizes, stream, recomputed)
+        # What the optimiser needs for an update comes where activations and logits were.
+        more = max(0, update - activations - fixed.logits)
+        return replace(fixed, optimizer=fixed.optimizer + more, activations=activations)
+
+    @property
+    def tokens(self) -> int:
+        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes a token that each block keeps beside the stream in front of it."""
+        rank = self.options.lora.rank
+        return _sizes(self.config, self.dtype.itemsize, rank, self.kernels)
+
+    @cached_property
+    def _fixed(self) -> tuple[Memory, int]:
+        """All but activations, and what the optimiser needs for an update."""
         options, config = self.options, self.config
         shared = self.processes if options.parallel == "fsdp" else 1
         weights = _weight_bytes(config, self.dtype)
         adapters = lora_parameters(config, options.lora) if options.lora.rank else 0
-        count = cost.parameters(config).total
-        trained, width = adapters or count, self.dtype.itemsize
+        trained, width = adapters or cost.parameters(config).total, self.dtype.itemsize
         gradients = adapters * width if adapters else weights
-        activations = self._activations(recomputed)
-        logits = _logit_bytes(config, options, self.tokens, shared > 1)
-        # What the optimiser needs for an update comes where activations and logits were.
-        update = max(0, self._update(trained, shared) - activations - logits)
         # Of a sharded model the largest block is whole at a time, with its gradient.
         largest = max(
             sum(w.parameters for w in cost.block_weights(config, b))
             for b in config.layers_block_type
         )
         gathered = largest * width if shared > 1 else 0
-        return Memory(
+        fixed = Memory(
             weights=(weights + adapters * width) // shared + gathered,
             gradients=gradients // shared + (0 if adapters else gathered),
-            optimizer=trained * _moments(options, width) // shared + update,
-            activations=activations,
-            logits=logits,
+            optimizer=trained * _moments(options, width) // shared,
+            activations=0,
+            logits=_logit_bytes(config, options, self.tokens, shared > 1),
         )
-
-    @property
-    def tokens(self) -> int:
-        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
-
-    def block_bytes(self, number: int) -> int:
-        """Bytes a token that a block keeps beside the stream in front of it."""
-        kind = self.config.layers_block_type[number]
-        width, rank = self.dtype.itemsize, self.options.lora.rank
-        return _block_bytes(self.config.of_block(number), kind, width, rank, self.kernels)
-
-    def _activations(self, recomputed: Collection[int]) -> int:
-        return activation_bytes(
-            self.config,
-            self.tokens,
-            self.dtype.itemsize,
-            recomputed,
-            self.options.lora.rank,
-            self.kernels,
-        )
+        return fixed, self._update(trained, shared)
 
     def _update(self, trained: int, shared: int) -> int:
-        if self.dtype.itemsize >= 4:
+        by_kernel = self.kernels and self.options.optimizer.moments == "float32"
+        if self.dtype.itemsize >= 4 or by_kernel:
             return 0
         adapted = self.options.lora.rank
         stacks = 1 if adapted else max(w.parameters for w in cost.model_weights(self.config))
@@ -192,13 +189,25 @@ def activation_bytes(
         rank: of adapters beside the projections; each keeps its input too.
         kernels: as for `estimate`.
     """
-    blocks = enumerate(config.layers_block_type)
-    each = [_block_bytes(config.of_block(n), block, width, rank, kernels) for n, block in blocks]
-    stream = config.hidden_size * (4 if config.residual_in_fp32 else width)
+    each = _sizes(config, width, rank, kernels)
+    return tokens * _held(each, _stream_bytes(config, width), recomputed)
+
+
+def _held(each: Sequence[int], stream: int, recomputed: Collection[int]) -> int:
+    """Bytes a token: of blocks, of the streams in front of them, and of one that is recomputed."""
     kept = sum(stream + (0 if n in recomputed else size) for n, size in enumerate(each))
     again = max((each[n] for n in recomputed), default=0)
     # Embeddings, the final norm and what goes into the head.
-    return tokens * (kept + again + 3 * stream)
+    return kept + again + 3 * stream
+
+
+def _stream_bytes(config: NemotronV3Config, width: int) -> int:
+    return config.hidden_size * (4 if config.residual_in_fp32 else width)
+
+
+def _sizes(config: NemotronV3Config, width: int, rank: int, kernels: bool) -> list[int]:
+    blocks = enumerate(config.layers_block_type)
+    return [_block_bytes(config.of_block(n), block, width, rank, kernels) for n, block in blocks]
 
 
 def _block_bytes(config: NemotronV3Config, block: str, width: int, rank: int, kernels: bool) -> int:

@@ -2,17 +2,20 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.model.cost import training_flops
 from nemotron_v3.train.loop import Step
 from nemotron_v3.train.options import LogOptions
 
 METRICS = "metrics.jsonl"
+WANDB = "wandb-run.txt"  # the id of the run in Weights & Biases
 
 # Dense bf16 TFLOP/s as their makers state them, by a part of the name that torch gives.
 PEAK_TFLOPS = {
@@ -51,8 +54,10 @@ class Recorder:
         about: Mapping[str, Any],
     ):
         self._options, self._config, self._peak = options, config, peak
-        self._file = _reopened(folder / METRICS, step)
-        self._board = _tensorboard(folder / "tensorboard", step) if options.tensorboard else None
+        self._file = reopened(folder / METRICS, step)
+        self._board = None
+        if options.tensorboard:
+            self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
         self._wandb = _wandb(options.wandb, folder, about) if options.wandb else None
 
     def step(self, step: Step, position: Mapping[str, Any]) -> None:
@@ -102,8 +107,8 @@ class Recorder:
             self._wandb.finish()
 
 
-def _reopened(path: Path, step: int) -> TextIO:
-    """The file with the lines up to a step, opened to be gone on with."""
+def reopened(path: Path, step: int) -> TextIO:
+    """A file of lines of JSON with those up to a step, opened to be gone on with."""
     kept = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -119,20 +124,40 @@ def _reopened(path: Path, step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def check_log(options: LogOptions) -> None:
+    """Raise ValueError where what is to show the run is not installed."""
+    if options.tensorboard:
+        _summary_writer()
+    if options.wandb:
+        _wandb_package()
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("log.tensorboard needs tensorboard: pip install tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter
+
+
+def _wandb_package() -> Any:
+    try:
+        return import_module("wandb")
+    except ImportError:
+        raise ValueError("log.wandb needs wandb: pip install wandb") from None
 
 
 def _wandb(project: str, folder: Path, about: Mapping[str, Any]) -> Any:
-    try:
-        wandb = import_module("wandb")
-    except ImportError:
-        raise ValueError("log.wandb needs wandb: pip install wandb") from None
-    name = folder.resolve().name
-    return wandb.init(
-        project=project, name=name, id=name, resume="allow", dir=str(folder), config=dict(about)
+    # Kept in the folder: a name may be that of other runs, which a run would be added to.
+    kept = folder / WANDB
+    if not kept.exists():
+        with atomic_file(kept) as path:
+            path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return _wandb_package().init(
+        project=project,
+        name=folder.resolve().name,
+        id=kept.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(folder),
+        config=dict(about),
     )

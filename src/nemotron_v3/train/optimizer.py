@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from nemotron_v3.model.optim import parameter_groups
 from nemotron_v3.train.options import OptimizerOptions
 from nemotron_v3.train.rounding import round_stochastically_, rounding_key
+from nemotron_v3.train.update import Update, update_, update_numbers
 
 BUCKET = 2**26  # elements that are updated at once: 256 MiB in fp32 beside the weights
 
@@ -57,6 +58,10 @@ class RoundedAdamW(torch.optim.Optimizer):
             in fp32 too and rounds a copy of them.
         names: of the parameters.
         seed: another one rounds otherwise.
+
+    Attributes:
+        scale: every gradient is multiplied by it as it is read, which shortens a long one without a
+            pass over all of them.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.rounding: str = rounding
         self.seed: int = seed
+        self.scale: float = 1.0
         self._names = names
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,6 +99,40 @@ class RoundedAdamW(torch.optim.Optimizer):
                 self._update(group, bucket)
 
     def _update(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
+        on_gpu: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for p in bucket:
+            local = local_part(p)
+            by_kernel = local.is_cuda and local.is_contiguous() and _first_element(p) is not None
+            (on_gpu if by_kernel else others).append(p)
+        if on_gpu:
+            self._update_on_gpu(group, on_gpu)
+        if others:
+            self._update_widened(group, others)
+
+    def _update_on_gpu(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
+        """By a kernel for each parameter."""
+        states = [self._state_of(p) for p in bucket]
+        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
+        told = [self._told(group, p, state) for p, state in zip(bucket, states, strict=True)]
+        update_([update for update in told if update.weight.numel()])
+
+    def _told(self, group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> Update:
+        assert p.grad is not None
+        at_random = self.rounding == "stochastic" and p.dtype == torch.bfloat16
+        return Update(
+            weight=local_part(p),
+            gradient=local_part(p.grad),
+            exp_avg=local_part(state["exp_avg"]),
+            exp_avg_sq=local_part(state["exp_avg_sq"]),
+            master=local_part(state["master"]) if "master" in state else None,
+            numbers=update_numbers(group, state["count"], self.scale),
+            key=self._key(p) if at_random else None,
+            first=_first_element(p) or 0,
+        )
+
+    def _update_widened(self, group: dict[str, Any], bucket: list[nn.Parameter]) -> None:
+        """By PyTorch's update of fp32 weights."""
         states = [self._state_of(p) for p in bucket]
         weights = [
             local_part(state.get("master", p)).float()
@@ -100,7 +140,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         ]
         adamw(
             weights,
-            [_gradient(p) for p in bucket],
+            [_gradient(p, self.scale) for p in bucket],
             [local_part(state["exp_avg"]) for state in states],
             [local_part(state["exp_avg_sq"]) for state in states],
             [],
@@ -142,9 +182,11 @@ class RoundedAdamW(torch.optim.Optimizer):
             if weight is not local and weight.data_ptr() != local.data_ptr():
                 local.copy_(weight)
             return
-        key = rounding_key(self._names[p], self.state[p]["count"], self.seed)
         for part, values, first in _runs(p, local, weight):
-            round_stochastically_(part, values, key, first)
+            round_stochastically_(part, values, self._key(p), first)
+
+    def _key(self, p: nn.Parameter) -> int:
+        return rounding_key(self._names[p], self.state[p]["count"], self.seed)
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -166,11 +208,25 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _gradient(p: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter's gradient, in fp32."""
+def _gradient(p: nn.Parameter, scale: float) -> Tensor:
+    """What this process holds of a parameter's gradient times `scale`, in fp32."""
     if p.grad is None:
         raise ValueError("a parameter without a gradient is not updated")
-    return local_part(p.grad).float()
+    gradient = local_part(p.grad).float()
+    return gradient if scale == 1.0 else gradient * scale
+
+
+def _first_element(p: Tensor) -> int | None:
+    """The number of the first element that this process holds in the order of the whole tensor's;
+    None where what it holds is no run in that order."""
+    if not isinstance(p, DTensor):
+        return 0
+    local = p.to_local()
+    if not local.numel():
+        return 0
+    if p.dim() > 1 and local.shape[1:] != p.shape[1:]:
+        return None
+    return next(first for _, _, first in _runs(p, local, local))
 
 
 def _runs(p: Tensor, local: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -148,6 +148,11 @@ class LogOptions:
     """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
     report: float = 5.0
     """minutes between writings of report.html, the page of the run; 0 for no page"""
+    samples: tuple[str, ...] = ()
+    """prompts that the model continues whenever it is validated, and at the end: its likeliest
+    tokens, which samples.jsonl and the page show; of one process alone"""
+    sample_tokens: int = 64
+    """tokens of each of them, at most"""
     tensorboard: bool = False
     wandb: str | None = None
     """project in Weights & Biases"""
@@ -228,6 +233,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "validation.every": o.validation.every,
         "validation.rows": o.validation.rows,
         "log.every": o.log.every,
+        "log.sample_tokens": o.log.sample_tokens,
         "log.peak_tflops": o.log.peak_tflops,
         "memory.device_gib": o.memory.device_gib,
         "lora.alpha": o.lora.alpha,

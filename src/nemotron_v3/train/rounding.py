@@ -36,20 +36,25 @@ def round_stochastically_(target: Tensor, value: Tensor, key: int, start: int = 
     """
     assert target.dtype == torch.bfloat16 and target.is_contiguous()
     flat, values = target.view(-1), value.reshape(-1)
-    rounded, size = (_compiled(), CHUNK_OF_A_KERNEL) if target.is_cuda else (_rounded, CHUNK)
+    run, size = (_compiled(), CHUNK_OF_A_KERNEL) if target.is_cuda else (rounded, CHUNK)
     for first in range(0, flat.numel(), size):
-        # Numbers beyond 32 bits: what is above them goes into the key.
-        high, low = divmod(start + first, 2**32)
-        mixed = key ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
-        told = torch.tensor([low, _as_int32(mixed)], dtype=torch.int64, device=value.device)
-        chunk = values[first : first + size]
-        flat[first : first + size] = rounded(chunk, told)
+        # Filled in on the device: a copy from the host would wait for all that it has to do.
+        numbers = what_rounds(key, start + first)
+        told = torch.stack([value.new_full((), n, dtype=torch.int64) for n in numbers])
+        flat[first : first + size] = run(values[first : first + size], told)
 
 
-def _rounded(value: Tensor, told: Tensor) -> Tensor:
+def what_rounds(key: int, first: int) -> list[int]:
+    """What `rounded` is told: the first element's number in 32 bits, and the key, into which goes
+    what is above them."""
+    high, low = divmod(first, 2**32)
+    return [low, _as_int32(key ^ (high * 0x9E3779B9 & 0xFFFFFFFF))]
+
+
+def rounded(value: Tensor, told: Tensor) -> Tensor:
     """fp32 `[n]` -> bf16 `[n]`: 16 random bits are added below the bits that are kept.
 
-    `told` int64 `[2]`: the first element's number, and the key.
+    `told` int64 `[2]`, of `what_rounds`.
     """
     index = (torch.arange(len(value), dtype=torch.int64, device=value.device) + told[0]).to(
         torch.int32  # which wraps around
@@ -78,4 +83,4 @@ def _as_int32(x: int) -> int:
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     """As one kernel: the hash is a dozen passes over memory otherwise."""
-    return torch.compile(_rounded, dynamic=True)
+    return torch.compile(rounded, dynamic=True)

@@ -29,11 +29,13 @@ from nemotron_v3.train.finite import first_not_finite
 from nemotron_v3.train.folder import check_folder, write_about, write_outcome
 from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
-from nemotron_v3.train.metrics import Recorder, peak_flops
+from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
 from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World, processes, rank_and_size
+from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
+from nemotron_v3.train.threads import thread_choice
 from nemotron_v3.train.tokenizer import read_tokenizer, with_template
 
 MakeData = Callable[[DataOptions, Any, int, int], Data]
@@ -71,6 +73,7 @@ def train(
     resume: bool = False,
     adapters: Adapters | None = None,
     tokenizer: Any = None,
+    write_on: Continue | None = None,
     make_data: MakeData = PackedData,
     display: Display | None = None,
     after_step: Callable[[Step], None] | None = None,
@@ -86,6 +89,7 @@ def train(
         resume: go on with the run in `options.out`.
         adapters: who puts LoRA on a model: `nemotron_v3.hf.lora`.
         tokenizer: in place of the one that the options name.
+        write_on: who continues the prompts of `log.samples`.
         make_data: rows of (options, tokenizer, rank, processes).
         display: who tells the user; None speaks on stderr.
         after_step: told of every step, on every process.
@@ -98,7 +102,11 @@ def train(
         OSError: the disk refuses; the saves before are as they were.
     """
     options.check()
+    check_log(options.log)
     rank, size = rank_and_size()
+    if options.log.samples and (write_on is None or size > 1):
+        lacks = "somebody who continues prompts (write_on)" if size == 1 else "a single process"
+        raise ValueError(f"log.samples need {lacks}: leave them out")
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
@@ -110,8 +118,10 @@ def train(
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
-        run.prepare(resume, signal)
+        if options.log.samples and write_on is not None:
+            run.samples = Samples(options.out, options.log, write_on, tokenizer, display.say)
         with run.told_end():
+            run.prepare(resume, signal)
             progress = run.go(after_step)
             stopped = run.trainer.signalled
             if export_if_stopped or not stopped:
@@ -151,10 +161,10 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     schedule = options.schedule
     if schedule.minutes is not None:
         return Length(seconds=60 * schedule.minutes)
-    there = None if data is None else data.total_steps()
     steps = schedule.steps
     if schedule.tokens is not None:
         steps = math.ceil(schedule.tokens / (options.data.tokens_per_row * options.data.rows))
+    there = None if data is None else data.total_steps(steps)
     if steps is None and there is None:
         raise ValueError(
             "the training has no end: give schedule.steps, tokens or minutes, or data.epochs"
@@ -162,7 +172,7 @@ def length_of(options: TrainOptions, data: Data | None) -> Length:
     if steps is not None and there is not None and there < steps:
         raise ValueError(
             f"the data ends after {there:,} steps (data.epochs = {options.data.epochs:g}), before "
-            f'the {steps:,} of the schedule: give fewer, or data.epochs = "none" for no end'
+            f"the {steps:,} of the schedule: give fewer, or data.epochs = inf for no end"
         )
     return Length(steps=steps if steps is not None else there)
 
@@ -184,6 +194,8 @@ class _Run:
         self.held_out, self.length = held_out, length
         self.display, self.adapters = display, adapters
         self._saved = time.monotonic()
+        self.page: LiveReport | None = None  # until the folder is this run's
+        self.samples: Samples | None = None
 
     def prepare(self, resume: bool, signal: Callable[[], int]) -> None:
         """Model, optimiser and what was saved."""
@@ -218,9 +230,11 @@ class _Run:
         self.trainer = Trainer(
             options, world, model, called, optimizer, scheduler, load, progress, look, signal
         )
-        self.recorder = self.page = None
+        self.recorder = None
         if world.first:
             self.page = LiveReport(options.out, options.log.report, self.display.say)
+            if self.samples is not None:
+                self.samples.open(progress.step)
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
             peak = peak_flops(name, options.log.peak_tflops)
             peak = None if peak is None else peak * world.size
@@ -264,11 +278,20 @@ class _Run:
         with ExitStack() as stack:
             if self.recorder is not None:
                 stack.callback(self.recorder.close)
+            if self.samples is not None:
+                stack.callback(self.samples.close)
             if trainer.load is not None:
                 stack.enter_context(trainer.load)
             stack.enter_context(self.display.training())
+            threads = None
+            if self.world.size == 1:
+                threads = thread_choice(self.length.seconds is not None, self.world.device)
+            if threads is not None:
+                stack.callback(torch.set_num_threads, threads.current)
             try:
                 for step in self._steps():
+                    if threads is not None:
+                        threads.note(step.tokens, step.seconds)
                     if after_step is not None:
                         after_step(step)
             except NotFinite as error:
@@ -279,7 +302,7 @@ class _Run:
                     self.checkpoints.finish(seconds=60)
                 raise
             if not trainer.signalled:
-                self._validate()
+                self._measure()
             self.checkpoints.save(progress)
             self.checkpoints.finish()
         self.world.wait()
@@ -314,7 +337,7 @@ class _Run:
             self.display.step(step, self.length.done(progress), progress.seconds, mfu)
             self.checkpoints.poll()
             if step.step % self.options.validation.every == 0:
-                self._validate()
+                self._measure()
             if self._saves_at(step.step):
                 self.checkpoints.save(progress)
                 self._saved = time.monotonic()
@@ -327,6 +350,12 @@ class _Run:
         if save.minutes is None:
             return False
         return self.world.told(time.monotonic() - self._saved > 60 * save.minutes)
+
+    def _measure(self) -> None:
+        """The model as it is: its validation loss, and what it writes."""
+        self._validate()
+        if self.samples is not None:
+            self.samples.take(self.trainer.model, self.trainer.progress.step)
 
     def _validate(self) -> None:
         progress = self.trainer.progress

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.generation.choice import Asked
+from nemotron_v3.generation.graphs.compile import at_once, distinct
 from nemotron_v3.generation.graphs.plan import Plan
 from nemotron_v3.generation.graphs.slots import Slots
 from nemotron_v3.generation.graphs.updates import fixed_of
@@ -58,6 +59,7 @@ class Graph:
         """Record the step; no slot is active, so that it changes nothing."""
         began = time.perf_counter()
         if self.plan.logits.is_cuda:
+            at_once(distinct(self.plan.every_call), self.plan.logits.device)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -72,6 +72,11 @@ class Plan:
         """Whether a step can hold blocks of this type."""
         return hasattr(Plan, f"_add_{block_type}")
 
+    @property
+    def every_call(self) -> list[Call]:
+        """Those of the layers, and the choice behind them."""
+        return [*self.calls, *([] if self.drawing is None else [self.drawing])]
+
     @torch.no_grad()
     def __call__(self) -> None:
         """Feed `slots.tokens` to the active rows that they do not end, and choose the next."""

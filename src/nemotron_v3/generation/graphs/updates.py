@@ -13,16 +13,22 @@ from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.ops.decode_experts import Updates
 from nemotron_v3.ops.skinny_linear import LowRank
 
+FUSED = "nemotron_v3.hf.lora_linear", "FusedLoraLinear"
+
 
 def is_update(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA around a linear layer."""
+    """Whether a module is PEFT's LoRA around a linear layer, or this package's form of it."""
     kind = type(module)
-    return kind.__module__.startswith("peft.tuners.lora.") and kind.__name__ == "Linear"
+    of_peft = kind.__module__.startswith("peft.tuners.lora.") and kind.__name__ == "Linear"
+    return of_peft or (kind.__module__, kind.__name__) == FUSED
 
 
 def update_of(module: Any) -> LowRank | None:
     """What a layer adds to its weight, if `why_not_update` has nothing against it."""
-    if not is_update(module) or module.disable_adapters or module.merged:
+    if not is_update(module):
+        assert not hasattr(module, "lora_A"), f"{type(module).__name__} has to be called"
+        return None
+    if module.disable_adapters or module.merged:
         return None
     names = _active(module)
     if not names:

@@ -37,15 +37,17 @@ class ExpertDispatcher(Protocol):
     experts are. `dispatch` brings tokens to their experts, `compute` applies those, `combine`
     brings the results back and adds up what a token has from several places. All are differentiable
     in `x` and `weights`. The sum over a token's experts is fp32 or wider. An object that knows
-    `dispatch` by its former name, `permute`, is a dispatcher too.
+    `dispatch` by its former name, `permute`, is a dispatcher too. What `dispatch` returns goes to
+    `compute` alone. Where a dispatcher has an attribute `waits` that is true, tokens are still on
+    their way then, and the layer computes its shared expert before it calls `compute`.
     """
 
-    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Dispatched, Any]:
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Any, Any]:
         """`[T, X]`, `[T, K]`, `[T, K]` -> what the experts here compute, and what
         `combine` needs to bring it back."""
         ...
 
-    def compute(self, dispatched: Dispatched, experts: Experts) -> Tensor:
+    def compute(self, dispatched: Any, experts: Experts) -> Tensor:
         """`[R, X]`: for each row the weighted sum of its experts' outputs.
 
         `experts` is the layer's module of the experts, called so that adapters and hooks on it act.

@@ -4,6 +4,7 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, E experts, K exper
 the experts see (D, or the latent size), F expert width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class NemotronV3MoE(RefusesContextParallel):
                 attention_mask,
                 layout_kwargs=layout_kwargs,
                 is_stateless=True,
+                group=self.token_group,
             )
         layout = context.on(hidden_states.device)
 
@@ -123,14 +125,19 @@ class NemotronV3MoE(RefusesContextParallel):
 
         return context.leave(moe_mixer(layout.pack(hidden_states), self, route, self._routed))
 
-    def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """`[T, X]`: the weighted sum of each token's experts, wherever they are."""
+    def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | Callable[[], Tensor]:
+        """`[T, X]`: the weighted sum of each token's experts, wherever they are; a function that
+        gives it where they are somewhere else."""
         dispatcher: Any = self.dispatcher
         # A dispatcher from elsewhere may know `dispatch` by its former name alone.
         # (A compiler follows `hasattr`, but no truth value of a method.)
         dispatch = dispatcher.dispatch if hasattr(dispatcher, "dispatch") else dispatcher.permute
         dispatched, metadata = dispatch(x, indices, weights)
-        return dispatcher.combine(dispatcher.compute(dispatched, self.experts), metadata)
+
+        def finish() -> Tensor:
+            return dispatcher.combine(dispatcher.compute(dispatched, self.experts), metadata)
+
+        return finish if getattr(dispatcher, "waits", False) else finish()
 
     def decode_weights(self) -> MoEWeights:
         """What a decode step reads."""

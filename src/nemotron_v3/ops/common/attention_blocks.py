@@ -135,6 +135,8 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) ->
         `[n, H, P]`.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if q.is_cuda:  # heads that lie apart, as in a cache, gave wrong gradients on an H200
+        q, k, v = (t.contiguous() for t in (q, k, v))
     return _After.apply(q, k, v, scale, blocks_of(q, k.shape[0]))
 
 

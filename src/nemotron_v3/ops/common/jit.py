@@ -24,6 +24,7 @@ DATA_SIZES = (
         "parts",
         "places",
         "places_out",
+        "level",
     ),
 )
 

@@ -80,6 +80,9 @@ def attend(
 ) -> Tensor:
     """One document: q `[n, H, P]`, k and v `[n, J, P]` -> `[n, H, P]`."""
     n = q.shape[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        # Heads that lie apart, as in a cache, gave wrong gradients on an H200.
+        q, k, v = (t.contiguous() for t in (q, k, v))
     more = fixed_size(n) - n
     if more:
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (q, k, v))

@@ -12,6 +12,8 @@ from torch import Tensor
 class Buffers(NamedTuple):
     """Every layer of a shape may share them: a layer has read them before the next one writes.
 
+    Before the first choice nothing is chosen.
+
     Attributes:
         normed: `[R, D]`, the layer's input behind its norm.
         logits: fp32 `[R, E]`.
@@ -46,9 +48,9 @@ class Buffers(NamedTuple):
             normed=like.new_empty(R, D),
             logits=torch.empty(R, E, **wide),
             weights=torch.empty(R, K, **wide),
-            experts=torch.empty(R, K, **ints),
-            slots=torch.empty(3, min(E, R * K), **ints),
-            choices=torch.empty(R * K, **ints),
+            experts=torch.full((R, K), -1, **ints),
+            slots=torch.full((3, min(E, R * K)), -1, **ints),
+            choices=torch.zeros(R * K, **ints),
             counters=torch.zeros(R + 1, **ints),
             h=like.new_empty(R * K, F),
             shared_h=like.new_empty(R, shared),

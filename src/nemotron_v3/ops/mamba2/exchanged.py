@@ -29,7 +29,7 @@ def mamba2(
     layout: SequenceLayout,
     conv_states: Tensor | None,
     exchange: StateExchange,
-    impl: str,
+    impl: str = "portable",
 ) -> Tensor:
     inner, group_width = A_log.shape[0] * head_dim, n_groups * state_size
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * group_width, A_log.shape[0]], dim=-1)

@@ -1,6 +1,8 @@
 """The public fused core of a Mamba-2 mixer: everything between `in_proj` and `out_proj`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,26 @@ def _refusal(dtypes: Sequence[torch.dtype], taps: int, head_dim: int, state: int
     return refuse_dtypes(dtypes)
 
 
+def _exchanged(*args: Any, **options: Any) -> Tensor:
+    # Imported here: its parts are ops of their own, which import this one's neighbours.
+    from nemotron_v3.ops.mamba2.exchanged import mamba2
+
+    return mamba2(*args, **options)
+
+
+def _exchanged_kernels() -> Callable[..., Tensor]:
+    from nemotron_v3.ops.mamba2.kernels.exchanged import mamba2
+
+    return mamba2
+
+
+_EXCHANGED = Op(
+    "mamba2 with an exchange",
+    reference=partial(_exchanged, impl="reference"),
+    portable=_exchanged,
+    kernels=_exchanged_kernels,
+    refuse=_refusal,
+)
 _OP = Op(
     "mamba2",
     reference=reference.mamba2,
@@ -102,17 +124,10 @@ def mamba2(
     if exchange is not None:
         if ssm_states is not None:
             raise ValueError("ssm_states are what an exchange gives: leave one of them out")
-        # Imported here: its parts are ops of their own.
-        from nemotron_v3.ops.mamba2 import exchanged
-
-        y = exchanged.mamba2(
-            zxbcdt,
-            conv_weight,
-            conv_bias,
-            dt_bias,
-            A_log,
-            D,
-            norm_weight,
+        tensors = zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
+        run = _EXCHANGED.pick(impl, tensors, conv_weight.shape[1], head_dim, state_size)
+        y = run(
+            *tensors,
             n_groups=n_groups,
             head_dim=head_dim,
             state_size=state_size,
@@ -122,8 +137,8 @@ def mamba2(
             layout=layout,
             conv_states=conv_states,
             exchange=exchange,
-            impl=impl,
         )
+        y = y if zxbcdt.shape[0] else of_no_tokens(y, *tensors[1:])
         return y, None, None
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states)
     tensors = (zxbcdt, *parameters)

@@ -10,6 +10,9 @@ from nemotron_v3.ops.sampling.kernels.parts import DRAW, NONE, TOP_K, TOP_P
 from nemotron_v3.ops.sampling.sizes import CHUNK, LEVELS, blocks_of, parts_of, workspace_size
 
 ROWS, WARPS = 8, 8
+# Of narrow logits, of which a thread loads eight side by side: rows lie within a thread then, and
+# are added there.
+NARROW_ROWS = 4
 _stats = Launcher(passes.stats_kernel)
 _scale = Launcher(passes.scale_kernel)
 _descend = Launcher(passes.descend_kernel)
@@ -41,7 +44,7 @@ def _run(
     )
     stats, floors, tables = (arrays[name] for name in ("stats", "floors", "tables"))
     below = arrays["below"].view(torch.float32)
-    block_c, tile = power_of_two(blocks), (ROWS, CHUNK // ROWS)
+    block_c, tile = power_of_two(blocks), _tile(below)
     marked = None if seen is None else seen.view(torch.uint8)
     penalized, floored = seen is not None, min_p is not None
     top_k, top_p = drawn if top_k is None else top_k, temperature if top_p is None else top_p
@@ -52,21 +55,22 @@ def _run(
             R * blocks,
             (*shaped, temperature, min_p, stats, below, floors, tables),
             (V, blocks, stride),
-            (*tile, block_c, penalized, floored, any(by), by[0]),
+            (*_tile(logits), block_c, penalized, floored, any(by), by[0]),
             WARPS,
         )
         previous = NONE
         for query in (TOP_K, TOP_P, DRAW) if any(by) else ():
             if query == DRAW or by[query]:
                 for level in range(1, LEVELS):
+                    counted = query == TOP_K or (query == TOP_P and level == LEVELS - 1)
                     _descend(
                         R * blocks,
                         (
                             *(below, active, temperature, top_k, top_p, uniform, drawn, stats),
                             *(floors, tables, arrays["records"], arrays["kept"]),
                         ),
-                        (V, R, blocks, uniform.shape[0]),
-                        (query, previous, level, *tile, block_c, *by),
+                        (V, R, blocks, uniform.shape[0], level),
+                        (query, previous, level == 1, counted, *tile, block_c, *by),
                         WARPS,
                     )
                 previous = query
@@ -83,6 +87,12 @@ def _run(
         ),
         WARPS,
     )
+
+
+def _tile(x: Tensor) -> tuple[int, int]:
+    """How a chunk of these numbers is laid out."""
+    rows = ROWS if x.element_size() == 4 else NARROW_ROWS
+    return rows, CHUNK // rows
 
 
 def sample(

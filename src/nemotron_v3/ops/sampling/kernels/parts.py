@@ -72,7 +72,7 @@ def key_of(b_below):
 def store_bins(p_table, b_below, b_bin, COUNTED: tl.constexpr):
     """Mass, and if COUNTED number, of the tokens in each bin of a chunk `[ROWS, COLUMNS]`."""
     b_e = mass_of(b_below)
-    for b in tl.static_range(C_BINS):
+    for b in range(C_BINS):  # unrolled it would take seconds to compile
         b_in = b_bin == b
         # A few masses of a thread in fp32, all else in fp64.
         b_mass = tl.sum(tl.where(b_in, b_e, 0.0), 0).to(tl.float64)
@@ -151,6 +151,6 @@ def applies(p_top_k, p_top_p, V, QUERY: tl.constexpr, BY_K: tl.constexpr, BY_P: 
 
 
 @triton.jit
-def record_of(records, i_r, R, QUERY: tl.constexpr, LEVEL: tl.constexpr):
+def record_of(records, i_r, R, QUERY: tl.constexpr, level):
     """Where a search of a row stands at a level: first key, mass and number before it, target."""
-    return records + ((QUERY * C_LEVELS + LEVEL) * R + i_r) * 4
+    return records + ((QUERY * C_LEVELS + level) * R + i_r) * 4

@@ -132,19 +132,23 @@ def descend_kernel(
     R,
     blocks,
     n,
+    level,
     QUERY: tl.constexpr,
     PREVIOUS: tl.constexpr,
-    LEVEL: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BY_K: tl.constexpr,
     BY_P: tl.constexpr,
 ):
-    """A level of a search: from the bins of the level above to those of the one chosen.
+    """A level of a search, from 1 on: from the bins of the level above to those of the one chosen.
 
-    All programs of a row choose alike. The first level, whose bins all searches share, is that of
-    `scale_kernel`; a search begins by what the PREVIOUS one kept.
+    FIRST is whether `level` is 1. The new bins are COUNTED for top-k, which goes by numbers, and at
+    the last level of top-p, where the equal tokens of a key are. All programs of a row choose
+    alike. The first level, whose bins all searches share, is that of `scale_kernel`; a search
+    begins by what the PREVIOUS one kept.
     """
     i_r, i_c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     size = R.to(tl.int64) * blocks * (C_BINS * 2)  # of a level's table
@@ -152,7 +156,7 @@ def descend_kernel(
     peak, sum_, top, token = row_stats(stats + i_r * blocks * 4, blocks, BLOCK_C)
     draws = (tl.load(temperature + i_r).to(tl.float32) > 0) & is_finite(peak)
     if (tl.load(active + i_r) != 0) & draws:
-        if LEVEL == 1:
+        if FIRST:
             o_c = tl.arange(0, BLOCK_C)
             if PREVIOUS == C_NONE:
                 o_b = tl.arange(0, C_BINS)
@@ -178,18 +182,18 @@ def descend_kernel(
                 target = number * tl.minimum(before, tl.sum(b_floor, 0))
             low, before, count = target * 0.0, target * 0.0, target * 0.0
         else:
-            p_above = record_of(records, i_r, R, QUERY, LEVEL - 1)
+            p_above = record_of(records, i_r, R, QUERY, level - 1)
             low, before = tl.load(p_above), tl.load(p_above + 1)
             count, target = tl.load(p_above + 2), tl.load(p_above + 3)
         if applies(top_k + i_r, top_p + i_r, V, QUERY, BY_K, BY_P):
-            SHIFT: tl.constexpr = C_BITS * (C_LEVELS - 1 - LEVEL)
-            p_from = p_table + (LEVEL - 1) * size
+            shift = C_BITS * (C_LEVELS - 1 - level)
+            p_from = p_table + (level - 1) * size
             i_b, before, count, mass, number_of = pick(
                 p_from, blocks, before, count, target, QUERY, QUERY == C_TOP_K, BLOCK_C
             )
-            first = low.to(tl.int32) + (i_b << (SHIFT + C_BITS))
+            first = low.to(tl.int32) + (i_b << (shift + C_BITS))
             if i_c == 0:
-                p_record = record_of(records, i_r, R, QUERY, LEVEL)
+                p_record = record_of(records, i_r, R, QUERY, level)
                 tl.store(p_record, first.to(tl.float64))
                 tl.store(p_record + 1, before)
                 tl.store(p_record + 2, count)
@@ -198,8 +202,5 @@ def descend_kernel(
             o_v = o_v + tl.arange(0, COLUMNS)[None, :]
             b_below = tl.load(below + i_r * V + o_v, mask=o_v < V, other=float("inf"))
             b_key = tl.where(o_v < V, key_of(b_below) - first, -1)
-            b_bin = b_key >> SHIFT  # -1 of what comes before, BINS or more of what comes after
-            # How many are equal is asked at the end; up to there top-k alone goes by numbers.
-            LAST: tl.constexpr = LEVEL == C_LEVELS - 1
-            COUNTED: tl.constexpr = (QUERY == C_TOP_K) | ((QUERY == C_TOP_P) & LAST)
-            store_bins(p_table + LEVEL * size + i_c * (C_BINS * 2), b_below, b_bin, COUNTED)
+            b_bin = b_key >> shift  # -1 of what comes before, BINS or more of what comes after
+            store_bins(p_table + level * size + i_c * (C_BINS * 2), b_below, b_bin, COUNTED)

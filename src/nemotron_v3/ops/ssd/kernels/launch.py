@@ -116,8 +116,14 @@ def _cumsum_programs(tables: Tables, H: int) -> int:
 
 def forward(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, outputs: Outputs) -> None:
     """Writes the outputs."""
-    x, dt, A, B, C, D, dt_bias, initial_states = inputs
-    y, final_states, prev_states, dA_cumsum = outputs
+    sweep(inputs, steps, tables, blocks, outputs)
+    scan(inputs, tables, blocks, outputs)
+
+
+def sweep(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, outputs: Outputs) -> None:
+    """Writes the states, before the chunks and behind the documents, and the log-decays."""
+    x, dt, A, B, _, _, dt_bias, initial_states = inputs
+    _, final_states, prev_states, dA_cumsum = outputs
     start, end, document_chunks, cu_seqlens = tables
     T, H = dt.shape
     sizes = blocks.sizes
@@ -141,9 +147,16 @@ def forward(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, output
             ((strides, sizes, blocks.short_passing), blocks.short_passing.warps),
         ),
     )
+
+
+def scan(inputs: Inputs, tables: Tables, blocks: Blocks, outputs: Outputs) -> None:
+    """Writes y, of the states before the chunks."""
+    x, dt, _, B, C, D, _, _ = inputs
+    y, _, prev_states, dA_cumsum = outputs
+    (T, H), sizes = dt.shape, blocks.sizes
     _chunk_scan(
         tables.chunks * 2 * (H // sizes.HEADS),
-        (x, B, C, D, dA_cumsum, prev_states, y, start, end),
+        (x, B, C, D, dA_cumsum, prev_states, y, tables.chunk_start, tables.chunk_end),
         (T, H),
         (
             Strides(x.stride(0), B.stride(0), C.stride(0), y.stride(0)),
@@ -152,6 +165,18 @@ def forward(inputs: Inputs, steps: Steps, tables: Tables, blocks: Blocks, output
         ),
         blocks.scan.warps,
     )
+
+
+class Pairs(NamedTuple):
+    """What the first half of the backward leaves to the second, beside `dstates`, the gradients of
+    the states behind the chunks."""
+
+    dstates: Tensor
+    ddA_rows: Tensor
+    ddA_columns: Tensor
+    ddA_across: Tensor
+    CB_diagonal: Tensor
+    dM: Tensor
 
 
 def backward(
@@ -165,19 +190,28 @@ def backward(
     gradients: Gradients,
 ) -> None:
     """Writes the gradients."""
-    x, dt, A, B, C, D, dt_bias, initial_states = inputs
-    dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_states = gradients
-    prev_states, dA_cumsum = kept
+    half = pairs(inputs, tables, blocks, kept, dy, dfinal_states, gradients.dinitial_states)
+    rest(inputs, steps, tables, blocks, kept, dy, dfinal_states, gradients, half)
+
+
+def pairs(
+    inputs: Inputs,
+    tables: Tables,
+    blocks: Blocks,
+    kept: Kept,
+    dy: Tensor,
+    dfinal_states: Tensor | None,
+    dinitial_states: Tensor | None,
+) -> Pairs:
+    """The gradients of the states, and of the pairs of tokens within a chunk."""
+    x, dt, _, B, C, _, _, _ = inputs
+    dA_cumsum = kept.dA_cumsum
     start, end, document_chunks, cu_seqlens = tables
     T, H = dt.shape
     G, sizes = H // blocks.sizes.HEADS_OF_GROUP, blocks.sizes
-
-    def sums(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dA_cumsum.dtype, device=x.device)
-
-    dstates = torch.empty_like(prev_states)
-    ddA_rows, ddA_columns, ddA_across, ddA_from_states, ddA_to_states, x_dot_dy = sums(6, H, T)
-    CB_diagonal = sums(G, T)
+    dstates = torch.empty_like(kept.prev_states)
+    rows, columns, across = _sums(dA_cumsum, 3, H, T)
+    CB_diagonal = _sums(dA_cumsum, G, T)
     dM = torch.empty(tables.chunks, 3, G, sizes.TILE, sizes.TILE, dtype=x.dtype, device=x.device)
     strides = Strides(x.stride(0), B.stride(0), C.stride(0), 0, dy.stride(0))
     passing_programs = tables.documents * H * -(-sizes.N // blocks.back_passing.slice)
@@ -185,13 +219,37 @@ def backward(
         passing_programs + tables.chunks * 3 * G,
         (
             *(x, B, C, dA_cumsum, dy, dfinal_states, dstates, dinitial_states, dM),
-            *(ddA_rows, ddA_columns, ddA_across, CB_diagonal),
+            *(rows, columns, across, CB_diagonal),
             *(start, end, cu_seqlens, document_chunks),
         ),
         (T, H, passing_programs),
         (strides, sizes, blocks.back_passing, blocks.dcb.stages),
         blocks.dcb.warps,
     )
+    return Pairs(dstates, rows, columns, across, CB_diagonal, dM)
+
+
+def rest(
+    inputs: Inputs,
+    steps: Steps,
+    tables: Tables,
+    blocks: Blocks,
+    kept: Kept,
+    dy: Tensor,
+    dfinal_states: Tensor | None,
+    gradients: Gradients,
+    half: Pairs,
+) -> None:
+    """Writes the gradients, but for that of the initial states."""
+    x, dt, A, B, C, D, dt_bias, initial_states = inputs
+    dx, ddt, dA, dB, dC, dD, ddt_bias, _ = gradients
+    prev_states, dA_cumsum = kept
+    dstates, ddA_rows, ddA_columns, ddA_across, CB_diagonal, dM = half
+    start, end, document_chunks, _ = tables
+    T, H = dt.shape
+    G, sizes = H // blocks.sizes.HEADS_OF_GROUP, blocks.sizes
+    ddA_from_states, ddA_to_states, x_dot_dy = _sums(dA_cumsum, 3, H, T)
+    strides = Strides(x.stride(0), B.stride(0), C.stride(0), 0, dy.stride(0))
     shape = (tables.chunks, H, sizes.BLOCK_P)
     ddA_through = torch.empty(shape, dtype=torch.float32, device=x.device)
     _chunk_scan_bwd(
@@ -230,3 +288,7 @@ def backward(
         (dt.stride(0), ddt.stride(0), sizes, steps.log_A),
     )
     sum_partials(partial, dA, ddt_bias, dD)
+
+
+def _sums(dA_cumsum: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dA_cumsum.dtype, device=dA_cumsum.device)

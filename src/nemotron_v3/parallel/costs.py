@@ -1,0 +1,120 @@
+"""What a plan takes of each process: bytes of memory, and bytes sent in a pass.
+
+Counted from a config, for training all weights; activations depend on what is recomputed and are
+left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.model.cost import Weight, block_weights, model_weights
+from nemotron_v3.parallel.plan import Plan, gathered_rows, sent_rows
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """Bytes, of one process.
+
+    Attributes:
+        weights, gradients, moments: what it holds of each.
+        gathered: weights that are whole at once besides: those of the largest block that are not
+            its own, and the head.
+        experts: sent for the tokens of a forward and a backward pass, to experts and back.
+        dense: sent for weights that are gathered, and for sums of gradients.
+        embeddings: sent for rows of the embeddings, where those stay where they are.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    gathered: int
+    experts: int
+    dense: int
+    embeddings: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.moments + self.gathered
+
+    @property
+    def sent(self) -> int:
+        return self.experts + self.dense + self.embeddings
+
+
+def plan_costs(
+    config: NemotronV3Config,
+    plan: Plan,
+    *,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    moments: float = 8.0,
+) -> PlanCosts:
+    """Of a plan with all sizes settled (`Plan.over`).
+
+    Args:
+        tokens: of each process in a pass.
+        dtype: of weights, activations, gradients and their sums.
+        moments: bytes a parameter: 8 in fp32, 2.06 in 8 bits with a scale for 64 of them.
+
+    Raises:
+        ValueError: experts that the plan does not divide.
+    """
+    shard, sets, width = plan.dp_shard or 1, plan.dp_replicate, dtype.itemsize
+    if config.has_experts and config.n_routed_experts % plan.ep:
+        raise ValueError(
+            f"ep = {plan.ep} does not divide the {config.n_routed_experts} experts of a layer"
+        )
+    weights = model_weights(config)
+    own = [w for w in weights if plan.ep > 1 and _is_expert(w)]
+    even = config.vocab_size % shard == 0
+    rows = sets == 1 and shard > 1 and even and not config.tie_word_embeddings
+    table = config.vocab_size * config.hidden_size if rows else 0
+    everything = sum(w.parameters for w in weights)
+    expert = sum(w.parameters for w in own)
+    dense = everything - expert - table
+    sharers = shard // plan.ep
+    held = everything // shard
+    # Gathered forward and backward; then the sum, of which each has a part.
+    travels = 3 * dense * (shard - 1) // shard + 3 * (expert // plan.ep) * (sharers - 1) // sharers
+    travels += 2 * held * (sets - 1) // sets if sets > 1 else 0
+    return PlanCosts(
+        weights=held * width,
+        gradients=held * width,
+        moments=round(held * moments),
+        gathered=_gathered(config, plan, sharers) * width if shard > 1 else 0,
+        experts=_rows_sent(config, plan, tokens) * width,
+        dense=travels * width,
+        embeddings=2 * tokens * config.hidden_size * (shard - 1) * width if rows else 0,
+    )
+
+
+def _is_expert(weight: Weight) -> bool:
+    return weight.name.startswith("experts.")
+
+
+def _gathered(config: NemotronV3Config, plan: Plan, sharers: int) -> int:
+    largest = 0
+    for index, block in enumerate(config.layers_block_type):
+        whole = block_weights(config.of_block(index), block)
+        size = sum(w.parameters for w in whole if plan.ep == 1 or not _is_expert(w))
+        if sharers > 1 and plan.ep > 1:
+            size += sum(w.parameters for w in whole if _is_expert(w)) // plan.ep
+        largest = max(largest, size)
+    return largest + config.vocab_size * config.hidden_size
+
+
+def _rows_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:
+    """Elements sent to experts and back, forward and backward."""
+    if plan.ep == 1:
+        return 0
+    total = 0.0
+    for index, block in enumerate(config.layers_block_type):
+        if block == "moe":
+            own = config.of_block(index)
+            E, K = own.n_routed_experts, own.num_experts_per_tok
+            gathers = plan.gathers(E, K)
+            rows = gathered_rows(plan.ep) if gathers else sent_rows(E, K, plan.ep)
+            total += 4 * tokens * rows * (own.moe_latent_size or own.hidden_size)
+    return round(total)
