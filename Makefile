@@ -45,7 +45,6 @@ test: lint ## ruff, pyright and the tests
 test-integrations: $(READY) ## the tests that take longer: whole programs, other projects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'heavy or integration' $(ARGS)
 	$(MAKE) test-oldest-transformers
-	$(MAKE) test-automodel
 
 test-oldest-transformers: $(OLDEST_READY) ## tests/hf with the oldest transformers it takes
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) \

@@ -300,3 +300,14 @@ def test_dropout_of_attention_acts_in_training_alone(model):
     layer.attention_dropout, x = 0.5, torch.randn(1, 9, 48)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.allclose(layer.train()(x), layer(x))
+
+
+def test_numbers_of_documents_win_over_offsets(model):
+    """As in AutoModel's own order of precedence, where both are given and differ."""
+    ids, numbers = tokens(1, 9), torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
+    told = model(ids, seq_idx=numbers, cu_seqlens=torch.tensor([0, 3, 9])).logits
+    assert torch.equal(told, model(ids, seq_idx=numbers).logits)
+    padded = model(
+        ids, cu_seqlens=torch.tensor([0, 3, 7]), cu_seqlens_padded=torch.tensor([0, 5, 9])
+    )
+    torch.testing.assert_close(padded.logits[0, 5:9], model(ids[:, 5:]).logits[0])

@@ -24,19 +24,21 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     """
     from nemotron_v3.parallel import Plan
 
-    told = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
-    if "gpus" not in told or not told.keys() <= set(_FIELDS):
+    parts = (part.partition("=") for part in text.replace(" ", "").split(","))
+    given = {name: value for name, _, value in parts}
+    if "gpus" not in given or not given.keys() <= set(_FIELDS):
         raise ValueError(
             f"--plan is {text!r}: give gpus, and ep or dp_replicate beside it, such as gpus=8,ep=4"
         )
     try:
-        sizes = {name: int(value) for name, value in told.items()}
+        sizes = {name: int(value) for name, value in given.items()}
     except ValueError:
         raise ValueError(f"--plan is {text!r}: every size is an integer") from None
     gpus = sizes.pop("gpus")
     if gpus < 1:
         raise ValueError(f"--plan is {text!r}: gpus is at least 1")
-    return Plan(**sizes).over(gpus), gpus
+    plan = Plan(dp_replicate=sizes.get("dp_replicate", 1), ep=sizes.get("ep", 1))
+    return plan.over(gpus), gpus
 
 
 def costs_of_plan(

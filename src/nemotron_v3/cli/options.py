@@ -120,7 +120,10 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], Any]:
-    """The marks of an annotation, and the type of one value, without None and tuples."""
+    """The marks of an annotation, and the type of one value, without None and tuples.
+
+    Of several types it is the one with words to complete, as of `int | Literal["auto"]`.
+    """
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         more, inner = _unwrap(inner)

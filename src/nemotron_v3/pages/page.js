@@ -23,7 +23,7 @@
     });
     panels.forEach((panel, i) => panel.classList.toggle("shown", i === number));
     tabs[number].scrollIntoView({ block: "nearest", inline: "nearest" });
-    drawIn(panels[number]);
+    drawPanel(panels[number]);
   };
   tabs.forEach((tab, i) => {
     tab.addEventListener("click", () => show(i));
@@ -202,9 +202,7 @@
   };
 
   const DRAW = { lines: drawLines, heat: drawHeat, bars: drawBars };
-  const CONFIG = {
-    displayModeBar: false, doubleClick: "reset+autosize",
-  };
+  const CONFIG = { displayModeBar: false };
 
   const draw = (figure) => {
     const chart = charts[Number(figure.dataset.chart)];
@@ -245,7 +243,7 @@
     });
   };
 
-  const drawIn = (panel) => {
+  const drawPanel = (panel) => {
     if (!ready) return Promise.resolve();
     return Promise.all(find("figure[data-chart]", panel).map(draw));
   };
@@ -317,12 +315,12 @@
     redraw();
   });
   dark.addEventListener("change", () => { applyTheme(); redraw(); });
-  await drawIn(panels[shown]);
+  await drawPanel(panels[shown]);
 
   let resized = 0;
   addEventListener("resize", () => {
     clearTimeout(resized);
-    resized = setTimeout(() => drawIn(panels[shown]), 150);
+    resized = setTimeout(() => drawPanel(panels[shown]), 150);
   });
 
   // ---- paper: all parts, in light colours, at the width that they have there

@@ -69,9 +69,8 @@ class EightBitAdamW(RoundedAdamW):
         local = local_part(p)
         if not local.numel():
             return
-        numbers, step = self._numbers(group, state["count"], local.device), _step
-        if local.is_cuda:
-            step = _compiled()
+        numbers = self._numbers(group, state["count"], local.device)
+        step: Callable[..., Tensor] = _compiled() if local.is_cuda else _step
         values = torch.empty(local.shape, dtype=torch.float32, device=local.device)
         gradient = local_part(p.grad).contiguous()  # type: ignore[arg-type]
         codes = [local_part(state[name]) for name in MOMENTS]

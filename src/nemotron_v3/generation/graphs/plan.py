@@ -67,15 +67,15 @@ class Plan:
         )
         self.drawing = None if asked is None else Drawing(asked, self.logits, slots)
 
-    @staticmethod
-    def knows(block_type: str) -> bool:
-        """Whether a step can hold blocks of this type."""
-        return hasattr(Plan, f"_add_{block_type}")
-
     @property
     def every_call(self) -> list[Call]:
         """Those of the layers, and the choice behind them."""
         return [*self.calls, *([] if self.drawing is None else [self.drawing])]
+
+    @staticmethod
+    def knows(block_type: str) -> bool:
+        """Whether a step can hold blocks of this type."""
+        return hasattr(Plan, f"_add_{block_type}")
 
     @torch.no_grad()
     def __call__(self) -> None:
