@@ -24,8 +24,9 @@ def data(tmp_path, monkeypatch):
 
 
 def test_a_table_with_a_row_a_checkpoint_and_a_file_with_the_same_figures(
-    folder, data, tmp_path, capsys
+    folder, data, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setenv("COLUMNS", "300")  # names are paths, and fold in less
     out = tmp_path / "e.json"
     asked = ["eval", str(folder), str(folder), "--data", str(data), "--out", str(out)]
     assert cli.main([*asked, "--device", "cpu"]) == 0

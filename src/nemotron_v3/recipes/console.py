@@ -26,7 +26,7 @@ class Story:
     def fact(self, label: str, text: str) -> None:
         line = Table.grid()
         line.add_column(width=LABEL, style="dim")
-        line.add_column()
+        line.add_column(overflow="fold")  # a path is shown whole
         line.add_row(label, text)
         self.console.print(Padding(line, (0, 0, 0, 2)))
 

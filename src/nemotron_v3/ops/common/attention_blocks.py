@@ -164,7 +164,7 @@ def _plans(q: Tensor) -> bool:
     return hopper and torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def _kernel(q: Tensor, block: Block) -> Kernel:
+def _chosen(q: Tensor, block: Block) -> Kernel:
     if q.is_cpu:
         return OnCPU()
     size = block.end - block.start
@@ -188,7 +188,7 @@ class _After(torch.autograd.Function):
         for block in blocks:
             here = slice(block.start, block.end)
             heads = _by_head(q), _by_head(k[here]), _by_head(v[here])
-            kernel = _kernel(q, block)
+            kernel = _chosen(q, block)
             part = kernel.forward(*heads, block.is_causal, scale)
             found.append((part.log_sums.shape, part.rest))
             logs = part.log_sums.reshape(1, H, -1)[..., :n]  # [1, H, n]
@@ -218,7 +218,7 @@ class _After(torch.autograd.Function):
             here = slice(block.start, block.end)
             of = Attended(_by_head(out), _padded(total, shape), rest)
             qkv = tuple(map(_by_head, (q, k[here], v[here])))
-            kernel = _kernel(q, block)
+            kernel = _chosen(q, block)
             parts = kernel.backward(_by_head(dout), qkv, of, block.is_causal, ctx.scale)
             of_q, dk_block, dv_block = (t[0].transpose(0, 1) for t in parts)
             dq += of_q

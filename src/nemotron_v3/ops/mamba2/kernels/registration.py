@@ -331,17 +331,11 @@ def _autograd(ctx, dout, dconv_states, dssm_states, *_) -> Arguments:
 _norm_backward_op = register(
     schema("mamba2_norm_backward", NormArguments, results=2), _norm_backward, _norm_backward_fake
 )
-_scan_backward_op = register(
-    schema("mamba2_scan_backward", Upstream, Arguments, results=7, mutated="dzxbcdt"),
-    _scan_backward,
-    _scan_backward_fake,
-)
+_of_scan = schema("mamba2_scan_backward", Upstream, Arguments, results=7, mutated="dzxbcdt")
+_scan_backward_op = register(_of_scan, _scan_backward, _scan_backward_fake)
+_of_forward = schema("mamba2", Arguments, results=7)
 _forward_op = register(
-    schema("mamba2", Arguments, results=7),
-    _forward,
-    _forward_fake,
-    setup_context=_setup_context,
-    backward=_autograd,
+    _of_forward, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd
 )
 
 
