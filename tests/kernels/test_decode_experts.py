@@ -50,7 +50,7 @@ def test_the_choice(name, dtype, monkeypatch):
         ("none-active", F32),
         ("one-row-updated", BF16),
         ("one-row-updated-alone", F32),
-        ("updated", BF16),
+        pytest.param("updated", BF16, marks=pytest.mark.heavy),
         ("shared-updated", F32),
     ],
 )

@@ -112,7 +112,9 @@ def test_only_what_is_wanted_is_computed():
     assert all(tensors[k].grad is None for k in ("up_proj", "down_proj"))
 
 
-@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize(
+    "spoilt", [SPOILT[0], *(pytest.param(name, marks=pytest.mark.heavy) for name in SPOILT[1:])]
+)
 @pytest.mark.parametrize("case", NAN_CASES, ids=lambda case: case.name)
 def test_nan_stays_with_its_token_and_experts(case, spoilt):
     hold_isolation("experts", make(case), spoilt, "triton")

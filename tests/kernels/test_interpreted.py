@@ -50,7 +50,7 @@ MIXER = mamba2_cases.Case("pack", (1, 0, 6), 64, 8, 64, 8, width=3, states=True)
         # Minutes of a processor: many heads, because a tensor's error is pooled over 64 elements.
         pytest.param("ssd", PACK, F32, marks=pytest.mark.heavy),
         pytest.param("ssd", STRONG, F32, marks=pytest.mark.heavy),
-        ("ssd", STRONG, BF16),
+        pytest.param("ssd", STRONG, BF16, marks=pytest.mark.heavy),
         ("ssd", ssd_cases.Case("one-token", (1,), 3, 64, 1, 16, initial_states=True), BF16),
         pytest.param("mamba2", MIXER, F16, marks=pytest.mark.heavy),
         ("attention", DOCUMENTS, F32),
@@ -87,6 +87,7 @@ def test_a_compiled_mixer_takes_every_length():
     assert counted.frame_count == 2
 
 
+@pytest.mark.heavy
 def test_compiled_graph_equals_eager():
     """`torch.compile(fullgraph=True)` sees the op as a node, forward and backward."""
     case = mamba2_cases.Case("plain", (5, 3), 2, 16, 1, 16)

@@ -71,8 +71,9 @@ class DemoOptions:
     model: ModelSizes = field(default_factory=ModelSizes)
 
     def check(self) -> None:
-        """`ValueError` for a length that is none."""
+        """`ValueError` for a length that is none, or for sizes that make no model."""
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}: give at least 1")
         if not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes is {self.minutes}: give a positive number")
+        self.model.config()  # told before the corpus is read, which takes a while
