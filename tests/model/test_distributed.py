@@ -210,16 +210,22 @@ def fsdp_from_the_meta_device(rank: int) -> None:
 
 
 def fsdp_that_casts_inputs(rank: int) -> None:
-    """All blocks of a pass see one layout, and the tables that it keeps."""
-    model, seen = tiny_model(), []
+    """All blocks of a pass see one layout, and so do hooks on their mixers, of whatever type."""
+    model, seen, in_mixers = tiny_model(), [], []
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard_model(model, mp_policy=policy)
     for block in model.model.layers:
         block.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["context"].layout), with_kwargs=True
         )
+        block.mixer.register_forward_pre_hook(
+            lambda module, args, kwargs: in_mixers.append(kwargs["layout"]), with_kwargs=True
+        )
     model(**half(rank)).loss.backward()
-    assert len(seen) == len(model.model.layers) and all(each is seen[0] for each in seen)
+    assert len(seen) == len(in_mixers) == len(model.model.layers)
+    assert all(each is seen[0] for each in seen)
+    assert all(each is in_mixers[0] for each in in_mixers)
+    assert in_mixers[0] in (seen[0], seen[0].packed)  # packed: padding left out
 
 
 WORKERS = [

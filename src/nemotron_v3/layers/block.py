@@ -151,9 +151,10 @@ class NemotronV3Block(nn.Module):
         if context.has_padding:
             layout = context.on(hidden_states.device)
             x = self.norm(layout.pack(hidden_states))  # [T, D]
-            y = layout.unpack(self.mixer(x, context=context.packed()))
+            within = context.packed()
+            y = layout.unpack(self.mixer(x, layout=within.layout, context=within))
         else:
-            y = self.mixer(self.norm(hidden_states), context=context)
+            y = self.mixer(self.norm(hidden_states), layout=context.layout, context=context)
         return hidden_states + y.to(hidden_states.dtype)  # the mixer's dtype may be its own
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -216,7 +217,8 @@ class MixerKind(NamedTuple):
     takes_4d_mask: bool = False
 
 
-# By block type. Every mixer is called as `mixer(x, context=context)`.
+# By block type. Every mixer is called as `mixer(x, layout=context.layout, context=context)`: it
+# reads the context, a hook on it finds the layout under its documented name.
 MIXERS = {
     "mamba": MixerKind(_mamba),
     "attention": MixerKind(_attention, takes_4d_mask=True),

@@ -12,6 +12,7 @@ from nemotron_v3.layers.decode_weights import MLPWeights, Projection
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import check_floats, check_size
 from nemotron_v3.layers.linear import make_linear, project
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import relu2
 
 
@@ -71,8 +72,13 @@ class NemotronV3MLP(RefusesContextParallel):
             rescale_prenorm_residual=config.rescale_prenorm_residual,
         )
 
-    def forward(self, hidden_states: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """`[..., D]` -> `[..., D]`; each token is by itself, so that a context says nothing.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout | None = None,
+        context: ForwardContext | None = None,
+    ) -> Tensor:
+        """`[..., D]` -> `[..., D]`; each token is by itself: layout and context say nothing.
 
         Raises:
             ValueError: another hidden size.
