@@ -61,7 +61,7 @@ def plan_costs(
     Raises:
         ValueError: experts that the plan does not divide.
     """
-    shard, sets, width = plan.dp_shard or 1, plan.dp_replicate, dtype.itemsize
+    shard, sets, width = plan.set_size, plan.dp_replicate, dtype.itemsize
     if config.has_experts and config.n_routed_experts % plan.ep:
         raise ValueError(
             f"ep = {plan.ep} does not divide the {config.n_routed_experts} experts of a layer"
