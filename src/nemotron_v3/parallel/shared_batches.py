@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nemotron_v3.layers.moe.load_balancing import BalanceLoss
 from nemotron_v3.layout import SequenceLayout
@@ -57,4 +58,16 @@ def share_batches(model: NemotronV3ForCausalLM, meshes: Meshes) -> None:
         told = (input_ids, labels, attention_mask, num_items_in_batch, about)
         return CausalLMOutput(shared.part(problem, balance, *told))
 
+    model.model.register_forward_pre_hook(_refuse_whole, with_kwargs=True)
     model.forward = forward  # type: ignore[method-assign]
+
+
+def _refuse_whole(backbone: nn.Module, args: Any, told: dict[str, Any]) -> None:
+    """Raises ValueError for a call that would have a graph of all tokens on each process."""
+    context = told.get("context")
+    if torch.is_grad_enabled() and (context is None or context.carry is None):
+        raise ValueError(
+            "the model's layers are called with whole batches, and its gradients are sums over the "
+            "processes that share tokens: they would be counted several times. Call the model with "
+            "labels, or under torch.no_grad()"
+        )
