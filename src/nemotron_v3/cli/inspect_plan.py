@@ -38,7 +38,8 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     gpus = sizes.pop("gpus")
     if gpus < 1:
         raise ValueError(f"--plan is {text!r}: gpus is at least 1")
-    return Plan(**sizes).over(gpus), gpus
+    ep, cp, sets = (sizes.get(name, 1) for name in ("ep", "cp", "dp_replicate"))
+    return Plan(dp_replicate=sets, ep=ep, cp=cp).over(gpus), gpus
 
 
 def costs_of_plan(
