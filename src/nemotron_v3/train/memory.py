@@ -124,13 +124,20 @@ class _Run:
 
     @property
     def tokens(self) -> int:
-        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
+        """Of a pass, that a process computes."""
+        cp = self.options.plan.cp
+        return -(-self.options.memory.rows_per_pass * self.options.data.tokens_per_row // cp)
 
     @cached_property
     def sizes(self) -> list[int]:
         """Bytes a token that each block keeps beside the stream in front of it."""
-        rank = self.options.lora.rank
-        return _sizes(self.config, self.dtype.itemsize, rank, self.kernels)
+        rank, config, cp = self.options.lora.rank, self.config, self.options.plan.cp
+        sizes = _sizes(config, self.dtype.itemsize, rank, self.kernels)
+        if cp > 1:  # keys and values of all that comes before, at most of all tokens
+            both = 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            attends = [block == "attention" for block in config.layers_block_type]
+            sizes = [n + cp * both * here for n, here in zip(sizes, attends, strict=True)]
+        return sizes
 
     @cached_property
     def _fixed(self) -> tuple[Memory, int]:

@@ -32,7 +32,7 @@ from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, val
 from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
 from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
-from nemotron_v3.train.processes import World, processes, rank_and_size
+from nemotron_v3.train.processes import World, processes, rank_and_size, rows_of
 from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
 from nemotron_v3.train.threads import thread_choice
@@ -103,18 +103,19 @@ def train(
     """
     options.check()
     check_log(options.log)
-    rank, size = rank_and_size()
+    size = rank_and_size()[1]
     if options.log.samples and (write_on is None or size > 1):
         lacks = "somebody who continues prompts (write_on)" if size == 1 else "a single process"
         raise ValueError(f"log.samples need {lacks}: leave them out")
+    part = rows_of(options.plan.cp)
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
     # Before the processes meet: the first one tokenises, which may take longer than they wait.
-    data = make_data(options.data, tokenizer, rank, size)
-    held_out = _validation(options, tokenizer, make_data, rank, size)
+    data = make_data(options.data, tokenizer, *part)
+    held_out = _validation(options, tokenizer, make_data, *part)
     length = length_of(options, data)
-    with processes(options.model.device) as world, noted_signals() as signal:
+    with processes(options.model.device, options.plan.cp) as world, noted_signals() as signal:
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
