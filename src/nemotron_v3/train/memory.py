@@ -14,6 +14,8 @@ import torch
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.model import cost
 from nemotron_v3.model.dtypes import FP32_NAMES
+from nemotron_v3.parallel.costs import gathered_bytes
+from nemotron_v3.parallel.plan import Plan
 from nemotron_v3.train.options import LoraOptions, MemoryOptions, TrainOptions
 
 # Elements that the fused head and loss hold at once, in fp32 (ops/linear_cross_entropy).
@@ -148,12 +150,10 @@ class _Run:
         adapters = lora_parameters(config, options.lora) if options.lora.rank else 0
         trained, width = adapters or cost.parameters(config).total, self.dtype.itemsize
         gradients = adapters * width if adapters else weights
-        # Of a sharded model the largest block is whole at a time, with its gradient.
-        largest = max(
-            sum(w.parameters for w in cost.block_weights(config, b))
-            for b in config.layers_block_type
-        )
-        gathered = largest * width if shared > 1 else 0
+        # Of a sharded model some weights are whole at a time, with their gradients.
+        asked = options.plan
+        plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep)
+        gathered = gathered_bytes(config, plan.over(shared), width) if shared > 1 else 0
         fixed = Memory(
             weights=(weights + adapters * width) // shared + gathered,
             gradients=gradients // shared + (0 if adapters else gathered),
