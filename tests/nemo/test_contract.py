@@ -103,7 +103,8 @@ def test_a_mixer_has_the_sizes_and_tensors_that_context_parallelism_slices(model
     assert mixer.A_log is mixer._fp32_params.A_log
 
 
-def test_a_set_cp_is_refused_and_one_process_is_none(model):
+def test_a_cp_of_one_process_is_none_and_one_without_its_processes_is_refused(model):
+    """tests/nemo/shared_tokens.py has those of several."""
     mixer = of_type(model, "mamba")[0].mixer
     x = torch.randn(1, 5, 48)
     assert mixer.cp is None
@@ -111,7 +112,7 @@ def test_a_set_cp_is_refused_and_one_process_is_none(model):
     mixer.cp = SimpleNamespace(cp_size=1)
     assert torch.equal(mixer(x), expected)
     mixer.cp = SimpleNamespace(cp_size=2)
-    with pytest.raises(ValueError, match=r"mixer.cp is set, of 2 processes.*nemo\.undo"):
+    with pytest.raises(ValueError, match="of 2 processes, whose cp_group is a .*NoneType"):
         model(tokens(1, 5))
 
 
@@ -145,10 +146,10 @@ def test_a_stream_in_fp32_around_narrow_layers():
 # --- attention ------------------------------------------------------------------------------------
 
 
-def test_attention_has_no_module_of_transformer_engine_and_refuses_a_mesh(model):
+def test_attention_has_no_module_of_transformer_engine_and_a_door_for_a_mesh(model):
     layer = of_type(model, "attention")[0].mixer
     assert layer.attn_module is None
-    with pytest.raises(ValueError, match="context parallelism over a mesh.*cannot share"):
+    with pytest.raises(ValueError, match="cp_mesh is 'a mesh': give a DeviceMesh"):
         layer.setup_cp_attention("a mesh")
 
 
