@@ -148,10 +148,16 @@ class Mamba2Mixer(Accelerated):
         elif past_key_values is not None:
             state = CachedStates(past_key_values, self.layer_idx, layout, context.follows)
         x = layout.pack(hidden_states)  # [T, D]
-        # Through the holder, whose hooks gather what a sharder has spread.
-        parts = _MixerParts(self, self._get_fp32_ssm_params(x))
+        parts = _MixerParts(self, self._fp32_tensors(x))
         y = mamba2_mixer(x, parts, parts.weights(), self._sizes(), layout, state)
         return layout.unpack(y)
+
+    def _fp32_tensors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`A_log`, `dt_bias` and `D`: through their holder, whose hooks gather what a sharder has
+        spread; NeMo AutoModel 0.5 has none."""
+        if hasattr(self, "_fp32_params"):
+            return self._get_fp32_ssm_params(x)
+        return self.A_log, self.dt_bias, self.D
 
     def _sizes(self) -> Mamba2Sizes:
         return Mamba2Sizes(
