@@ -104,9 +104,10 @@ def train(
     options.check()
     check_log(options.log)
     rank, size = rank_and_size()
-    if options.log.samples and (write_on is None or size > 1):
-        lacks = "somebody who continues prompts (write_on)" if size == 1 else "a single process"
-        raise ValueError(f"log.samples need {lacks}: leave them out")
+    if options.log.samples and write_on is None:
+        raise ValueError(
+            "log.samples need somebody who continues prompts (write_on): leave them out"
+        )
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
@@ -119,7 +120,9 @@ def train(
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
         if options.log.samples and write_on is not None:
-            run.samples = Samples(options.out, options.log, write_on, tokenizer, display.say)
+            run.samples = Samples(
+                options.out, options.log, write_on, tokenizer, display.say, world.first
+            )
         with run.told_end():
             run.prepare(resume, signal)
             progress = run.go(after_step)
@@ -231,10 +234,10 @@ class _Run:
             options, world, model, called, optimizer, scheduler, load, progress, look, signal
         )
         self.recorder = None
+        if self.samples is not None:
+            self.samples.open(progress.step)
         if world.first:
             self.page = LiveReport(options.out, options.log.report, self.display.say)
-            if self.samples is not None:
-                self.samples.open(progress.step)
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
             peak = peak_flops(name, options.log.peak_tflops)
             peak = None if peak is None else peak * world.size
