@@ -156,7 +156,7 @@ class LogOptions:
     """minutes between writings of report.html, the page of the run; 0 for no page"""
     samples: tuple[str, ...] = ()
     """prompts that the model continues whenever it is validated, and at the end: its likeliest
-    tokens, which samples.jsonl and the page show; of one process alone"""
+    tokens, which samples.jsonl and the page show"""
     sample_tokens: int = 64
     """tokens of each of them, at most"""
     tensorboard: bool = False

@@ -103,10 +103,15 @@ def train(
     """
     options.check()
     check_log(options.log)
-    size = rank_and_size()[1]
-    if options.log.samples and (write_on is None or size > 1):
-        lacks = "somebody who continues prompts (write_on)" if size == 1 else "a single process"
-        raise ValueError(f"log.samples need {lacks}: leave them out")
+    if options.log.samples and write_on is None:
+        raise ValueError(
+            "log.samples need somebody who continues prompts (write_on): leave them out"
+        )
+    if options.log.samples and options.plan.cp > 1:
+        raise ValueError(
+            f"log.samples need logits, and with plan.cp = {options.plan.cp} processes share a "
+            "batch for its loss alone: leave them out"
+        )
     part = rows_of(options.plan.cp)
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
@@ -120,7 +125,9 @@ def train(
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
         if options.log.samples and write_on is not None:
-            run.samples = Samples(options.out, options.log, write_on, tokenizer, display.say)
+            run.samples = Samples(
+                options.out, options.log, write_on, tokenizer, display.say, world.first
+            )
         with run.told_end():
             run.prepare(resume, signal)
             progress = run.go(after_step)
@@ -232,10 +239,10 @@ class _Run:
             options, world, model, called, optimizer, scheduler, load, progress, look, signal
         )
         self.recorder = None
+        if self.samples is not None:
+            self.samples.open(progress.step)
         if world.first:
             self.page = LiveReport(options.out, options.log.report, self.display.say)
-            if self.samples is not None:
-                self.samples.open(progress.step)
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
             peak = peak_flops(name, options.log.peak_tflops)
             peak = None if peak is None else peak * world.size
