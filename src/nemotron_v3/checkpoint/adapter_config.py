@@ -12,17 +12,18 @@ _NAMES = ("target_modules", "exclude_modules", "layers_pattern")  # a text, or t
 _LISTS = ("target_parameters", "modules_to_save")
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 MAX_RANK = 2**20
-# The fields that PEFT writes. Newer ones come and are taken where they are numbers, texts or unset:
-# a flag that is on, or a table, changes what a layer computes.
-KNOWN_FIELDS = frozenset(
-    """alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
+_FIELDS = """
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
     corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
     init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform loftq_config
     lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save
     monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision
     runtime_config target_modules target_parameters task_type trainable_token_indices use_bdlora
-    use_dora use_qalora use_rslora velora_config""".split()
-)
+    use_dora use_qalora use_rslora velora_config
+"""
+KNOWN_FIELDS = frozenset(_FIELDS.split())
+"""The fields that PEFT writes. Newer ones are taken where they are numbers, texts or unset: a
+switch that is on, or a table, may change what a layer computes."""
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
