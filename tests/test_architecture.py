@@ -90,7 +90,7 @@ KERNELS = (
 )
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
-    "safetensors": ("cache/file.py",),
+    "safetensors": ("cache/file.py", "hf/adapter_files.py"),  # the latter names its errors
     "tokenizers": ("data/*",),
     "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),
