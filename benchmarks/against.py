@@ -64,9 +64,14 @@ class Tree:
                 self.order("skip")
             self.hear()
 
-    def close(self) -> int:
+    def close(self, patience: float = 30) -> int:
+        """End the process, which ends by itself where its orders end; its exit status."""
         self._process.stdin.close()
-        return self._process.wait()
+        try:
+            return self._process.wait(patience)
+        except subprocess.TimeoutExpired:  # it compiles or computes, and asks for no order
+            self._process.kill()
+            return self._process.wait()
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for each in compare(before, after, options.turns):
                 found.append(each)
                 print(render(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        finally:
-            before.close(), after.close()
+        finally:  # a table of what was measured before an interruption too
             print(f"{suite}: this tree beside {tree}, {options.turns} turns")
             print(render(found), flush=True)
+            for process in (before, after):
+                process.close()
         slower |= any(isinstance(each, Pair) and each.slower for each in found)
     return int(slower)
 
