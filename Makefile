@@ -25,7 +25,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs test-integrations test-oldest-transformers \
-	test-automodel bench clean
+	test-automodel bench bench-against clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -91,6 +91,9 @@ docs: $(READY) ## the documentation site, into site/
 
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-against: $(READY) ## rows of this tree beside another's, by turns: TREE=path ARGS="cpu moe_gpu"
+	$(BIN)/python -m benchmarks.against $(TREE) $(ARGS)
 
 clean: ## remove the environments, builds and caches; runs/ stays
 	rm -rf $(VENV) $(OLDEST) $(AUTOMODEL_ENV) build dist site .pytest_cache .ruff_cache .hypothesis
