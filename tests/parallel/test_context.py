@@ -4,6 +4,7 @@ import pytest
 
 from tests.parallel.processes import run
 from tests.parallel.shared_and_spread import spread
+from tests.parallel.shared_prompts import generated, prompts, unfit
 from tests.parallel.shared_tokens import (
     disagreeing,
     documented,
@@ -25,4 +26,12 @@ from tests.parallel.shared_tokens import (
     ids=["two", "four"],
 )
 def test_shares_compute_what_the_whole_does(size, workers):
+    run(workers, size)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("size", "workers"), [(2, (prompts, generated, unfit)), (4, (prompts,))], ids=["two", "four"]
+)
+def test_prompts_are_read_together(size, workers):
     run(workers, size)
