@@ -14,6 +14,10 @@ from nemotron_v3.model.cost import Weight, block_weights, model_weights
 from nemotron_v3.parallel.plan import Plan, gathered_rows, sent_rows
 from nemotron_v3.parallel.shares import Shares
 
+# Dense weights of all blocks that stay gathered from the forward to the backward pass: a tenth of
+# the memory of a GPU. Nano's are 3.0e9 bytes.
+KEPT_BYTES = 2**33
+
 
 @dataclass(frozen=True)
 class PlanCosts:
@@ -21,8 +25,8 @@ class PlanCosts:
 
     Attributes:
         weights, gradients, moments: what it holds of each.
-        gathered: weights that are whole at once besides: those of the largest block that are not
-            its own, and the head.
+        gathered: weights that are whole at once besides: the dense ones of all blocks, or those of
+            the largest block where all are more than 8 GiB, and the head.
         experts: sent for the tokens of a forward and a backward pass, to experts and back.
         dense: sent for weights that are gathered, and for sums of gradients.
         embeddings: sent for rows of the embeddings, where those stay where they are.
@@ -83,6 +87,7 @@ def plan_costs(
     dense = everything - expert - table
     sharers = shard // plan.ep
     held = everything // shard
+    head = config.vocab_size * config.hidden_size * width
     # Gathered forward and backward; then the sum, of which each has a part.
     travels = 3 * dense * (shard - 1) // shard + 3 * (expert // plan.ep) * (sharers - 1) // sharers
     travels += 2 * held * (sets - 1) // sets if sets > 1 else 0
@@ -90,7 +95,7 @@ def plan_costs(
         weights=held * width,
         gradients=held * width,
         moments=round(held * moments),
-        gathered=_gathered(config, plan, sharers) * width if shard > 1 else 0,
+        gathered=gathered_bytes(config, plan, width) + head if shard > 1 else 0,
         experts=_rows_sent(config, plan, tokens) * width,
         dense=travels * width,
         embeddings=2 * tokens * config.hidden_size * (shard - 1) * width if rows else 0,
@@ -103,15 +108,22 @@ def _is_expert(weight: Weight) -> bool:
     return weight.name.startswith("experts.")
 
 
-def _gathered(config: NemotronV3Config, plan: Plan, sharers: int) -> int:
-    largest = 0
+def gathered_bytes(config: NemotronV3Config, plan: Plan, width: int) -> int:
+    """Of the blocks' weights that are whole at once where the plan has several processes.
+
+    Args:
+        width: bytes of a number.
+    """
+    dense, rows = [], [0]
+    sharers = plan.set_size // plan.ep
     for index, block in enumerate(config.layers_block_type):
         whole = block_weights(config.of_block(index), block)
-        size = sum(w.parameters for w in whole if plan.ep == 1 or not _is_expert(w))
-        if sharers > 1 and plan.ep > 1:
-            size += sum(w.parameters for w in whole if _is_expert(w)) // plan.ep
-        largest = max(largest, size)
-    return largest + config.vocab_size * config.hidden_size
+        own = sum(w.parameters for w in whole if plan.ep > 1 and _is_expert(w))
+        dense.append(width * (sum(w.parameters for w in whole) - own))
+        rows.append(width * own // plan.ep if sharers > 1 else 0)
+    if sum(dense) <= KEPT_BYTES:
+        return sum(dense) + max(rows)
+    return max(own + other for own, other in zip(dense, rows[1:], strict=True))
 
 
 def _states_sent(config: NemotronV3Config, plan: Plan, tokens: int, width: int) -> int:
