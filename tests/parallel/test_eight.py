@@ -19,6 +19,8 @@ CASES = [
     Case(Plan(ep=2, dispatcher="all_to_all"), checkpointing=True, pattern="EM"),
     Case(Plan(dp_replicate=2, ep=4, dispatcher="all_to_all"), config=MANY, pattern="EM"),
     Case(Plan(dp_replicate=2, ep=2, dispatcher="gather"), dtype=torch.float32, lora=4),
+    Case(Plan(cp=4, ep=4, cp_layout="contiguous"), pattern="ME*-M", checkpointing=True),
+    Case(Plan(cp=8, cp_layout="zigzag"), pattern="ME*-M"),
 ]
 
 

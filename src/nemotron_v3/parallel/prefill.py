@@ -113,7 +113,7 @@ class _Endings:
         }
         found = []
         for rank in range(shares.size):
-            its = Shares.of(layout, shares.size, rank, shares.order)
+            its = shares.of_rank(rank)
             stops = [
                 (its.all[j].start + stop, length)
                 for j, pieces in zip(its.own, its.pieces, strict=True)
