@@ -20,11 +20,16 @@ CASES = [
     Case(Plan(dp_replicate=2, ep=4, dispatcher="all_to_all"), config=MANY, pattern="EM"),
     Case(Plan(dp_replicate=2, ep=2, dispatcher="gather"), dtype=torch.float32, lora=4),
 ]
+SHARED = [
+    Case(Plan(cp=4, ep=4, cp_layout="contiguous"), pattern="ME*-M", checkpointing=True),
+    Case(Plan(cp=8, cp_layout="zigzag"), pattern="ME*-M"),
+]
 
 
 @pytest.mark.integration
-def test_eight_processes_compute_what_one_does():
-    run([partial(_compare, case) for case in CASES], 8)
+@pytest.mark.parametrize("cases", [CASES, SHARED], ids=["own tokens", "shared tokens"])
+def test_eight_processes_compute_what_one_does(cases):
+    run([partial(_compare, case) for case in cases], 8)
 
 
 def _compare(case: Case, rank: int) -> None:

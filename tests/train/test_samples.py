@@ -156,10 +156,13 @@ def test_of_several_processes_one_writes_and_an_error_of_one_alone_is_not_passed
 
 @pytest.mark.integration
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("parallel", "ep"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
-def test_several_processes_write_what_their_checkpoint_does(options, parallel, ep):
+@pytest.mark.parametrize(
+    ("parallel", "plan"),
+    [("ddp", {}), ("fsdp", {}), ("fsdp", {"ep": 2}), ("fsdp", {"ep": 2, "cp": 2})],
+)
+def test_several_processes_write_what_their_checkpoint_does(options, parallel, plan):
     asked = options(
-        log=LOG, parallel=parallel, plan=PlanOptions(ep=ep), schedule=ScheduleOptions(steps=4),
+        log=LOG, parallel=parallel, plan=PlanOptions(**plan), schedule=ScheduleOptions(steps=4),
         validation=ValidationOptions(every=2),
     )  # fmt: skip
     ended = finish(start(asked, 2))

@@ -50,17 +50,26 @@ class WholeBatch:
         Raises:
             ValueError, TypeError: what the model raises, and no labels.
         """
-        shape, device = token_grid(input_ids, None, model.config.hidden_size)
         if labels is None:
             raise ValueError("labels are missing: a part of a batch has no logits, only a loss")
-        check_labels(labels, shape, device)
+        check_labels(labels, *token_grid(input_ids, None, model.config.hidden_size))
         check_items(items)
-        silent = [name for name in ("layout", "position_ids") if about.get(name) is None]
-        about = {name: said for name, said in about.items() if name not in silent}
-        weight = model.model.embeddings.weight
-        context = enter(model.config, weight, shape, device, attention_mask, None, about)
-        layout = context.layout
+        layout = layout_of(model, input_ids, attention_mask, about)
         refuse_stray_label(labels, layout)
         targets = targets_of(labels, layout)
         items = (targets != IGNORE_INDEX).sum() if items is None else items
         return cls(layout.pack(input_ids), targets, items, layout.packed)
+
+
+def layout_of(
+    model: NemotronV3ForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    about: dict[str, Any],
+) -> SequenceLayout:
+    """How the tokens of a batch lie; arguments and errors as in `WholeBatch.read`."""
+    shape, device = token_grid(input_ids, None, model.config.hidden_size)
+    silent = [name for name in ("layout", "position_ids") if about.get(name) is None]
+    about = {name: said for name, said in about.items() if name not in silent}
+    weight = model.model.embeddings.weight
+    return enter(model.config, weight, shape, device, attention_mask, None, about).layout

@@ -6,27 +6,34 @@ its convolution; attention gathers keys and values. Nothing else of a token leav
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.moe.load_balancing import BalanceLoss, check_balance
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.output import CausalLMOutput
-from nemotron_v3.model.whole_batch import WholeBatch
+from nemotron_v3.model.whole_batch import WholeBatch, layout_of
 from nemotron_v3.parallel.agreement import Disagreement, agree, joined
 from nemotron_v3.parallel.context_carry import ContextCarry
+from nemotron_v3.parallel.prefill import check_empty, prefill
 from nemotron_v3.parallel.shares import Order, Shares, check_order
-from nemotron_v3.parallel.token_group import share_tokens
+from nemotron_v3.parallel.token_group import share_tokens, shared_by
+
+Read = TypeVar("Read")
 
 
 def context_parallel(
-    model: NemotronV3ForCausalLM, group: ProcessGroup | None = None, *, layout: Order = "auto"
+    model: NemotronV3ForCausalLM,
+    group: ProcessGroup | None = None,
+    *,
+    layout: Order | None = None,
 ) -> "ContextParallel":
     """A model whose tokens are shared by the processes of a group.
 
@@ -36,10 +43,11 @@ def context_parallel(
 
     Args:
         model: the same on all processes of the group.
-        group: the processes; None is all of them.
+        group: the processes; None is the group that a plan or an earlier call gave the model, and
+            all processes where there is none.
         layout: "contiguous" gives a process one segment of the packed tokens, "zigzag" two, an
             early and a late one, so that all attend to as many pairs. "auto" chooses for each
-            batch, by the lengths of its documents.
+            batch, by the lengths of its documents. None is as the plan says, else "auto".
 
     Raises:
         TypeError: another kind of module.
@@ -50,13 +58,17 @@ def context_parallel(
         raise TypeError(
             f"context_parallel takes a NemotronV3ForCausalLM, got a {type(model).__name__}"
         )
+    known = shared_by(model) if group is None else None
+    if layout is None:
+        layout = known.layout if known else "auto"
     check_order(layout)
     if not dist.is_initialized():
         raise RuntimeError(
             "there is no process group to share tokens in: call "
             "torch.distributed.init_process_group first (torchrun starts the processes)"
         )
-    chosen = dist.group.WORLD if group is None else group
+    everyone = known.group if known else dist.group.WORLD
+    chosen = everyone if group is None else group
     if not isinstance(chosen, ProcessGroup):
         raise ValueError("this process is not in the context-parallel group: give its own group")
     return ContextParallel(model, chosen, layout)
@@ -136,25 +148,15 @@ class ContextParallel:
     def part(self, problem: str | None, balance: BalanceLoss | None, *told: Any) -> Tensor:
         """What a call returns, of what `WholeBatch.read` takes; `problem` is what the caller has
         found wrong, which all are then told."""
-        said, error, work = {}, None if problem is None else ValueError(problem), None
-        try:
-            if error is None:
-                check_balance(self.model, balance)
-                work = self._work(*told)
-                said = _described(*work, self.layout)
-        except (ValueError, TypeError) as found:
-            error = found
-        try:
-            problem = None if error is None else str(error)
-            what = "the same batch"
-            agree(problem, said, self._together, team=self._team, what=what)
-        except Disagreement:
-            raise
-        except ValueError as same:  # of all: this process's own tells more
-            raise (error or same) from None
-        if work is None:
-            raise AssertionError("a problem is everyone's")
-        shares, batch = work
+
+        def read() -> tuple[Shares, WholeBatch]:
+            if problem is not None:
+                raise ValueError(problem)
+            check_balance(self.model, balance)
+            batch = WholeBatch.read(self.model, *told)
+            return self._shared.shares(batch.layout), batch
+
+        shares, batch = self._agreed(read, lambda batch: batch.input_ids)
         context = ForwardContext(shares.local, carry=ContextCarry(shares, self.group))
         if balance is None:
             return self._loss(batch, context, shares)
@@ -163,6 +165,72 @@ class ContextParallel:
             loss = self._loss(batch, context, shares)
             term = parts.take()
         return loss if term is None else loss + term
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        *,
+        cache: NemotronHybridCache | None,
+        **layout_kwargs: Any,
+    ) -> None:
+        """Have the processes read prompts together, and put all that is to be remembered of them
+        into the caches of those that give one.
+
+            cache = NemotronHybridCache(model.config, 1) if rank == 0 else None
+            shared.prefill(prompt[:, :-1], cache=cache)
+            if rank == 0:
+                tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=64)
+
+        Where the model's parameters are sharded, all processes have to generate, or none.
+
+        Args:
+            input_ids: int64 `[B, S]`, or `[T]` without a batch dimension: the whole prompts, of
+                which each process reads its share. A cache is to hold all but the last token of a
+                prompt that `generate` goes on with.
+            attention_mask, layout: as the model takes them.
+            cache: empty, with a row for each document and no rollback window; None where this
+                process needs none.
+            **layout_kwargs: what `SequenceLayout.resolve` takes.
+
+        Raises:
+            ValueError, TypeError: what the model raises; a cache that does not fit. Where one
+                process raises, all do, and no cache is changed.
+            Disagreement: processes that were given different prompts.
+        """
+        about = {"layout": layout, **layout_kwargs}
+
+        def read() -> tuple[Shares, Tensor]:
+            whole = layout_of(self.model, input_ids, attention_mask, about)
+            if cache is not None:
+                dtype = self.model.model.embeddings.weight.dtype
+                check_empty(cache, self.model.config, dtype, whole)
+            return self._shared.shares(whole.packed), whole.pack(input_ids)
+
+        shares, ids = self._agreed(read, lambda ids: ids)
+        own = ids.index_select(0, shares.index)
+        prefill(self.model, shares, self.group, own, cache)
+
+    def _agreed(
+        self, read: Callable[[], tuple[Shares, Read]], tokens: Callable[[Read], Tensor]
+    ) -> tuple[Shares, Read]:
+        """What `read` gives, once all processes have read the same; `tokens` are those of all."""
+        said, error, work = {}, None, None
+        try:
+            work = read()
+            said = _described(work[0], tokens(work[1]), self.layout)
+        except (ValueError, TypeError, RuntimeError) as found:
+            error = found
+        try:
+            problem, what = None if error is None else str(error), "the same batch"
+            agree(problem, said, self._together, team=self._team, what=what)
+        except Disagreement:
+            raise
+        except ValueError as same:  # of all: this process's own tells more
+            raise (error or same) from None
+        assert work is not None, "a problem is everyone's"
+        return work
 
     def total(self, loss: Tensor) -> Tensor:
         """The sum of a number over the group, without a graph."""
@@ -189,10 +257,6 @@ class ContextParallel:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _work(self, *told: Any) -> tuple[Shares, WholeBatch]:
-        batch = WholeBatch.read(self.model, *told)
-        return self._shared.shares(batch.layout), batch
-
 
 def _through_hosts(group: ProcessGroup) -> ProcessGroup:
     """A group of the same processes that speaks through the hosts."""
@@ -202,7 +266,7 @@ def _through_hosts(group: ProcessGroup) -> ProcessGroup:
     return joined(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
 
 
-def _described(shares: Shares, batch: WholeBatch, layout: str) -> dict[str, str]:
+def _described(shares: Shares, input_ids: Tensor, layout: str) -> dict[str, str]:
     """What the processes of a group have to have in common; short, it is sent in every step.
 
     Tokens on a device are not looked at: the host would wait for it.
@@ -213,8 +277,8 @@ def _described(shares: Shares, batch: WholeBatch, layout: str) -> dict[str, str]
         "the number of tokens": str(shares.layout.num_tokens),
         "the documents' lengths": _digest(lengths.encode()),
     }
-    if batch.input_ids.is_cpu:
-        said["the tokens"] = _digest(batch.input_ids.numpy().tobytes())
+    if input_ids.is_cpu:
+        said["the tokens"] = _digest(input_ids.numpy().tobytes())
     return said
 
 

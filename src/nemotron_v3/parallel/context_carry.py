@@ -34,8 +34,8 @@ class ContextCarry:
         self.borders = _Borders(shares)
         self._mixers: dict[int, tuple[Halo, GroupExchange]] = {}
 
-    def recurrent(self, mixer: Any) -> "_Recurrent":
-        return _Recurrent(self, mixer)
+    def recurrent(self, mixer: Any) -> "Recurrent":
+        return Recurrent(self, mixer)
 
     def attend(
         self, layer_idx: int | None, q: Tensor, k: Tensor, v: Tensor, *, impl: str
@@ -43,7 +43,7 @@ class ContextCarry:
         shares = self.shares
         if not shares.cuts:
             return ops.attention(q, k, v, layout=shares.local, impl=impl)
-        everyone = self._gathered(k, v)  # [R most, 2, J, P]
+        everyone = self._gathered(layer_idx, k, v)  # [R most, 2, J, P]
         parts, at = [], 0
         for j, pieces in zip(shares.own, shares.pieces, strict=True):
             if shares.all[j].enters:
@@ -67,7 +67,7 @@ class ContextCarry:
             self._mixers[layer_idx] = Halo(*where, borders.lengths, taps), GroupExchange(*where)
         return self._mixers[layer_idx]
 
-    def _gathered(self, k: Tensor, v: Tensor) -> Tensor:
+    def _gathered(self, layer_idx: int | None, k: Tensor, v: Tensor) -> Tensor:
         """Keys and values of all processes, each filled up to as many tokens."""
         most = max(self.shares.tokens_of(rank) for rank in range(self.shares.size))
         both = torch.stack([k, v], 1)
@@ -79,7 +79,7 @@ class ContextCarry:
         if not len(q):
             return _TakesPart.apply(q, everyone)
         most = len(everyone) // shares.size
-        places = _places(shares, share.start - share.before, share.start + len(q), most)
+        places = places_of(shares, share.start - share.before, share.start + len(q), most)
         keys, values = everyone.index_select(0, on_device(places, q.device)).unbind(1)
         return ops.cached_attention(
             q,
@@ -105,7 +105,7 @@ class _TakesPart(torch.autograd.Function):
         return dy, ctx.like
 
 
-def _places(shares: Shares, start: int, end: int, most: int) -> Tensor:
+def places_of(shares: Shares, start: int, end: int, most: int) -> Tensor:
     """Where the packed tokens `start` to `end` lie among the gathered ones."""
     runs, seen = [], [0] * shares.size
     for share in shares.all:
@@ -122,6 +122,7 @@ class _Borders:
 
     Attributes:
         lengths: of the pieces at borders.
+        numbers, inner_numbers: of those and of the others among all own pieces.
         first, last: for each own segment, the numbers of its first and last piece among those.
         places: of their tokens among the own ones, or None where they are all.
         inner: the places and lengths of the others.
@@ -134,13 +135,18 @@ class _Borders:
         outer: list[Tensor] = []
         inner: list[Tensor] = []
         self.inner_lengths: list[int] = []
+        self.numbers: list[int] = []
+        self.inner_numbers: list[int] = []
         at = 0
         for pieces in shares.pieces:
             self.first.append(len(self.lengths))
             for i, length in enumerate(pieces):
                 run = torch.arange(at, at + length, device="cpu")
                 at += length
-                if i in (0, len(pieces) - 1):
+                at_border = i in (0, len(pieces) - 1)
+                numbers = self.numbers if at_border else self.inner_numbers
+                numbers.append(len(self.numbers) + len(self.inner_numbers))
+                if at_border:
                     self.lengths.append(length)
                     outer.append(run)
                 else:
@@ -159,7 +165,7 @@ class _Borders:
         return torch.cat(list(parts)).index_select(0, order)
 
 
-class _Recurrent:
+class Recurrent:
     """The `RecurrentState` of a mixer in a share: its states come from the group, and go there."""
 
     is_one_token = False

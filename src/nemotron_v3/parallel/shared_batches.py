@@ -37,11 +37,28 @@ def share_batches(model: NemotronV3ForCausalLM, meshes: Meshes) -> None:
         balance: BalanceLoss | None = None,
         **layout_kwargs: Any,
     ) -> CausalLMOutput:
-        """This process's part of the loss, as `ContextParallel` gives it; there are no logits."""
+        """This process's part of the loss, as `ContextParallel` gives it; there are no logits.
+
+        With a cache, as in generation, each process computes all tokens that it is given.
+        """
         if "context" in layout_kwargs:
             return whole(input_ids, num_items_in_batch=num_items_in_batch, **layout_kwargs)
+        if past_key_values is not None:
+            return whole(
+                input_ids,
+                attention_mask,
+                labels,
+                layout,
+                past_key_values,
+                inputs_embeds,
+                position_ids,
+                use_cache,
+                output_hidden_states,
+                logits_to_keep,
+                num_items_in_batch,
+                **layout_kwargs,
+            )
         absent = {
-            "past_key_values": past_key_values is not None,
             "inputs_embeds": inputs_embeds is not None,
             "use_cache": bool(use_cache),
             "output_hidden_states": output_hidden_states,

@@ -5,7 +5,7 @@ Letters: R processes, T packed tokens of the whole batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -100,6 +100,11 @@ class Shares:
             found.append(Share(start, end, of, before, inside))
         own = tuple(j for j, share in enumerate(found) if share.rank == rank)
         return cls(layout, tuple(found), own, max(ranks) + 1, rank, order)
+
+    def of_rank(self, rank: int) -> "Shares":
+        """The same shares as another process has them."""
+        own = tuple(j for j, share in enumerate(self.all) if share.rank == rank)
+        return replace(self, own=own, rank=rank)
 
     @once
     def cuts(self) -> bool:

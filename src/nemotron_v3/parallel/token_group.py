@@ -54,6 +54,15 @@ def _nobody() -> None:
     """What a layer that was saved has for a group."""
 
 
+def shared_by(module: nn.Module) -> SharedTokens | None:
+    """The group that a module's layers were given; None where there is none."""
+    for layer in module.modules():
+        if isinstance(layer, RefusesContextParallel):
+            group = layer.token_group
+            return group if isinstance(group, SharedTokens) else None
+    return None
+
+
 def share_tokens(module: nn.Module, group: ProcessGroup, layout: Order = "auto") -> SharedTokens:
     """Let every layer of a module be called with `cp_size` and `cp_rank` of a group.
 

@@ -109,11 +109,6 @@ def train(
         raise ValueError(
             "log.samples need somebody who continues prompts (write_on): leave them out"
         )
-    if options.log.samples and options.plan.cp > 1:
-        raise ValueError(
-            f"log.samples need logits, and with plan.cp = {options.plan.cp} processes share a "
-            "batch for its loss alone: leave them out"
-        )
     part = rows_of(options.plan.cp)
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
