@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.cost import Weight, block_weights, model_weights
 from nemotron_v3.parallel.plan import Plan, gathered_rows, sent_rows
+from nemotron_v3.parallel.shares import Shares
 
 # Dense weights of all blocks that stay gathered from the forward to the backward pass: a tenth of
 # the memory of a GPU. Nano's are 3.0e9 bytes.
@@ -28,6 +30,9 @@ class PlanCosts:
         experts: sent for the tokens of a forward and a backward pass, to experts and back.
         dense: sent for weights that are gathered, and for sums of gradients.
         embeddings: sent for rows of the embeddings, where those stay where they are.
+        mixers: sent for the tokens of others behind a process's, by Mamba-2 mixers: states, and
+            inputs of the convolution. Forward and backward; whatever the number of tokens.
+        attention: sent of keys and values, likewise, and of their gradients.
     """
 
     weights: int
@@ -37,6 +42,8 @@ class PlanCosts:
     experts: int
     dense: int
     embeddings: int
+    mixers: int
+    attention: int
 
     @property
     def states(self) -> int:
@@ -44,7 +51,7 @@ class PlanCosts:
 
     @property
     def sent(self) -> int:
-        return self.experts + self.dense + self.embeddings
+        return self.experts + self.dense + self.embeddings + self.mixers + self.attention
 
 
 def plan_costs(
@@ -58,14 +65,14 @@ def plan_costs(
     """Of a plan with all sizes settled (`Plan.over`).
 
     Args:
-        tokens: of each process in a pass.
+        tokens: of each process in a pass; with `cp` above 1 they are its part of one document.
         dtype: of weights, activations, gradients and their sums.
         moments: bytes a parameter: 8 in fp32, 2.06 in 8 bits with a scale for 64 of them.
 
     Raises:
         ValueError: experts that the plan does not divide.
     """
-    shard, sets, width = plan.dp_shard or 1, plan.dp_replicate, dtype.itemsize
+    shard, sets, width = plan.set_size, plan.dp_replicate, dtype.itemsize
     if config.has_experts and config.n_routed_experts % plan.ep:
         raise ValueError(
             f"ep = {plan.ep} does not divide the {config.n_routed_experts} experts of a layer"
@@ -92,6 +99,8 @@ def plan_costs(
         experts=_rows_sent(config, plan, tokens) * width,
         dense=travels * width,
         embeddings=2 * tokens * config.hidden_size * (shard - 1) * width if rows else 0,
+        mixers=_states_sent(config, plan, tokens, width),
+        attention=_keys_sent(config, plan, tokens) * width,
     )
 
 
@@ -106,7 +115,7 @@ def gathered_bytes(config: NemotronV3Config, plan: Plan, width: int) -> int:
         width: bytes of a number.
     """
     dense, rows = [], [0]
-    sharers = (plan.dp_shard or 1) // plan.ep
+    sharers = plan.set_size // plan.ep
     for index, block in enumerate(config.layers_block_type):
         whole = block_weights(config.of_block(index), block)
         own = sum(w.parameters for w in whole if plan.ep > 1 and _is_expert(w))
@@ -115,6 +124,66 @@ def gathered_bytes(config: NemotronV3Config, plan: Plan, width: int) -> int:
     if sum(dense) <= KEPT_BYTES:
         return sum(dense) + max(rows)
     return max(own + other for own, other in zip(dense, rows[1:], strict=True))
+
+
+def _states_sent(config: NemotronV3Config, plan: Plan, tokens: int, width: int) -> int:
+    """Bytes that a process sends to those it shares a document with, forward and backward."""
+    mixers = config.layers_block_type.count("mamba")
+    if plan.cp == 1 or not mixers:
+        return 0
+    layout = SequenceLayout.from_lengths([tokens * plan.cp])
+    segments = len(Shares.of(layout, plan.cp, 0, plan.cp_layout).own)
+    return mixers * mixer_bytes(config, width).sent(plan.cp, segments)
+
+
+def _keys_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:
+    attends = config.layers_block_type.count("attention")
+    return attends * gathered_keys(config, tokens, plan.cp)
+
+
+def gathered_keys(config: NemotronV3Config, tokens: int, processes: int) -> int:
+    """Elements that a process sends forward and backward for an attention layer: keys and values of
+    its tokens to each other one, and to each the gradient of that one's."""
+    return 2 * (processes - 1) * tokens * 2 * config.num_key_value_heads * config.head_dim
+
+
+@dataclass(frozen=True)
+class MixerBytes:
+    """What a Mamba-2 mixer hands on of one segment of the tokens, whatever their number.
+
+    Attributes:
+        state: in the forward pass, the state and what a segment leaves of one before it.
+        gradient: in the backward pass, the gradient of a state.
+        halo: the last inputs of the convolution; as many for their gradient, to each process.
+    """
+
+    state: int
+    gradient: int
+    halo: int
+
+    def sent(self, processes: int, segments: int) -> int:
+        """Bytes that it sends: all to each other one, and to each its part of a gradient."""
+        return (processes - 1) * segments * (self.state + self.gradient + 2 * self.halo)
+
+
+def mixer_bytes(config: NemotronV3Config, width: int) -> MixerBytes:
+    """Of a config, with activations of so many bytes an element; states are fp32 or wider."""
+    H, wide = config.mamba_num_heads, max(4, width)
+    state = H * config.mamba_head_dim * config.ssm_state_size
+    halo = (config.conv_kernel - 1) * config.conv_dim
+    return MixerBytes((state + H) * wide, state * wide, halo * width)
+
+
+def all_to_all_over_heads(config: NemotronV3Config, tokens: int, width: int, processes: int) -> int:
+    """Bytes that a process sends forward and backward where a mixer shares heads instead.
+
+    Each process gets z, x, B, C and the step sizes of its heads for all tokens, and sends the
+    output of all tokens back. Groups of B and C that several need are sent to each.
+    """
+    H, P = config.mamba_num_heads, config.mamba_head_dim
+    groups = max(config.n_groups, processes)
+    elements = 2 * H * P + 2 * groups * config.ssm_state_size + H + H * P
+    return 2 * tokens * elements * (processes - 1) // processes * width
 
 
 def _rows_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:

@@ -20,6 +20,7 @@ from nemotron_v3.parallel.fsdp import gathered_bytes, shard_dense
 from nemotron_v3.parallel.meshes import Meshes
 from nemotron_v3.parallel.plan import Plan
 from nemotron_v3.parallel.replicated import replicate_fp32
+from nemotron_v3.parallel.shared_batches import share_batches
 from nemotron_v3.parallel.token_counts import TokenCounts
 
 Model = NemotronV3ForCausalLM | NemotronV3Model
@@ -43,6 +44,10 @@ def parallelize(
     with the adapters that there are to be. It gives the model tokens of its own, as many as it has.
     Gradients are sums over the processes, not means: divide the loss of each by the number of
     targets of all (`num_items_in_batch`), over all passes of a step. Make the optimiser afterwards.
+
+    With `plan.cp` above 1 the processes of a group of as many call the model with the same whole
+    batch and labels, and get their parts of its loss: their sum is the loss, and there are no
+    logits. Layers called by themselves take `cp_size` and `cp_rank` of the group.
 
     Args:
         model: in the dtype that it is kept in.
@@ -110,6 +115,8 @@ def parallelize(
             # NCCL gets wrong in bfloat16.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if isinstance(model, NemotronV3ForCausalLM) and plan.cp > 1:
+        share_batches(model, meshes)
     return model
 
 
@@ -138,6 +145,11 @@ def _check(model: nn.Module, plan: Plan) -> None:
             raise ValueError(
                 f"{name} is held in 8 or 4 bits, which cannot be spread: load the model wide"
             )
+    if plan.cp > 1 and not isinstance(model, NemotronV3ForCausalLM):
+        raise ValueError(
+            f"cp = {plan.cp} shares the tokens of a loss, which a {type(model).__name__} has not: "
+            "give a NemotronV3ForCausalLM"
+        )
     for layer in _expert_layers(model) if plan.ep > 1 else ():
         _check_experts(layer, plan)
 
@@ -157,12 +169,12 @@ def _check_experts(layer: NemotronV3MoE, plan: Plan) -> None:
     low_rank = layer.experts.low_rank
     if low_rank is not None and low_rank.merged:
         raise ValueError("a layer's low-rank updates are merged: unmerge_low_rank() first")
-    sharers = (plan.dp_shard or 1) // plan.ep
+    sharers = plan.set_size // plan.ep
     for name, parameter in layer.experts.named_parameters():
         if rows_dim(tuple(parameter.shape), sharers) is None:
             raise ValueError(
                 f"{name} {tuple(parameter.shape)} of a layer's experts has no dimension that "
-                f"dp_shard / ep = {sharers} processes can share evenly: choose another plan"
+                f"dp_shard * cp / ep = {sharers} processes can share evenly: choose another plan"
             )
 
 
