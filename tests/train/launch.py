@@ -41,11 +41,17 @@ class Rank:
         return self.status is not None
 
 
-def start(options: TrainOptions, size: int, dies: tuple[int, int] | None = None) -> list[Rank]:
-    """So many processes that begin a run or go on with it, as torchrun starts them.
+@dataclass(frozen=True)
+class Ends:
+    """A rank that sends itself a signal after a step."""
 
-    `dies` is a rank and the step after which it kills itself.
-    """
+    rank: int
+    step: int
+    by: int = signal.SIGKILL
+
+
+def start(options: TrainOptions, size: int, ends: Ends | None = None) -> list[Rank]:
+    """So many processes that begin a run or go on with it, as torchrun starts them."""
     told = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -57,7 +63,7 @@ def start(options: TrainOptions, size: int, dies: tuple[int, int] | None = None)
         log = options.out.with_name(f"{options.out.name}-{rank}.log")
         pid = os.fork()
         if pid == 0:
-            _be(rank, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, options, dies)
+            _be(rank, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, options, ends)
         ranks.append(Rank(pid, log))
     return ranks
 
@@ -95,7 +101,7 @@ def free_port() -> int:
 
 
 def _be(
-    rank: int, told: dict[str, str], log: Path, options: TrainOptions, dies: tuple[int, int] | None
+    rank: int, told: dict[str, str], log: Path, options: TrainOptions, ends: Ends | None
 ) -> None:
     """One of the processes; never returns."""
     status = 1
@@ -107,8 +113,8 @@ def _be(
         torch.set_num_threads(1)
 
         def after(step: Step) -> None:
-            if dies == (rank, step.step):
-                os.kill(os.getpid(), signal.SIGKILL)
+            if ends is not None and (ends.rank, ends.step) == (rank, step.step):
+                os.kill(os.getpid(), ends.by)
 
         adapters = write_on = None
         if options.lora.rank:

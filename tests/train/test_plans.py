@@ -21,7 +21,7 @@ from tests.train.test_run import SILENT, lines, losses, train
 pytestmark = pytest.mark.integration
 
 
-def test_a_run_goes_on_with_another_plan(asked, tmp_path):
+def test_a_run_goes_on_with_another_plan(asked):
     """Two processes of `ep = 2`, four of `ep = 4`, three that shard; 5 rows, so that some of them
     have none. What they export is, byte for byte, what one process makes of their save."""
     data = made_up_options(rows=5)
@@ -37,12 +37,37 @@ def test_a_run_goes_on_with_another_plan(asked, tmp_path):
     assert first.keys() == second.keys()
     assert second[1] == pytest.approx(first[1], rel=1e-6)
     assert all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
-    alone = replace(moved, out=tmp_path / "alone")
-    shutil.copytree(moved.out, alone.out)
+    assert_exports_what_one_process_does(moved)
+
+
+def copy(options: TrainOptions, name: str, **changes) -> TrainOptions:
+    """The same run with all that it has saved, elsewhere."""
+    copied = replace(options, out=options.out.with_name(name), **changes)
+    shutil.copytree(options.out, copied.out)
+    return copied
+
+
+def assert_exports_what_one_process_does(ended: TrainOptions) -> None:
+    alone = copy(ended, f"{ended.out.name}-alone", plan=PlanOptions())
     (alone.out / "model.safetensors").unlink()
     run(alone, 1)
-    weights = [(o.out / "model.safetensors").read_bytes() for o in (moved, alone)]
+    weights = [(o.out / "model.safetensors").read_bytes() for o in (ended, alone)]
     assert weights[0] == weights[1]
+
+
+def test_whatever_the_plan_the_next_loss_is_that_of_the_plan_that_saved(asked):
+    """Saved by two processes that share experts; read by them, by one, by four and by three."""
+    saved = asked("saved", data=made_up_options(rows=5), plan=PlanOptions(ep=2))
+    ended_by(saved, 2, 3)
+    step = max(losses(saved.out))
+    found = []
+    for size, ep in ((2, 2), (1, 1), (4, 4), (3, 1)):
+        options = copy(saved, f"by-{size}", plan=PlanOptions(ep=ep))
+        run(options, size)
+        found.append(losses(options.out)[step + 1])
+        if ep == 2:
+            assert_exports_what_one_process_does(options)
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
 
 
 def test_adapters_of_experts_that_are_spread(asked):

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from nemotron_v3.train.options import (
     LoraOptions,
     OptimizerOptions,
+    PlanOptions,
     SaveOptions,
     ScheduleOptions,
     TrainOptions,
 )
 from tests.train.fakes import made_up_options
-from tests.train.launch import SECONDS, finish, kill, start
+from tests.train.launch import SECONDS, Ends, finish, kill, start
 from tests.train.test_run import SILENT, losses, same_weights, train
 
 pytestmark = [
@@ -134,23 +135,24 @@ def test_from_two_to_three_to_one_process_every_step_sees_its_tokens(asked, tmp_
 
 
 def ended_by(options: TrainOptions, size: int, step: int) -> None:
-    """A run that SIGTERM ends once a step is saved."""
-    processes = start(options, size)
-    deadline = time.monotonic() + SECONDS
-    while not (options.out / "checkpoints" / f"step-{step:08d}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    processes[-1].send(signal.SIGTERM)
-    ended = finish(processes)
+    """A run whose last process gets SIGTERM after a step."""
+    ended = finish(start(options, size, Ends(size - 1, step, signal.SIGTERM)))
     assert all("--resume goes on" in text for _, text in ended), ended
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_ends_the_others_with_its_name(asked, dies):
-    options = asked("dies", schedule=ScheduleOptions(steps=1000))
+@pytest.mark.parametrize(
+    ("dies", "plan"), [(0, PlanOptions()), (1, PlanOptions(ep=2))], ids=["shards", "experts"]
+)
+def test_a_rank_that_dies_ends_the_others_with_its_name_and_one_goes_on(asked, dies, plan):
+    alone, options = asked("alone"), asked("dies", plan=plan)
     began = time.monotonic()
-    ended = finish(start(options, 2, dies=(dies, 4)))
+    ended = finish(start(options, 2, Ends(dies, 4)))
     assert time.monotonic() - began < 120
     assert ended[dies][0] == -signal.SIGKILL
     status, text = ended[1 - dies]
     assert status not in (0, -signal.SIGKILL) and f"rank {dies} (process" in text, text
+    run(alone, 1)
+    run(replace(options, plan=PlanOptions()), 1)
+    first, second = losses(alone.out), losses(options.out)
+    assert first.keys() == second.keys()
+    assert all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)

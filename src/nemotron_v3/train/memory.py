@@ -6,7 +6,7 @@ width the experts see, N state, Q chunk.
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -160,8 +160,7 @@ class _Run:
         if self.passes > 1:  # each has its own, beside their sum
             gradients *= 1 + self.passes
         # Of a sharded model some weights are whole at a time, with their gradients.
-        asked = options.plan
-        plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep)
+        plan = Plan(**asdict(options.plan))
         gathered = gathered_bytes(config, plan.over(shared), width) if shared > 1 else 0
         fixed = Memory(
             weights=(weights + adapters * width) // shared + gathered,
