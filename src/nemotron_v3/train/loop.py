@@ -133,7 +133,8 @@ class Trainer:
         batches = make_batches(mine or [], self.options.memory.rows_per_pass, self.world.device)
         tokens = sum(batch.layout.num_tokens for batch in batches)
         targets = sum(batch.targets for batch in batches)
-        told = [len(batches), tokens, targets, int(mine is None), self.signal()]
+        counted = (tokens, targets) if self.world.counts_rows else (0, 0)
+        told = [len(batches), *counted, int(mine is None), self.signal()]
         everyone = list(zip(*self.world.gather(told), strict=True))
         passes, all_tokens, all_targets, ended, signals = everyone
         self.signalled = max(signals)
@@ -227,8 +228,10 @@ def validation_loss(
         batches = make_batches(rows, rows_per_pass, world.device)
         passes = max(count for (count,) in world.gather([len(batches)]))
         for batch in [*batches, *[empty_batch(world.device)] * (passes - len(batches))]:
+            # Of processes that share the tokens each has a part of the loss, and all its targets.
             loss = model(**batch.arguments()).loss
-            total += torch.stack([loss.double() * batch.targets, total.new_tensor(batch.targets)])
+            counted = batch.targets if world.counts_rows else 0
+            total += torch.stack([loss.double() * batch.targets, total.new_tensor(counted)])
     model.train(training)
     nats, targets = world.sum_(total).tolist()
     return nats / max(targets, 1)

@@ -14,6 +14,8 @@ import torch
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.model import cost
 from nemotron_v3.model.dtypes import FP32_NAMES
+from nemotron_v3.parallel.costs import gathered_bytes
+from nemotron_v3.parallel.plan import Plan
 from nemotron_v3.train.muon import AT_ONCE
 from nemotron_v3.train.options import LoraOptions, MemoryOptions, TrainOptions
 
@@ -125,7 +127,9 @@ class _Run:
 
     @property
     def tokens(self) -> int:
-        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
+        """Of a pass, that a process computes."""
+        cp = self.options.plan.cp
+        return -(-self.options.memory.rows_per_pass * self.options.data.tokens_per_row // cp)
 
     @property
     def passes(self) -> int:
@@ -136,8 +140,13 @@ class _Run:
     @cached_property
     def sizes(self) -> list[int]:
         """Bytes a token that each block keeps beside the stream in front of it."""
-        rank = self.options.lora.rank
-        return _sizes(self.config, self.dtype.itemsize, rank, self.kernels)
+        rank, config, cp = self.options.lora.rank, self.config, self.options.plan.cp
+        sizes = _sizes(config, self.dtype.itemsize, rank, self.kernels)
+        if cp > 1:  # keys and values of all that comes before, at most of all tokens
+            both = 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            attends = [block == "attention" for block in config.layers_block_type]
+            sizes = [n + cp * both * here for n, here in zip(sizes, attends, strict=True)]
+        return sizes
 
     @cached_property
     def _fixed(self) -> tuple[Memory, int]:
@@ -150,12 +159,10 @@ class _Run:
         gradients = adapters * width if adapters else weights
         if self.passes > 1:  # each has its own, beside their sum
             gradients *= 1 + self.passes
-        # Of a sharded model the largest block is whole at a time, with its gradient.
-        largest = max(
-            sum(w.parameters for w in cost.block_weights(config, b))
-            for b in config.layers_block_type
-        )
-        gathered = largest * width if shared > 1 else 0
+        # Of a sharded model some weights are whole at a time, with their gradients.
+        asked = options.plan
+        plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep)
+        gathered = gathered_bytes(config, plan.over(shared), width) if shared > 1 else 0
         fixed = Memory(
             weights=(weights + adapters * width) // shared + gathered,
             gradients=gradients // shared + (0 if adapters else gathered),

@@ -55,6 +55,12 @@ class PlanOptions:
     dispatcher: Literal["auto", "gather", "all_to_all"] = "auto"
     """how tokens come to experts: all to all processes of ep, or each to those that have some of
     its experts; auto takes what sends less"""
+    cp: int = 1
+    """processes that share the tokens of each row, for rows too long for one: a mixer's state
+    travels, not the tokens"""
+    cp_layout: Literal["auto", "contiguous", "zigzag"] = "auto"
+    """one piece of the tokens to each of cp, or an early and a late one, which is even in
+    attention; auto takes zigzag for long documents"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +165,7 @@ class LogOptions:
     """minutes between writings of report.html, the page of the run; 0 for no page"""
     samples: tuple[str, ...] = ()
     """prompts that the model continues whenever it is validated, and at the end: its likeliest
-    tokens, which samples.jsonl and the page show; of one process alone"""
+    tokens, which samples.jsonl and the page show"""
     sample_tokens: int = 64
     """tokens of each of them, at most"""
     tensorboard: bool = False
@@ -265,6 +271,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "lora.alpha": o.lora.alpha,
         "plan.ep": o.plan.ep,
         "plan.dp_replicate": o.plan.dp_replicate,
+        "plan.cp": o.plan.cp,
     }
     rules += [
         (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)
