@@ -38,10 +38,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# A thread that waits gives its core up: with the cores shared, threads that spin instead make the
-# demo's training several times slower.
 demo: $(READY) ## train a small hybrid on Python's standard library, save, reload, generate
-	OMP_WAIT_POLICY=passive $(BIN)/nemotron-v3 demo $(ARGS)
+	$(BIN)/nemotron-v3 demo $(ARGS)
 
 test: lint ## ruff, pyright and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

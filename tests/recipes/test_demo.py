@@ -62,7 +62,7 @@ def run(corpus, monkeypatch, tmp_path):
 
     def start(**options):
         options = {"out": tmp_path / "runs" / "demo", "steps": 3, "model": SMALL} | options
-        return run_demo(DemoOptions(tokens_per_step=64, document_tokens=64, **options), Story(told))
+        return run_demo(DemoOptions(tokens_per_row=32, document_tokens=64, **options), Story(told))
 
     start.told = told.export_text
     start.out = tmp_path / "runs" / "demo"
@@ -159,7 +159,11 @@ def test_a_failure_after_training_keeps_the_finished_run(run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "steps is 0"), ({"minutes": -1.0}, "minutes is -1.0")],
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"minutes": -1.0}, "minutes is -1.0"),
+        ({"rows": 0}, "rows is 0"),
+    ],
 )
 def test_a_length_that_is_none_is_an_error_before_anything_is_written(run, options, message):
     with pytest.raises(ValueError, match=message):
@@ -167,12 +171,12 @@ def test_a_length_that_is_none_is_an_error_before_anything_is_written(run, optio
     assert not run.out.exists()
 
 
-def test_the_default_model_is_the_hybrid_with_five_to_ten_million_parameters():
+def test_the_default_model_is_a_hybrid_of_two_to_five_million_parameters():
     from nemotron_v3.model.cost import parameters
 
     config = ModelSizes().config()
-    assert config.hybrid_override_pattern == "MEM*MEM-"
-    assert 5e6 < parameters(config).total < 10e6
+    assert set(config.layers_block_type) == {"mamba", "attention", "moe"}
+    assert 2e6 < parameters(config).total < 5e6
 
 
 def test_the_clock_leaves_time_for_what_comes_after_training(monkeypatch):
@@ -196,15 +200,16 @@ def test_a_pack_is_a_row_whose_targets_are_the_packs():
 
 
 def test_the_corpus_goes_on_where_it_was():
-    options = DemoOptions(tokens_per_step=16, document_tokens=8, model=SMALL)
+    options = DemoOptions(tokens_per_row=16, document_tokens=8, model=SMALL)
     documents = [[0, *range(5, 5 + n), 0] for n in (3, 9, 1, 20)]
     corpus = Corpus(documents, options, 300)
     rows = iter(corpus)
-    taken = [next(rows)[0].input_ids for _ in range(5)]
+    taken = [[row.input_ids for row in next(rows)] for _ in range(3)]
+    assert all(len(step) == 2 for step in taken)
     again = Corpus(documents, options, 300)
-    again.load_state_dict({"packs": 3})
-    assert torch.equal(next(iter(again))[0].input_ids, taken[3])
-    assert corpus.state_dict() == {"packs": 5}
+    again.load_state_dict({"packs": 4})
+    assert all(map(torch.equal, [row.input_ids for row in next(iter(again))], taken[2]))
+    assert corpus.state_dict() == {"packs": 6}
 
 
 def test_a_run_by_the_clock_takes_no_step_after_its_time(run, monkeypatch):

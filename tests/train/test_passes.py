@@ -19,8 +19,9 @@ from tests.train.test_run import SILENT, losses, same_weights
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """A CPU with two, of which this process leaves one alone."""
+    """A CPU that says that it has two; how many it really uses stays as it is."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
