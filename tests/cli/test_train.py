@@ -31,10 +31,28 @@ def test_the_command_line_goes_over_the_recipe():
     assert parse(["train", recipe]).options == read_config(Path(recipe), TrainOptions)
 
 
-def test_the_folder_of_a_run_is_a_recipe(tmp_path):
+@pytest.mark.parametrize("before", [[], ["--resume"], ["--resume", "--dry-run"]])
+def test_the_folder_of_a_run_is_a_recipe(tmp_path, before):
     (tmp_path / "train.toml").write_text(RECIPES[0].read_text())
-    verb = parse(["train", str(tmp_path)])
-    assert verb.options.out == tmp_path
+    verb = parse(["train", *before, str(tmp_path)])
+    assert verb.options.out == verb.recipe == tmp_path
+    assert verb.read == (tmp_path, ())
+
+
+@pytest.mark.parametrize("before", [["--dry-run"], ["--data.rows", "3"], ["--seed", "1"]])
+def test_a_recipe_behind_options_is_read(before):
+    recipe = str(next(path for path in RECIPES if path.stem == "chat"))
+    verb = parse(["train", *before, recipe, "--mfu", "0.3"])
+    assert verb.read == (Path(recipe), ()) and verb.recipe == Path(recipe)
+    given = read_config(Path(recipe), TrainOptions).data.sources
+    assert verb.options.data.sources == given
+
+
+def test_a_recipe_that_tyro_reads_and_the_defaults_do_not_is_refused(tmp_path):
+    (tmp_path / "train.toml").write_text(RECIPES[0].read_text())
+    verb = parse(["train", "--seed", "1", str(tmp_path), "--files", "x.txt"])
+    with pytest.raises(ValueError, match="the recipe is read where it stands first"):
+        verb.run()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +60,17 @@ def test_the_folder_of_a_run_is_a_recipe(tmp_path):
     [
         ([], "nothing to train on"),
         (["--files", "none.txt"], "there is no model"),
-        (["none.toml"], "none.toml"),
+        (["none.toml"], "none.toml does not exist: give a TOML file"),
+        (["recipes/continue", "--files", "x.txt"], "recipes/continue does not exist"),
+        (["--resume", "runs/mine"], "runs/mine does not exist"),
+        (["/", "--files", "x.txt"], "/ has no train.toml"),
+        ([__file__, "--files", "x.txt"], "is no TOML"),
+        (["--files", "a.txt", "--files", "b.txt"], "--files stands there twice"),
+        (["--files=a.txt"], "--files with a blank behind it"),
+        (["--files", "x.txt", "--lora.alpha", "32"], "lora.rank 0 trains the whole model"),
+        (["--files", "x.txt", "--lora.groups", "mlp"], "lora.rank 0 trains the whole model"),
+        (["--files", "x.txt", "--schedule.decay", "0.5"], "which the shape cosine has not"),
+        (["--files", "x.txt", "--seed", str(2**64)], "give an integer of 64 bits"),
         (["--files", "x.txt", "--threads", "0"], "--threads is 0"),
         (["--files", "x.txt", "--data.rows", "0"], "rows is 0"),
         (["--files", "x.txt", "--optimizer.lerning-rate", "1"], "learning-rate"),

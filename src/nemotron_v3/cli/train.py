@@ -1,6 +1,5 @@
 """`nemotron-v3 train`: one's own data, from a configuration to a checkpoint."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from nemotron_v3.data.options import DataOptions, Source
 from nemotron_v3.train.options import TrainOptions
 
 CONFIG = "train.toml"
+_SWITCHES = ("--resume", "--dry-run")  # options without a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Train:
     threads: int | None = None
     """of a CPU; else all cores"""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")]
+    read: tyro.conf.Suppress[tuple[Path | None, tuple[str, ...]]] = (None, ())
+    """the recipe and the files that `options` come from"""
 
     @classmethod
     def defaults(cls, args: Sequence[str]) -> "Train":
@@ -48,21 +50,30 @@ class Train:
         """
         from nemotron_v3.train.config_file import read_config
 
-        recipe, files = _named(args)
+        recipe, files = read = _named(args)
         over: dict[str, Any] = {}
         if files:
             over = {"data": {"sources": [{"path": path} for path in files]}}
         if recipe is None:
             sources = tuple(Source(path) for path in files or ["FILE"])
             data = DataOptions(sources=sources, tokens_per_row=1024, rows=8)
-            return cls(options=TrainOptions(data=data))
+            return cls(options=TrainOptions(data=data), read=read)
+        if not recipe.exists():
+            raise ValueError(f"{recipe} does not exist: give a TOML file, or the folder of a run")
         if recipe.is_dir():
+            if not (recipe / CONFIG).exists():
+                raise ValueError(f"{recipe} has no {CONFIG}: it is the folder of no run")
             options = read_config(recipe / CONFIG, TrainOptions, over)
-            return cls(options=replace(options, out=recipe))
-        return cls(options=read_config(recipe, TrainOptions, over))
+            return cls(options=replace(options, out=recipe), read=read)
+        return cls(options=read_config(recipe, TrainOptions, over), read=read)
 
     def run(self) -> None:
         """Train, or show the plan."""
+        if self.read != (self.recipe, self.files):
+            raise ValueError(
+                "the recipe is read where it stands first, and --files with a blank behind it: "
+                "nemotron-v3 train RECIPE --files A B"
+            )
         if self.recipe is None and not self.files:
             raise ValueError("there is nothing to train on: give a recipe, or --files")
         if self.threads is not None and self.threads < 1:
@@ -84,20 +95,25 @@ class Train:
             sys.exit(128 + stopped.number)
 
 
-def _named(args: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The recipe and the files that stand in the arguments, before they are read for good."""
-    files: list[str] = []
+def _named(args: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """The recipe and the files that stand in the arguments, before they are read for good.
+
+    What stands first is the recipe, switches apart; elsewhere it is told by its ending.
+    """
+    if list(args).count("--files") > 1:
+        raise ValueError("--files stands there twice: give all files behind one, --files A B")
+    files: tuple[str, ...] = ()
     recipe = None
     for i, arg in enumerate(args):
         before = args[i - 1] if i else ""
+        first = all(each in _SWITCHES for each in args[:i])
         if arg == "--files":
             given = args[i + 1 :]
             stop = next((n for n, each in enumerate(given) if each.startswith("--")), len(given))
-            files = list(given[:stop])
-        elif recipe is None and arg.endswith(".toml") and not before.startswith("--"):
-            recipe = Path(arg)
-    if recipe is None and args and not args[0].startswith("-") and os.path.isdir(args[0]):
-        recipe = Path(args[0])
+            files = tuple(given[:stop])
+        elif recipe is None and not arg.startswith("-"):
+            named = arg.endswith(".toml") and (before in _SWITCHES or not before.startswith("--"))
+            recipe = Path(arg) if first or named else None
     return recipe, files
 
 

@@ -223,6 +223,20 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         ),
         (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
         (
+            "lora.alpha, lora.groups and lora.dropout are of adapters, and lora.rank 0 trains the "
+            "whole model: give a rank, or leave them out",
+            o.lora.rank != 0 or o.lora == LoraOptions(),
+        ),
+        (
+            f"schedule.decay is {s.decay}, which the shape {s.shape} has not: leave it out, or "
+            'give schedule.shape = "stable-decay"',
+            s.shape == "stable-decay" or s.decay == ScheduleOptions().decay,
+        ),
+        (
+            f"seed is {o.seed}: give an integer of 64 bits",
+            -(2**63) <= o.seed < 2**64,
+        ),
+        (
             'plan is of a model that is sharded: leave it out, or give parallel = "fsdp"',
             o.parallel == "fsdp" or o.plan == PlanOptions(),
         ),
