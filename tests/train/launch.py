@@ -110,15 +110,18 @@ def _be(
             if dies == (rank, step.step):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        adapters = None
+        adapters = write_on = None
         if options.lora.rank:
             from nemotron_v3.hf import lora as adapters
+        if options.log.samples:
+            from nemotron_v3.cli.train import _write_on as write_on
         train(
             options,
             resume=(options.out / "train.toml").exists(),
             make_data=_seen_by(rank, options),
             after_step=after,
             adapters=adapters,
+            write_on=write_on,
         )
         status = 0
     except BaseException:

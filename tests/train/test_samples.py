@@ -6,15 +6,24 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
 
 from nemotron_v3 import from_pretrained
 from nemotron_v3.cli.train import _write_on
 from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.generation import generate
 from nemotron_v3.train.display import Display
-from nemotron_v3.train.options import LogOptions, ScheduleOptions, ValidationOptions
+from nemotron_v3.train.options import (
+    LogOptions,
+    PlanOptions,
+    ScheduleOptions,
+    ValidationOptions,
+)
 from nemotron_v3.train.run import train
+from nemotron_v3.train.samples import Samples
+from nemotron_v3.train.tokenizer import read_tokenizer
 from tests.train.fakes import MadeUp
+from tests.train.launch import finish, start
 
 LOG = LogOptions(samples=("counting", "down"), sample_tokens=5)
 
@@ -80,16 +89,86 @@ def test_what_fails_there_is_told_and_ends_nothing(options, tokenizer):
     assert "no samples: FloatingPointError: row 0 has logits that are NaN" in told
 
 
-def test_samples_that_nobody_can_write_are_refused_before_anything_is_written(
-    options, tokenizer, monkeypatch
-):
+def test_samples_that_nobody_can_write_are_refused_before_anything_is_written(options, tokenizer):
     asked = options(log=LOG)
     with pytest.raises(ValueError, match=r"log.samples need somebody who continues prompts"):
         run(asked, tokenizer, write_on=None)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"log.samples need a single process"):
-        run(asked, tokenizer)
     with pytest.raises(ValueError, match=r"log.sample_tokens is 0: give a positive number"):
         replace(asked, log=LogOptions(sample_tokens=0)).check()
     assert not asked.out.exists()
+
+
+@pytest.fixture
+def spread(base):
+    """A model that says it is spread over processes, and is whole."""
+    model = from_pretrained(base).eval()
+    kind = type(model)
+    model.__class__ = type("Spread", (kind, FSDPModule), {"__new__": kind.__new__})
+    return model
+
+
+def test_a_spread_model_is_called_equally_often_whatever_ends_a_text(spread, base, tokenizer):
+    plain = from_pretrained(base).eval()
+    more = {"max_new_tokens": 12, "tokenizer": tokenizer}
+    whole = generate(plain, "counting", eos_token_id=[], **more)
+    calls = []
+    spread.register_forward_hook(lambda *_: calls.append(1))
+    for model in (plain, spread):
+        model.generation_config = {"eos_token_id": int(whole.sequences[0, -6])}
+    texts = _write_on(spread, ["counting"], 12, tokenizer)
+    assert texts == _write_on(plain, ["counting"], 12, tokenizer)
+    assert whole.text[0].startswith(texts[0]) and len(texts[0]) < len(whole.text[0])
+    assert len(calls) == 12
+
+
+def test_of_several_processes_one_writes_and_an_error_of_one_alone_is_not_passed_over(
+    spread, base, tmp_path
+):
+    said = []
+
+    def made(model, write_on, first):
+        samples = Samples(tmp_path, LOG, write_on, None, said.append, first)
+        samples.open(0)
+        samples.take(model, 1)
+        samples.close()
+        return (tmp_path / "samples.jsonl").exists()
+
+    def write(model, prompts, *_):
+        said.append("written")
+        return ["" for _ in prompts]
+
+    def raising(error):
+        def write_on(*_):
+            raise error
+
+        return write_on
+
+    copy = from_pretrained(base)
+    assert not made(copy, write, first=False) and said == []
+    assert not made(spread, write, first=False) and said == ["written"]
+    made(spread, raising(ValueError("the prompt is empty")), first=False)
+    assert said[1:] == ["step 1  no samples: ValueError: the prompt is empty"]
+    with pytest.raises(RuntimeError, match="no memory"):
+        made(spread, raising(RuntimeError("no memory")), first=False)
+    assert made(copy, raising(RuntimeError("no memory")), first=True)
+    assert said[2:] == ["step 1  no samples: RuntimeError: no memory"]
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("parallel", "ep"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
+def test_several_processes_write_what_their_checkpoint_does(options, parallel, ep):
+    asked = options(
+        log=LOG, parallel=parallel, plan=PlanOptions(ep=ep), schedule=ScheduleOptions(steps=4),
+        validation=ValidationOptions(every=2),
+    )  # fmt: skip
+    ended = finish(start(asked, 2))
+    assert [status for status, _ in ended] == [0, 0], ended
+    texts = (asked.out / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in texts]
+    assert [(s["step"], s["prompt"]) for s in samples] == [
+        (step, prompt) for step in (2, 4) for prompt in LOG.samples
+    ]
+    model = from_pretrained(asked.out).eval()
+    written = _write_on(model, LOG.samples, 5, read_tokenizer(asked))
+    assert [s["text"] for s in samples[2:]] == written

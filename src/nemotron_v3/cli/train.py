@@ -102,12 +102,31 @@ def _named(args: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -> list[str]:
-    """The texts that a model in training puts behind prompts: its likeliest tokens."""
-    from nemotron_v3.generation import generate
+    """The texts that a model in training puts behind prompts: its likeliest tokens.
 
-    told = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
-    found = [generate(model, prompt, **told).text for prompt in prompts]
-    return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
+    A model that is spread over processes is called equally often on each of them: what ends a text
+    does not end its pass, for a rounding might let one process choose another token.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    from nemotron_v3.generation import GenerationOptions, generate
+    from nemotron_v3.generation.stopping import Row
+
+    told: dict[str, Any] = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
+    if not isinstance(model, FSDPModule):
+        found = [generate(model, prompt, **told).text for prompt in prompts]
+        return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
+    chosen = GenerationOptions.of(told, model.generation_config)
+    endless: dict[str, Any] = {**told, "eos_token_id": [], "stop_strings": []}
+    texts = []
+    for prompt in prompts:
+        row = Row(chosen.eos(model.config), tokens, tokenizer, chosen.stops)
+        out = generate(model, prompt, **endless)
+        new = out.sequences[0, int(out.prompt_lengths[0]) :].tolist()
+        while row.finish_reason is None:
+            row.push(new[len(row.tokens)])
+        texts.append(row.text)
+    return texts
 
 
 def _adapters(options: TrainOptions) -> Any:
