@@ -112,12 +112,12 @@ def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -
     from nemotron_v3.generation import GenerationOptions, generate
     from nemotron_v3.generation.stopping import Row
 
-    told: dict[str, Any] = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
-    if not isinstance(model, FSDPModule):
-        found = [generate(model, prompt, **told).text for prompt in prompts]
+    asked: dict[str, Any] = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
+    if not issubclass(type(model), FSDPModule):
+        found = [generate(model, prompt, **asked).text for prompt in prompts]
         return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
-    chosen = GenerationOptions.of(told, model.generation_config)
-    endless: dict[str, Any] = {**told, "eos_token_id": [], "stop_strings": []}
+    chosen = GenerationOptions.of(asked, model.generation_config)
+    endless: dict[str, Any] = {**asked, "eos_token_id": [], "stop_strings": []}
     texts = []
     for prompt in prompts:
         row = Row(chosen.eos(model.config), tokens, tokenizer, chosen.stops)
