@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -105,7 +105,8 @@ def source_lines(package: Path) -> int:
 
 def cycles(package: Path) -> list[list[str]]:
     """Modules that import each other, in functions and for types too: strong components."""
-    graph = {name: set(_imports(path, name)) for name, path in _modules(package).items()}
+    modules = _modules(package)
+    graph = {name: set(_imports(path, modules)) - {name} for name, path in modules.items()}
     return [sorted(part) for part in _components(graph) if len(part) > 1]
 
 
@@ -117,11 +118,9 @@ def _modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def _imports(path: Path, name: str) -> Iterator[str]:
+def _imports(path: Path, modules: Collection[str]) -> Iterator[str]:
     """Modules of the package that a file names; a package's own `__init__` only where it is asked
     for a name that is no module."""
-    package = path.parents[len(name.split(".")) - (path.name != "__init__.py") - 1]
-    modules = _modules(package)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         targets = []
         if isinstance(node, ast.Import):
@@ -132,7 +131,7 @@ def _imports(path: Path, name: str) -> Iterator[str]:
                 f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
                 for alias in node.names
             ]
-        yield from (target for target in targets if target in modules and target != name)
+        yield from (target for target in targets if target in modules)
 
 
 def _components(graph: dict[str, set[str]]) -> list[set[str]]:

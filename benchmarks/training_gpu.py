@@ -29,7 +29,7 @@ from nemotron_v3.data.report import DataReport
 from nemotron_v3.hf import lora
 from nemotron_v3.train.batches import make_batches
 from nemotron_v3.train.loop import Step
-from nemotron_v3.train.optimizer import make_optimizer
+from nemotron_v3.train.optimizers import make_optimizer
 from nemotron_v3.train.options import (
     LogOptions,
     LoraOptions,

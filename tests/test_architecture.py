@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.house import cycles
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "nemotron_v3"
 LONGEST_FILE = 500
@@ -355,6 +357,21 @@ def loaded_by(script: str) -> set[str]:
     )
     assert done.stderr == ""
     return set(done.stdout.split()) - set(sys.stdlib_module_names)
+
+
+def test_no_modules_import_each_other():
+    """In functions and for types neither: what two files share lies in a third."""
+    assert cycles(PACKAGE) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    package = tmp_path / "room"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("def f():\n    from room.b import g\n")
+    (package / "b.py").write_text("from room import a\n")
+    (package / "c.py").write_text("from room.a import f\n")
+    assert cycles(package) == [["room.a", "room.b"]]
 
 
 def test_importing_the_package_loads_no_other():

@@ -13,7 +13,7 @@ from nemotron_v3.model import cost
 from nemotron_v3.model.optim import hidden_matrices
 from nemotron_v3.train.memory import _matrix_elements, estimate
 from nemotron_v3.train.muon import RMS, Muon, orthogonal, whole_matrices
-from nemotron_v3.train.optimizer import make_optimizer
+from nemotron_v3.train.optimizers import make_optimizer
 from nemotron_v3.train.options import (
     LoraOptions,
     ModelOptions,

@@ -8,7 +8,8 @@ from torch import nn
 
 from nemotron_v3.train import update
 from nemotron_v3.train.eight_bit import EightBitAdamW, block_of
-from nemotron_v3.train.optimizer import RoundedAdamW, make_optimizer
+from nemotron_v3.train.optimizer import RoundedAdamW
+from nemotron_v3.train.optimizers import make_optimizer
 from nemotron_v3.train.options import OptimizerOptions
 from tests.accuracy import relative_error
 from tests.models import tiny_model, tokens

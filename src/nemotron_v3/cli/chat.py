@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_v3.cli.generate import tell_rate
-from nemotron_v3.cli.terminal import harmless
+from nemotron_v3.cli.terminal import harmless, tell_rate
 
 if TYPE_CHECKING:
     from nemotron_v3.model.model import NemotronV3ForCausalLM

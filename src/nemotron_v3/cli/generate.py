@@ -13,7 +13,7 @@ import tyro
 from nemotron_v3.cli.dtypes import DTYPES, dtype_name
 from nemotron_v3.cli.options import Choices
 from nemotron_v3.cli.sampling import Sampling, Talk
-from nemotron_v3.cli.terminal import harmless, new_console
+from nemotron_v3.cli.terminal import harmless, new_console, tell_rate
 
 if TYPE_CHECKING:
     from nemotron_v3.generation import StreamedToken
@@ -225,13 +225,6 @@ def _continue(row: Continuation) -> None:
     sys.stdout.write(harmless(row.text[row.written :]))
     sys.stdout.flush()
     row.written = len(row.text)
-
-
-def tell_rate(count: int, started: float, reason: str) -> None:
-    """How many tokens came, how fast, and why they ended, on stderr."""
-    rate = count / (time.perf_counter() - started)
-    summary = f"{count:,} tokens, {rate:.1f} tokens/s, {reason}"
-    new_console(stderr=True).print(summary, style="dim")
 
 
 def check_device(device: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,3 +78,10 @@ def console_for(*tables: "Table", narrowest: int | None = None) -> "Console":
     else:
         console.width = max(80, *(size.maximum for size in sizes))
     return console
+
+
+def tell_rate(count: int, started: float, reason: str) -> None:
+    """How many tokens came, how fast, and why they ended, on stderr."""
+    rate = count / (time.perf_counter() - started)
+    summary = f"{count:,} tokens, {rate:.1f} tokens/s, {reason}"
+    new_console(stderr=True).print(summary, style="dim")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
@@ -134,7 +134,7 @@ def _expected(
     those of the model's own matrices that may come with one."""
     config = copy.deepcopy(config)
     config.inference_mode = True
-    if hasattr(config, "init_lora_weights"):
+    if isinstance(config, LoraConfig):
         config.init_lora_weights = False  # some of them would change the model's own weights
     with as_it_was(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT repeats them when it loads
@@ -173,7 +173,7 @@ def as_it_was(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None
 def _put_back(
     model: nn.Module,
     modules: list[tuple[nn.Module, bool, dict, dict, dict]],
-    trained: list[tuple[Tensor, bool]],
+    trained: list[tuple[nn.Parameter, bool]],
     own: dict[str, Any],
 ) -> None:
     vars(model).clear()

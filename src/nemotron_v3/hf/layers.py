@@ -11,7 +11,7 @@ head width, L places in a cache.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def _alone(
 
 
 # The gated norm of a mixer; transformers 5.17 calls it by the model that it is taken from.
-GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or theirs.Zamba2RMSNormGated
+GATED_NORM = vars(theirs).get("NemotronHRMSNormGated") or vars(theirs)["Zamba2RMSNormGated"]
 # Activations that ops compute themselves, and the experts' forward that calls its own.
 RELU2 = type(ACT2FN["relu2"])
 SILU = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
@@ -133,8 +133,11 @@ class NemotronHTopkRouter(_KeepsWide, Accelerated, theirs.NemotronHTopkRouter):
         return logits, weights, indices
 
 
-@takes_place_of(theirs.NemotronHExperts)
-class NemotronHExperts(Accelerated, theirs.NemotronHExperts):
+_TheirExperts = cast(Any, theirs.NemotronHExperts)  # a decorator hides that it is a class
+
+
+@takes_place_of(_TheirExperts)
+class NemotronHExperts(Accelerated, _TheirExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         if must_call(self.act_fn, RELU2):  # transformers' loop calls it for each expert
@@ -163,10 +166,11 @@ class NemotronHMoE(Accelerated, theirs.NemotronHMoE):
         layout = context.on(hidden_states.device)
 
         def route(x: Tensor) -> tuple[Tensor, Tensor]:
-            asked = context.router_logits is not None
-            logits, weights, indices = self.gate(x, return_logits=asked)  # [T, E], [T, K] twice
-            if asked:
-                context.router_logits[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B*S, E]
+            kept = context.router_logits
+            # [T, E], [T, K] twice
+            logits, weights, indices = self.gate(x, return_logits=kept is not None)
+            if kept is not None and layer_idx is not None:
+                kept[layer_idx] = layout.unpack(logits).flatten(0, 1)  # [B*S, E]
             return weights, indices
 
         x = layout.pack(hidden_states)  # [T, D]
@@ -238,13 +242,13 @@ class NemotronHAttention(Accelerated, theirs.NemotronHAttention):
         past = cache.get_seq_length(self.layer_idx) if context.follows else 0
         if isinstance(past, Tensor):  # a static cache counts on in place
             past = past.clone()
-        new = (layout.unpack(t).transpose(1, 2) for t in (k, v))  # [B, J, S, P]
-        keys, values = cache.update(*new, self.layer_idx)  # [B, J, L, P]
+        k_rows, v_rows = (layout.unpack(t).transpose(1, 2) for t in (k, v))  # [B, J, S, P]
+        keys, values = cache.update(k_rows, v_rows, self.layer_idx)  # [B, J, L, P]
         if not context.follows:
             mask = None if context.mask is None else context.mask[..., :S]
             return self._attend(q, k, v, layout, mask)
-        known = isinstance(past, int) and keys.shape[2] == past + S
-        if known and context.mask is None and context.columns is None:
+        plain = context.mask is None and context.columns is None
+        if plain and isinstance(past, int) and keys.shape[2] == past + S:
             return opaque.cached_attention(
                 q,
                 keys,
@@ -276,11 +280,12 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
     ) -> Tensor:
         """`[B, S, D]` -> `[B, S, D]`, along each document from its first token or the cache."""
         cache = one_cache(cache_params, cache)
+        layer_idx = cast(int, self.layer_idx)  # every block numbers its mixer
         context = context or _alone(
             hidden_states,
             attention_mask,
             cache,
-            self.layer_idx,
+            layer_idx,
             "mamba",
             kwargs.get("position_ids"),
         )
@@ -288,7 +293,7 @@ class NemotronHMamba2Mixer(_KeepsWide, Accelerated, theirs.NemotronHMamba2Mixer)
         state = None
         if cache is not None:
             dtype = self.settings.config.mamba_ssm_cache_dtype
-            state = MambaStates(cache, self.layer_idx, layout, dtype)
+            state = MambaStates(cache, layer_idx, layout, dtype)
         y = mamba2_mixer(
             layout.pack(hidden_states),
             self,
@@ -403,7 +408,7 @@ def _only_fetches(module: nn.Module, kind: type[nn.Module]) -> bool:
     return placed and type(module) is kind and not is_observed(module, by_its_forward=False)
 
 
-def _fetched(module: nn.Module, read: Callable[[nn.Module], Any]) -> Any:
+def _fetched(module: nn.Module, read: Callable[[Any], Any]) -> Any:
     """What `read` finds in a child whose forward is not called, since an op does its work."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:

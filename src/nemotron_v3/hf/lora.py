@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
@@ -100,7 +100,7 @@ def save(model: Trained, options: Asked, folder: Path, base: str | None) -> None
 def _config(options: Asked, targets: LoraTargets) -> LoraConfig:
     return LoraConfig(
         r=options.rank,
-        lora_alpha=_alpha(options),
+        lora_alpha=cast(int, _alpha(options)),  # of any size, whatever the annotation says
         lora_dropout=options.dropout,
         target_modules=list(targets.modules),
         target_parameters=list(targets.parameters) or None,

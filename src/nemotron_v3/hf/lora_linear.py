@@ -1,6 +1,6 @@
 """PEFT's LoRA beside a linear layer, computed as one op where it is nothing but that."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -24,12 +24,15 @@ class FusedLoraLinear(Linear):
         name = None if args or kwargs else self._plain_adapter(x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
+        base, a, b = (
+            cast(nn.Linear, layer)
+            for layer in (self.base_layer, self.lora_A[name], self.lora_B[name])
+        )
         return ops.low_rank_linear(
             x,
             base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            a.weight,
+            b.weight,
             base.bias,
             scale=self.scaling[name],
         )

@@ -3,12 +3,12 @@
 Letters: B batch, S sequence, T packed tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -27,10 +27,11 @@ from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_gr
 from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 LOSS_CHUNK = 1024  # tokens whose logits are held at once with loss="linear"
 
 
-class AcceleratedModelMixin:
+class AcceleratedModelMixin(nn.Module):
     """What all accelerated models share: the backbone and models with any head.
 
     Built from a config or by `from_pretrained`, the modules are the accelerated ones from the
@@ -39,7 +40,7 @@ class AcceleratedModelMixin:
 
     _can_compile_fullgraph = False  # the ops are calls that no graph goes through
     _keep_in_fp32_modules_strict = [
-        *theirs.NemotronHForCausalLM._keep_in_fp32_modules_strict,
+        *(theirs.NemotronHForCausalLM._keep_in_fp32_modules_strict or ()),
         *("A_log", "D", "dt_bias"),
     ]
 
@@ -101,7 +102,12 @@ class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
                 use_cache=use_cache,
                 kwargs=kwargs,
             )
-        hidden = look_up(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
+        assert context is not None
+        if inputs_embeds is not None:
+            hidden = inputs_embeds
+        else:
+            assert input_ids is not None  # `enter` takes one of the two
+            hidden = look_up(self.embeddings, input_ids)
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
         # Padding would otherwise contribute to the norm weights' gradients.
         hidden = _without_padding(hidden, context)
@@ -114,11 +120,13 @@ class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
         if kept is not None:
             kept[-1] = hidden
         logits = context.router_logits
+        rest: dict[str, Any] = {CACHE_NAME: cache}
+        if logits is not None:
+            rest["router_logits"] = tuple(logits[i] for i in sorted(logits))
         output = MoeModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=None if kept is None else tuple(kept),
-            router_logits=None if logits is None else tuple(logits[i] for i in sorted(logits)),
-            **{CACHE_NAME: cache},
+            **rest,
         )
         return output.to_tuple() if as_tuple else output
 
@@ -204,7 +212,7 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
         if not isinstance(logits_to_keep, Tensor):  # a tensor may be a mask, too
             check_kept(logits_to_keep)
         cache, context = enter(
-            self.model,
+            cast(NemotronHModel, self.model),
             input_ids,
             inputs_embeds,
             attention_mask=attention_mask,
@@ -302,7 +310,11 @@ def _unpickled(name: str = "NemotronHForCausalLM") -> NemotronHModel | NemotronH
 _LOSS_NAMES = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-@torch.compiler.disable  # it reads tensors (masks, positions)
+def _outside_of_graphs(function: _F) -> _F:
+    return cast(Any, torch.compiler.disable)(function)  # whose own type loses the function's
+
+
+@_outside_of_graphs  # it reads tensors (masks, positions)
 def enter(
     model: NemotronHModel,
     input_ids: Tensor | None,
@@ -381,6 +393,7 @@ def _packed_targets(
     """int64 `[T]`: the label of each token's successor in its document, -100 where none counts."""
     shifted = kwargs.get("shift_labels")
     if shifted is None:
+        assert labels is not None  # one of the two is given
         return opaque.targets_of(_labels(labels, layout, kwargs), layout)
     return layout.pack(_labels(shifted, layout, kwargs))
 

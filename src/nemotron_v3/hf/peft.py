@@ -8,7 +8,7 @@ every projection as a module, and `exemption` lets PEFT know, whoever calls it: 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -130,5 +130,11 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     modules = config.target_modules
     if modules == "all-linear":
         return
-    modules = modules if isinstance(modules, str) else sorted(modules or ())
-    coverage(model, LoraTargets(modules, tuple(config.target_parameters or ())))
+    parameters = tuple(config.target_parameters or ())
+    # A pattern is one string, which coverage takes as PEFT does.
+    names = (
+        cast("tuple[str, ...]", modules)
+        if isinstance(modules, str)
+        else tuple(sorted(modules or ()))
+    )
+    coverage(model, LoraTargets(names, parameters))

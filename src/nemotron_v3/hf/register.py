@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -50,7 +50,7 @@ class NemotronHModel(models.NemotronHModel):
     __module__ = __name__
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        self.__class__ = models.NemotronHModel
+        cast(Any, self).__class__ = models.NemotronHModel
         models.NemotronHModel.__init__(self, config, *args, **kwargs)
 
 
@@ -60,7 +60,7 @@ class NemotronHForCausalLM(models.NemotronHForCausalLM):
     __module__ = __name__
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        self.__class__ = models.NemotronHForCausalLM
+        cast(Any, self).__class__ = models.NemotronHForCausalLM
         models.NemotronHForCausalLM.__init__(self, config, *args, **kwargs)
 
 

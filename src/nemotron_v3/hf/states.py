@@ -6,7 +6,7 @@ from an accelerated model to a plain one and back.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,8 @@ def _holds_states(cache: Cache, layer: int, rows: int, attention: Sequence[int] 
     _check_fits(cache, layer, attention)
     if not cache.has_previous_state(layer):
         return False
-    _check_rows(rows, cache.layers[layer].conv_states[0], layer)
+    held: Any = cast(Any, cache.layers[layer])
+    _check_rows(rows, held.conv_states[0], layer)
     return True
 
 
@@ -126,7 +127,8 @@ def _holds_keys(cache: Cache, layer: int, rows: int) -> bool:
         return False  # the length cannot be read during capture; assume an empty cache
     if not length > 0:
         return False
-    _check_rows(rows, cache.layers[layer].keys, layer)
+    held: Any = cast(Any, cache.layers[layer])
+    _check_rows(rows, held.keys, layer)
     return True
 
 
@@ -157,7 +159,7 @@ class MambaStates:
 
     def __init__(self, cache: Cache, layer: int, layout: SequenceLayout, ssm_dtype: torch.dtype):
         _check_fits(cache, layer)
-        held = cache.layers[layer]
+        held: Any = cast(Any, cache.layers[layer])
         if getattr(held, "record_past", False):
             raise ValueError(
                 "the cache records past states, for assisted decoding; an accelerated model does "
@@ -179,6 +181,7 @@ class MambaStates:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
 
     def in_place(self) -> tuple[Tensor, Tensor]:
+        assert self._held is not None  # `is_one_token`
         return self._held
 
     def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:

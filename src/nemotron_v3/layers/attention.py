@@ -5,7 +5,7 @@ head width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,11 @@ class NemotronV3Attention(RefusesContextParallel):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if context.cache is not None:
-                check_keys(context.cache.states.get(layer_idx), layer_idx, k, v)
-                return self._attend_cached(q, k, v, context.step.begin(layer_idx), context.mask)
+                held = None if layer_idx is None else context.cache.states.get(layer_idx)
+                check_keys(held, layer_idx, k, v)
+                assert context.step is not None
+                state = cast(KeyValueState, context.step.begin(layer_idx))
+                return self._attend_cached(q, k, v, state, context.mask)
             if context.carry is not None:
                 return context.carry.attend(layer_idx, q, k, v, impl=self.chosen.impl)
             dropout_p = self.attention_dropout if self.training else 0.0
@@ -177,8 +180,13 @@ class NemotronV3Attention(RefusesContextParallel):
 
     def decode_weights(self) -> AttentionWeights:
         """What a decode step reads."""
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        return AttentionWeights(*map(Projection.of, projections), self.head_dim)
+        return AttentionWeights(
+            q_proj=Projection.of(self.q_proj),
+            k_proj=Projection.of(self.k_proj),
+            v_proj=Projection.of(self.v_proj),
+            o_proj=Projection.of(self.o_proj),
+            head_dim=self.head_dim,
+        )
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
         """Raises ValueError: the layer cannot share a document's tokens with other processes."""

@@ -1,7 +1,7 @@
 """One block of the model: `x + mixer(norm(x))`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -137,7 +137,7 @@ class NemotronV3Block(nn.Module):
             layer_idx=None if kind.is_stateless else self.layer_idx,
             takes_4d_mask=kind.takes_4d_mask,
             is_stateless=kind.is_stateless,
-            group=self.mixer.token_group,
+            group=getattr(self.mixer, "token_group", None),
         )
         with context.writing():
             return self._add(hidden_states, context)
@@ -165,7 +165,8 @@ class NemotronV3Block(nn.Module):
         """
         place_on(self, buffer_device)
         nn.init.ones_(self.norm.weight)
-        self.mixer.init_weights(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
+        draw = cast(Callable[[int, bool], None], self.mixer.init_weights)
+        draw(self.config.num_hidden_layers, self.config.rescale_prenorm_residual)
 
 
 def _mamba(config: NemotronV3Config, layer_idx: int, backend: Any, moe_config: Any) -> nn.Module:

@@ -225,10 +225,9 @@ def _of_new_tokens(
     Raises:
         ValueError: more columns than new tokens, but fewer than a row of the cache holds.
     """
-    is_padding_mask = isinstance(mask, Tensor) and 1 <= mask.dim() <= 2
-    if cache is None or not is_padding_mask or not cache.has_previous_state:
+    if cache is None or not isinstance(mask, Tensor) or not 1 <= mask.dim() <= 2:
         return mask
-    if mask.shape[-1] <= shape[-1]:
+    if not cache.has_previous_state or mask.shape[-1] <= shape[-1]:
         return mask
     if mask.shape[-1] < (longest := cache.get_seq_length()):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Context parallelism as a layer sees it: the group that is set on it from outside, and the objects
 of other programs, which no layer can honour."""
 
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 from torch import nn
 
@@ -46,7 +46,7 @@ class RefusesContextParallel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES and value is not None:
             refuse(f"{name} = {_described(value)}", type(self).__name__)
-        super().__setattr__(name, value)
+        super().__setattr__(name, cast(Any, value))
 
 
 def refuse(what: str, layer: str) -> NoReturn:

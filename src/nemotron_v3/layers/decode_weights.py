@@ -4,7 +4,7 @@ A step that is laid out once for a cache (`generation/cpu_decode`) asks each lay
 `decode_weights()`. They are the parameters' own tensors, detached.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -17,8 +17,8 @@ class Projection(NamedTuple):
 
     @classmethod
     def of(cls, linear: nn.Module) -> "Projection":
-        bias = getattr(linear, "bias", None)
-        return cls(linear.weight.detach(), None if bias is None else bias.detach())
+        weight, bias = cast(Tensor, linear.weight), getattr(linear, "bias", None)
+        return cls(weight.detach(), None if bias is None else bias.detach())
 
 
 class NormWeights(NamedTuple):

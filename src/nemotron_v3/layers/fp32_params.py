@@ -40,7 +40,7 @@ class KeepsFp32(nn.Module):
                     yield tensor.grad
 
     def _parametrization(self, name: str) -> nn.Module:
-        return self._modules["parametrizations"][name]
+        return self.get_submodule(f"parametrizations.{name}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {id(tensor) for tensor in self._kept()}

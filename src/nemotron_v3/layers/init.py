@@ -1,6 +1,7 @@
 """How every parameter is drawn: one function, and the building blocks of `init_weights`."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,16 @@ def init_(
         shrink: divides the spread of a projection back into the residual stream (Radford et al.
             2019, GPT-2); drawing anew, not dividing, is what makes a second call harmless.
         time_step: (time_step_min, time_step_max, time_step_floor), needed for `dt_bias`.
+
+    Raises:
+        ValueError: a `dt_bias` without `time_step`.
     """
     if hasattr(tensor, "device_mesh"):
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
+        sharded: Any = cast(Any, tensor)  # whose class this room does not import
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=sharded.to_local().device)
         _draw(name, whole, std, shrink, time_step)
         # Without placements it is replicated: a checked one is sent from the first process.
-        tensor.copy_(type(tensor).from_local(whole, tensor.device_mesh, run_check=True))
+        tensor.copy_(type(sharded).from_local(whole, sharded.device_mesh, run_check=True))
     else:
         _draw(name, tensor, std, shrink, time_step)
 
@@ -59,6 +64,8 @@ def _draw(
         heads = torch.arange(1, tensor.shape[0] + 1, dtype=tensor.dtype, device=tensor.device)
         tensor.copy_(heads.log())
     elif parts[-1] == "dt_bias":
+        if time_step is None:
+            raise ValueError(f"{name} is drawn by time_step, which is None: give its three numbers")
         low, high, floor = time_step
         dt = torch.empty_like(tensor).uniform_(math.log(low), math.log(high)).exp_()
         dt.clamp_(min=floor)

@@ -75,7 +75,7 @@ def load_transformer_engine(field: str) -> ModuleType:
         ModuleNotFoundError: it is not installed.
     """
     try:
-        import transformer_engine.pytorch as te
+        import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports] - optional
     except ModuleNotFoundError as error:
         default = getattr(BackendConfig(), field)
         raise ModuleNotFoundError(

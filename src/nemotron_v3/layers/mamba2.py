@@ -4,12 +4,13 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, H heads, P head wi
 state, W conv taps.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor, nn
 
 from nemotron_v3.cache.checks import check_states
+from nemotron_v3.cache.states import MambaState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import RefusesContextParallel
@@ -136,7 +137,8 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         if context.cache is not None:
             sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
             check_states(context.cache.states.get(self.layer_idx), self.layer_idx, *sizes)
-            state = context.step.begin(self.layer_idx)
+            assert context.step is not None
+            state = cast(MambaState, context.step.begin(self.layer_idx))
         elif context.carry is not None:
             state = context.carry.recurrent(self)
         layout = context.on(hidden_states.device)

@@ -8,11 +8,12 @@ frozen: adapters are trained beside it.
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nemotron_v3.layers.dequantise import dequantise
 
@@ -25,7 +26,10 @@ class NarrowParts(NamedTuple):
     global_scale: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "NarrowParts":
-        return NarrowParts(*(None if part is None else function(part) for part in self))
+        codes, scale, whole = self
+        return NarrowParts(
+            function(codes), function(scale), None if whole is None else function(whole)
+        )
 
 
 class NarrowWeight(Tensor):
@@ -132,10 +136,9 @@ class NarrowWeight(Tensor):
                 f"{func} would write into a weight in 8 or 4 bits, whose values follow from its "
                 "codes: load the checkpoint wide (narrow=False) to change its weights"
             )
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            NarrowWeight, NarrowWeight.values, (args, kwargs)
-        )
-        return func(*args, **kwargs)
+        args = pytree.tree_map_only(NarrowWeight, NarrowWeight.values, args)
+        named: Any = pytree.tree_map_only(NarrowWeight, NarrowWeight.values, kwargs)
+        return func(*args, **cast(dict[str, Any], named))
 
 
 AT_ONCE = 2**26

@@ -48,7 +48,7 @@ def offsets_of_this_call(
     others = {k: v for k, v in layout_kwargs.items() if k not in (*_OFFSETS, *_LONGEST)}
     lengths = tuple(b - a for a, b in pairwise(offsets))
     longest = agreed("max_seqlen", *map(layout_kwargs.get, _LONGEST))
-    if follows and lengths in _whole_sequences(shape, mask, cache, layer_idx):
+    if cache is not None and follows and lengths in _whole_sequences(shape, mask, cache, layer_idx):
         check_max_seqlen(longest, lengths)
         return others  # what the cache knows: one document a row, behind what that holds
     if may_end_early and mask is None and offsets[-1] < total:

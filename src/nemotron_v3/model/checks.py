@@ -81,7 +81,7 @@ def token_grid(
     return tuple(shape), tokens.device
 
 
-def look_up(embeddings: nn.Module, input_ids: Tensor) -> Tensor:
+def look_up(embeddings: nn.Embedding, input_ids: Tensor) -> Tensor:
     """The embeddings of token ids.
 
     Raises:

@@ -51,4 +51,6 @@ def plain_weight(head: nn.Module) -> Tensor | None:
     if getattr(head, "bias", None) is not None:
         return None
     weight = head.weight
-    return weight if type(weight) in (Tensor, nn.Parameter) else None
+    if type(weight) is Tensor or type(weight) is nn.Parameter:
+        return weight
+    return None

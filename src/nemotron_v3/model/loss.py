@@ -91,7 +91,7 @@ def check_items(items: Any) -> None:
             )
     elif isinstance(items, bool) or not isinstance(items, Real):
         raise TypeError(f"num_items_in_batch is {items!r}: give a number, or a tensor of one")
-    elif not 0 <= items < 2**62:
+    elif not 0 <= float(items) < 2**62:
         raise ValueError(f"num_items_in_batch is {items}: give the number of targets")
 
 
@@ -134,6 +134,7 @@ def _strays(labels: Tensor, layout: SequenceLayout, shifted: bool) -> Tensor:
 
 def _real_places(layout: SequenceLayout) -> Tensor:
     """Bool `[B, S]`, True at real tokens; one row without a batch dimension."""
+    assert layout.token_index is not None  # the grid holds padding
     size = torch.Size(layout.shape).numel()
     real = torch.zeros(size, dtype=torch.bool, device=layout.device)
     return real.index_fill_(0, layout.token_index, True).view(-1, max(1, layout.shape[-1]))
@@ -141,6 +142,7 @@ def _real_places(layout: SequenceLayout) -> Tensor:
 
 def _behind(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     """The place behind each packed token `[T]`, and whether it is padding of the same row `[T]`."""
+    assert layout.token_index is not None  # the grid holds padding
     real, S = _real_places(layout), layout.shape[-1]
     last = layout.token_index % S == S - 1
     places = layout.token_index + (~last).long()

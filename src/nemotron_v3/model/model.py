@@ -5,7 +5,7 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, V vocabulary.
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,11 @@ class NemotronV3Model(nn.Module):
         context: ForwardContext,
         output_hidden_states: bool,
     ) -> ModelOutput:
-        if inputs_embeds is None:
-            hidden = look_up(self.embeddings, input_ids)
-        else:
+        if inputs_embeds is not None:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
+        else:
+            assert input_ids is not None  # `token_grid` takes one of the two
+            hidden = look_up(self.embeddings, input_ids)
         whole, restore = context.layout, None
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
@@ -149,7 +150,7 @@ class NemotronV3Model(nn.Module):
         place_on(self, buffer_device)
         init_("embeddings.weight", self.embeddings.weight, std=self.config.initializer_range)
         for block in self.layers:
-            block.init_weights()
+            cast(NemotronV3Block, block).init_weights()
         nn.init.ones_(self.norm_f.weight)
 
 
@@ -189,7 +190,11 @@ class NemotronV3ForCausalLM(nn.Module):
                 dtype=config.dtype,
             )
             if not on_meta(self):
-                init_("lm_head.weight", self.lm_head.weight, std=config.initializer_range)
+                init_(
+                    "lm_head.weight",
+                    self.lm_head.get_parameter("weight"),
+                    std=config.initializer_range,
+                )
         self.mtp: Any = None
         self.checkpoint_origin: Any = None
         self.generation_config: dict[str, Any] | None = None
@@ -335,6 +340,7 @@ class NemotronV3ForCausalLM(nn.Module):
             return loss, _keep(layout.unpack(logits), logits_to_keep)
         impl = self.model.backend.impl
         loss = ops.linear_cross_entropy(packed, weight, targets, impl=impl)
+        assert isinstance(loss, Tensor)  # not the losses of each token
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             return loss, LazyLogits(self.lm_head, hidden)
         return loss, self.lm_head(_keep(hidden, logits_to_keep))
@@ -369,7 +375,7 @@ class NemotronV3ForCausalLM(nn.Module):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another module in its place; a tied head multiplies by its weight."""
-        self.model.embeddings = value
+        self.model.embeddings = cast(nn.Embedding, value)  # or what stands in its place
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -430,10 +436,14 @@ class NemotronV3ForCausalLM(nn.Module):
         place_on(self, buffer_device)
         self.model.init_weights()
         if not self.config.tie_word_embeddings:
-            init_("lm_head.weight", self.lm_head.weight, std=self.config.initializer_range)
+            init_(
+                "lm_head.weight",
+                self.lm_head.get_parameter("weight"),
+                std=self.config.initializer_range,
+            )
 
 
-def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext) -> Tensor:
+def _recomputed(block: nn.Module, hidden: Tensor, context: ForwardContext) -> Tensor:
     """What a block makes of the stream, of which the backward pass computes the rest again."""
     if context.cache is not None:
         raise ValueError(
@@ -442,7 +452,7 @@ def _recomputed(block: NemotronV3Block, hidden: Tensor, context: ForwardContext)
         )
     # A compiler takes a checkpoint without contexts better: only where something watches.
     routes = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
-    contexts = {"context_fn": checkpoint_contexts} if routes else {}
+    contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if routes else {}
     return checkpoint(partial(block, context=context), hidden, use_reentrant=False, **contexts)
 
 

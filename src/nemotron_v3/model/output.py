@@ -3,7 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class LazyLogits:
         self.head: nn.Module = head
         self.hidden: Tensor = hidden
         self.grad: bool = torch.is_grad_enabled()
-        self.weight: Tensor | nn.Module = head.weight
+        self.weight: Tensor = cast(Tensor, head.weight)
         self.state: tuple[torch.dtype, torch.device, int] = _state(self.weight)
         kind = hidden.device.type
         self.autocast: torch.dtype | None = None
@@ -94,7 +94,7 @@ class LazyLogits:
 
     def compute(self) -> Tensor:
         """The head's product as the forward pass would have made it: its graph, its autocast."""
-        weight = self.head.weight
+        weight = cast(Tensor, self.head.weight)
         if weight is not self.weight or _state(weight) != self.state:
             raise RuntimeError(
                 "the logits were not read before the head's weight changed (an optimiser's step, a "
@@ -142,7 +142,7 @@ def _unflatten_causal(parts: Any, rest: dict[str, Any]) -> CausalLMOutput:
 
 
 def _flatten_model(output: ModelOutput) -> tuple[list[Any], Any]:
-    parts = [output.last_hidden_state]
+    parts: list[Any] = [output.last_hidden_state]
     if output.hidden_states is not None:
         parts.append(output.hidden_states)
     return parts, output.past_key_values

@@ -3,7 +3,7 @@
 Letters: V vocabulary, D hidden size.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def resize(
     return model.model.embeddings
 
 
-def _owners(model: CausalLM) -> list[nn.Module]:
+def _owners(model: CausalLM) -> list[nn.Embedding | nn.Linear]:
     """The modules that hold the matrices: the embeddings, and a head that is not tied to them."""
     kinds: list[tuple[nn.Module, type[nn.Module]]] = [(model.model.embeddings, nn.Embedding)]
     if not model.config.tie_word_embeddings:
@@ -78,7 +78,7 @@ def _owners(model: CausalLM) -> list[nn.Module]:
             )
         if getattr(module, "bias", None) is not None:
             raise ValueError("a head with a bias cannot be resized: its bias has a row a token too")
-    return [module for module, _ in kinds]
+    return [cast("nn.Embedding | nn.Linear", module) for module, _ in kinds]
 
 
 def _size(tokens: Any, multiple: Any) -> int:

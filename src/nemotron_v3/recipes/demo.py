@@ -146,9 +146,11 @@ def run_demo(options: DemoOptions, story: Story | None = None) -> DemoResult:
         plot_loss(steps, text.bytes_per_token, bits_per_byte, folder / "loss.png")
         prompt = [SEPARATOR_ID, *text.tokenizer.encode(PROMPT)]
         sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "seed": options.seed}
-        written = generate(
+        texts = generate(
             model, prompt, max_new_tokens=SAMPLE_TOKENS, tokenizer=text.tokenizer, **sampling
-        ).text[0]
+        ).text
+        assert texts is not None  # there is a tokenizer
+        written = texts[0]
         sample = {"prompt": PROMPT, "text": written}
         (folder / SAMPLES).write_text(json.dumps(sample) + "\n", encoding="utf-8")
         page = LiveReport(folder, 1.0, story.console.print).end()

@@ -1,6 +1,5 @@
-"""AdamW for weights in fp32 and bfloat16, with moments of 8 bits, and the choice of optimisers."""
+"""AdamW for weights in fp32 and bfloat16, whose arithmetic is fp32."""
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,57 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from nemotron_v3.model.optim import hidden_matrices, parameter_groups
-from nemotron_v3.train.options import OptimizerOptions
 from nemotron_v3.train.rounding import round_stochastically_, rounding_key
 from nemotron_v3.train.update import Update, update_, update_numbers
 
 BUCKET = 2**26  # elements that are updated at once: 256 MiB in fp32 beside the weights
-
-
-def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> torch.optim.Optimizer:
-    """The optimiser of a model's trainable parameters; made after they were sharded.
-
-    Raises:
-        ValueError: moments of 8 bits with fp32 masters, or without torchao.
-    """
-    groups = parameter_groups(model, options.weight_decay)
-    if options.kind == "muon":
-        groups = _matrices_apart(groups, hidden_matrices(model))
-    groups = [group for group in groups if group["params"]]
-    common: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
-    narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
-    kind = RoundedAdamW
-    if options.kind == "muon":
-        from nemotron_v3.train.muon import Muon
-
-        kind = functools.partial(Muon, momentum=options.momentum)
-    elif options.moments == "8bit":
-        from nemotron_v3.train.eight_bit import EightBitAdamW as kind
-
-        if narrow and options.bf16_weights == "master":
-            raise ValueError(
-                "optimizer.moments = '8bit' saves memory and bf16_weights = 'master' spends it: "
-                "give bf16_weights = 'stochastic'"
-            )
-    elif not narrow:
-        # PyTorch updates tensors of several meshes one by one alone.
-        meshes = {getattr(p, "device_mesh", None) for group in groups for p in group["params"]}
-        fused = len(meshes) == 1
-        return torch.optim.AdamW(groups, **common, eps=options.eps, fused=fused, foreach=False)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return kind(
-        groups, **common, eps=options.eps, rounding=options.bf16_weights, names=names, seed=seed
-    )
-
-
-def _matrices_apart(
-    groups: list[dict[str, Any]], matrices: list[nn.Parameter]
-) -> list[dict[str, Any]]:
-    """The groups without these parameters, which have one of their own with the first's decay."""
-    apart = set(matrices)
-    rest = [g | {"params": [p for p in g["params"] if p not in apart]} for g in groups]
-    return [groups[0] | {"params": matrices, "matrices": True}, *rest]
 
 
 class RoundedAdamW(torch.optim.Optimizer):

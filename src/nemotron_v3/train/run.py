@@ -31,7 +31,7 @@ from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
 from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
 from nemotron_v3.train.muon import Muon
-from nemotron_v3.train.optimizer import make_optimizer
+from nemotron_v3.train.optimizers import make_optimizer
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.passes import passes_at_once
 from nemotron_v3.train.processes import World, processes, rows_of

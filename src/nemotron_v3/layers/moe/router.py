@@ -61,6 +61,7 @@ class NemotronV3Router(KeepsFp32):
     """
 
     fp32_tensors: tuple[str, ...] = ("e_score_correction_bias",)
+    e_score_correction_bias: Tensor
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype | None, impl: str):
         super().__init__()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3.layers.moe.router import NemotronV3Router, Routing, Watcher, routers
-from nemotron_v3.layers.moe.scopes import Scope, Scoped, of_caller, scoped
+from nemotron_v3.layers.moe.scopes import HasScopes, Scope, Scoped, of_caller, scoped
 from nemotron_v3.layout.modes import kept
 
 
@@ -57,7 +57,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 
         return keep
 
-    def make(scope: Scope) -> list[tuple[nn.Module, Scoped]]:
+    def make(scope: Scope) -> list[tuple[HasScopes, Scoped]]:
         found = routers(model).items()
         return [(router, Scoped(scope, watcher=watcher_of(name))) for name, router in found]
 
@@ -97,7 +97,7 @@ def replay_routing(
         if any(each.forced is not None for each in of_caller(router.scoped)):
             raise ValueError(f"{name} is being replayed already: leave that replay first")
 
-    def make(scope: Scope) -> list[tuple[nn.Module, Scoped]]:
+    def make(scope: Scope) -> list[tuple[HasScopes, Scoped]]:
         calls = {name: _Calls(name, router, list(indices[name])) for name, router in found.items()}
         return [(router, Scoped(scope, forced=calls[name])) for name, router in found.items()]
 

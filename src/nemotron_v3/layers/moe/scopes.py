@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -38,6 +38,12 @@ class Scoped:
 _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("nemotron_v3 routing", default=())
 
 
+class HasScopes(Protocol):
+    """A router, which keeps what is done with its calls."""
+
+    scoped: list[Scoped]
+
+
 def of_caller(scoped: list[Scoped]) -> tuple[Scoped, ...]:
     """Those that hold for who calls now."""
     here = _scopes.get()
@@ -45,7 +51,7 @@ def of_caller(scoped: list[Scoped]) -> tuple[Scoped, ...]:
 
 
 @contextmanager
-def scoped(make: Callable[[Scope], list[tuple[nn.Module, Scoped]]]) -> Iterator[None]:
+def scoped(make: Callable[[Scope], list[tuple[HasScopes, Scoped]]]) -> Iterator[None]:
     """Within it, in the caller's context, what `make` gives each router holds.
 
     It may be left in another context or thread, as where a generator is closed by the collector,

@@ -42,10 +42,6 @@ CASES = (
     Case("all-empty", (0, 0), 4, 2, 32),
 )
 FIXED_SIZE = CASES[4]  # one document, of no size that attention at fixed sizes knows
-BENCHMARKS = (
-    Case("nano-30b", (8192,), 32, 2, 128),
-    Case("nano-30b-packed", (128,) * 64, 32, 2, 128),
-)
 
 
 def make_inputs(

@@ -35,10 +35,6 @@ CASES = (
     Case("batch", (64, 64, 64), 64, 4),
     Case("all-empty", (0, 0), 64, 4, initial_states=True),
 )
-BENCHMARKS = (
-    Case("nano-30b", (8192,), 6144, 4, strided=True),
-    Case("nano-30b-packed", (128,) * 64, 6144, 4, strided=True),
-)
 
 
 def make_inputs(

@@ -25,7 +25,6 @@ CASES = (
     Case("none-left", 5, 33, ignored=1.0),
     Case("no-tokens", 0, 33),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 131072),)
 
 
 def make_inputs(

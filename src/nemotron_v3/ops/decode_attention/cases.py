@@ -30,10 +30,6 @@ CASES = (
     Case("many-queries", (131,), 140, 17, 1, 16),
     Case("none-active", (-1, -150), 160, 2, 1, 16),
 )
-BENCHMARKS = tuple(
-    Case(f"nano-30b-{rows}-{length}", (length - 1,) * rows, length, 32, 2, 128)
-    for rows, length in ((1, 1024), (8, 1024), (128, 1024), (1, 131072), (4, 131072))
-)
 
 
 def make_inputs(

@@ -79,9 +79,6 @@ CASES = (
     Case("updated", 17, 48, 6, 3, 37, shared=40, idle=(0, 5), ranks=(16, 3)),
     Case("shared-updated", 3, 40, 4, 2, 24, shared=33, wide_stream=True, ranks=(0, 8)),
 )
-BENCHMARKS = tuple(
-    Case(f"nano-30b-{rows}", rows, 2688, 128, 6, 1856, shared=3712) for rows in (1, 8, 32, 128)
-)
 
 
 def make_inputs(

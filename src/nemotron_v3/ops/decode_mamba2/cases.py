@@ -42,9 +42,6 @@ CASES = (
     Case("long-decay", (4, 17), 12, 8, 1, 16, decay="long"),
     Case("none-active", (-1, -4), 2, 16, 1, 16),
 )
-BENCHMARKS = tuple(
-    Case(f"nano-30b-{rows}", (1000,) * rows, 64, 64, 8, 128) for rows in (1, 8, 64, 128)
-)
 
 
 def make_inputs(

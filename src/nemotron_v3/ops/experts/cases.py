@@ -34,10 +34,6 @@ CASES = (
     Case("all-elsewhere", 5, 32, 48, 4, 2, elsewhere=5),
     Case("no-tokens", 0, 32, 48, 8, 2),
 )
-BENCHMARKS = (
-    Case("nano-30b", 8192, 2688, 1856, 128, 6),
-    Case("super-120b-latent", 8192, 1024, 2688, 512, 22),
-)
 
 
 def make_inputs(

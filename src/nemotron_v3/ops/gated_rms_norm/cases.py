@@ -26,7 +26,6 @@ CASES = (
     Case("strided", 129, 1, 240, strided=True),
     Case("thousand", 1000, 8, 64),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 8, 512), Case("super-120b", 8192, 8, 1024))
 
 
 def make_inputs(

@@ -33,7 +33,6 @@ CASES = (
     Case("elsewhere", 97, 32, 40, 6, 3, 4, scale=0.5, elsewhere=9),
     Case("no-tokens", 0, 16, 24, 8, 2, 4),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 2688, 1856, 128, 6, 16, scale=2.0),)
 
 
 def make_inputs(

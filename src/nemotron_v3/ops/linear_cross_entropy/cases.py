@@ -28,7 +28,6 @@ CASES = (
     Case("none-left", 5, 8, 33, ignored=1.0, z_loss=0.1),
     Case("no-tokens", 0, 8, 33),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 2688, 131072),)
 
 
 def make_inputs(

@@ -26,10 +26,6 @@ CASES = (
     Case("odd", (127,), 33, 19, 5, strided=True),
     Case("no-tokens", (0,), 16, 24, 4),
 )
-BENCHMARKS = (
-    Case("nano-30b-in-proj", (8192,), 2688, 10304, 16),
-    Case("nano-30b-out-proj", (8192,), 4096, 2688, 16),
-)
 
 
 def make_inputs(

@@ -44,11 +44,6 @@ CASES = (
     Case("batch", (17, 17), 33, 8, 3, 16, width=8, chunk_size=8, dt_limit=(0.01, 0.05)),
     Case("long", (200,), 32, 8, 1, 16, states=True, decay="long"),
 )
-BENCHMARKS = (
-    Case("nano-30b", (8192,), 64, 64, 8, 128),
-    Case("nano-30b-packed", (128,) * 64, 64, 64, 8, 128),
-    Case("nano-30b-batch", (4096,) * 4, 64, 64, 8, 128),
-)
 
 
 def make_inputs(

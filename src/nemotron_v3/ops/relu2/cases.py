@@ -20,7 +20,6 @@ CASES = (
     Case("odd", 129, 67, strided=True),
     Case("no-tokens", 0, 32),
 )
-BENCHMARKS = (Case("nano-30b-shared", 8192, 3712),)
 
 
 def make_inputs(

@@ -24,7 +24,6 @@ CASES = (
     Case("strided", 128, 128, strided=True),
     Case("thousand", 1000, 256),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 2688), Case("super-120b", 8192, 4096))
 
 
 def make_inputs(

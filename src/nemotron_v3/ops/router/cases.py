@@ -36,7 +36,6 @@ CASES = (
     Case("many-experts", 200, 96, 128, 6, scaling_factor=2.5),
     Case("no-tokens", 0, 32, 8, 2),
 )
-BENCHMARKS = (Case("nano-30b", 8192, 2688, 128, 6, scaling_factor=2.5),)
 
 
 def make_inputs(

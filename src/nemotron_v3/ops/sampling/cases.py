@@ -33,15 +33,6 @@ CASES = (
     Case("all-flat", 8, 300, ("temperature", "top_k", "top_p", "min_p"), spread=0.05),
     Case("all-sharp", 8, 300, ("temperature", "top_k", "top_p", "min_p"), spread=30.0, equal=True),
 )
-BENCHMARKS = tuple(
-    Case(f"{name}-{rows}", rows, 131072, asked, spread)
-    for rows in (1, 64)
-    for name, asked, spread in (
-        ("greedy", (), 2.0),
-        ("top-p", ("temperature", "top_p"), 2.0),
-        ("top-k-top-p", ("temperature", "top_k", "top_p"), 2.0),
-    )
-)
 NUMBERS = 8  # uniform numbers a slot
 
 

@@ -1,6 +1,6 @@
 """Shapes that the tests and benchmarks of skinny_linear share."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,11 +48,6 @@ _ONE_ROW = (
     Case("qkv", 1, 2688, (4096, 256, 256), norm=0),
     Case("o_proj", 1, 4096, (2688,), residual=True),
     Case("head", 1, 2688, (131072,), norm=0),
-)
-BENCHMARKS = tuple(
-    replace(case, name=f"{case.name}-{rows}", rows=rows)
-    for rows in (1, 8, 32, 128)
-    for case in _ONE_ROW
 )
 
 

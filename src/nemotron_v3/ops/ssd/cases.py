@@ -50,12 +50,6 @@ CASES = (
     Case("mixed", (200,), 32, 8, 1, 16, decay="mixed", initial_states=True),
     Case("all-empty", (0, 0), 8, 8, 8, 16, initial_states=True),
 )
-BENCHMARKS = (
-    Case("nano-30b", (8192,), 64, 64, 8, 128, strided=True),
-    Case("nano-30b-packed", (128,) * 64, 64, 64, 8, 128, strided=True),
-    Case("nano-4b", (8192,), 96, 80, 8, 128, chunk_size=256, strided=True),
-    Case("h-56b", (4096,), 256, 64, 8, 256, strided=True),
-)
 
 
 def make_inputs(
