@@ -10,12 +10,18 @@ the loss, the norm and all gradients as the optimizer got them.
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 os.environ |= {"TORCHDYNAMO_DISABLE": "1", "NEMO_ENABLE_USER_MODULES": "1", "HF_HUB_OFFLINE": "1"}
 sys.modules["triton"] = None  # as in conftest.py
+for name in ("mlflow", "wandb"):  # versions 0.5 and 0.6 import them whether they are used or not
+    if find_spec(name) is None:
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
