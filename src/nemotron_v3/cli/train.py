@@ -107,13 +107,12 @@ def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -
     A model that is spread over processes is called equally often on each of them: what ends a text
     does not end its pass, for a rounding might let one process choose another token.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     from nemotron_v3.generation import GenerationOptions, generate
     from nemotron_v3.generation.stopping import Row
+    from nemotron_v3.train.samples import is_spread
 
     told: dict[str, Any] = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
-    if not isinstance(model, FSDPModule):
+    if not is_spread(model):
         found = [generate(model, prompt, **told).text for prompt in prompts]
         return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
     chosen = GenerationOptions.of(told, model.generation_config)
