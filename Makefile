@@ -10,18 +10,22 @@ WORKERS ?= 2
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TRANSFORMERS)
-# NeMo AutoModel as nemotron_v3.nemo takes it (nemo/versions.py), with the transformers that it pins
-# and what its recipe imports of the rest that it declares. About 17 MB, fetched once.
-AUTOMODEL := 0.7.0
-AUTOMODEL_NEEDS := nemo-automodel==$(AUTOMODEL) transformers==5.18.0 torchdata==0.11.0
-AUTOMODEL_ENV := .venv-automodel
-AUTOMODEL_READY := $(AUTOMODEL_ENV)/.ready-$(AUTOMODEL)
+# NeMo AutoModel as nemotron_v3.nemo takes it (nemo/versions.py): each version with the transformers
+# that it pins, what that takes, and what its recipe imports of the rest that it declares.
+AUTOMODEL ?= 0.7.0
+OLDER_HUB := huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 tokenizers==0.22.2
+AUTOMODEL_0.7.0 := transformers==5.18.0
+AUTOMODEL_0.6.0 := transformers==5.12.1 $(OLDER_HUB)
+AUTOMODEL_0.5.0 := transformers==5.8.1 $(OLDER_HUB)
+AUTOMODEL_NEEDS := nemo-automodel==$(AUTOMODEL) torchdata==0.11.0 $(AUTOMODEL_$(AUTOMODEL))
+AUTOMODEL_ENV := .venv-automodel-$(AUTOMODEL)
+AUTOMODEL_READY := $(AUTOMODEL_ENV)/.ready
 # More options for a verb: make demo ARGS="--minutes 2 --out runs/short"
 ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs test-integrations test-oldest-transformers \
-	test-automodel bench clean
+	test-automodel bench bench-against clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -59,7 +63,7 @@ $(OLDEST_READY): $(READY)
 		transformers==$(OLDEST_TRANSFORMERS)
 	@touch $@
 
-test-automodel: $(AUTOMODEL_READY) ## tests/nemo beside NeMo AutoModel
+test-automodel: $(AUTOMODEL_READY) ## tests/nemo beside NeMo AutoModel (AUTOMODEL=0.6.0, 0.5.0)
 	OMP_NUM_THREADS=1 $(AUTOMODEL_ENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
 		-m '' tests/nemo $(ARGS)
 
@@ -87,6 +91,9 @@ docs: $(READY) ## the documentation site, into site/
 
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-against: $(READY) ## rows of this tree beside another's, by turns: TREE=path ARGS="cpu moe_gpu"
+	$(BIN)/python -m benchmarks.against $(TREE) $(ARGS)
 
 clean: ## remove the environments, builds and caches; runs/ stays
 	rm -rf $(VENV) $(OLDEST) $(AUTOMODEL_ENV) build dist site .pytest_cache .ruff_cache .hypothesis

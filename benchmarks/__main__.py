@@ -24,6 +24,8 @@ SUITES = {
     "lengths_gpu": "training and prefill on a GPU with lengths drawn anew in every step",
     "mamba2_gpu": "the core of a Mamba-2 mixer on a GPU",
     "moe_gpu": "a mixture-of-experts block on a GPU, beside transformers",
+    "segments_gpu": "training in segments in time on a GPU, up to a million tokens",
+    "training_gpu": "the loop of train and LoRA of a whole model on a GPU",
 }
 
 

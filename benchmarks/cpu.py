@@ -5,6 +5,7 @@ same weights on the same tokens. Answers are compared before anything is timed.
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lengths import documents, same
-from benchmarks.measure import Timing, alternate, peak_memory
+from benchmarks.measure import alternate, peak_memory
 from benchmarks.table import Row
+from benchmarks.turns import compares_peers
 from nemotron_v3 import NemotronV3ForCausalLM, ops
 from nemotron_v3.layout import SequenceLayout
 
@@ -51,29 +53,61 @@ CLOSE = 1e-4  # relative, Frobenius: fp32 through eight blocks, far below any mi
 
 
 def rows() -> Iterator[Row]:
-    peer = _peer()
+    for section in sections().values():
+        yield from section()
+
+
+def sections() -> dict[str, Callable[[], Iterator[Row]]]:
+    """The rows in parts of which each can be measured without the others, once answers agree."""
     check_answers()
+    return {
+        "training": _trainings,
+        "new lengths": _new_lengths,
+        "experts": _experts,
+        "loss": _losses,
+        "decoding": _decodings,
+    }
+
+
+def _trainings() -> Iterator[Row]:
     for tokens in TOKENS:
         yield from timed("training step", f"1 x {tokens}", tokens, {
-            "ours": _training("ours", tokens), peer.NAME: _training("peer", tokens),
+            name: _training(who, tokens) for name, who in _names().items()
         })  # fmt: skip
-        memory = {name: peak_memory("benchmarks.cpu:train", name, tokens) for name in MODELS}
-        theirs = {peer.NAME: memory["peer"]}
+        memory = {
+            name: peak_memory("benchmarks.cpu:train", who, tokens)
+            for name, who in _names().items()
+            if name == "ours" or compares_peers()
+        }
         shape = f"1 x {tokens}"
-        yield Row("training, peak memory", shape, "GiB", memory["ours"], theirs, False)
+        yield Row("training, peak memory", shape, "GiB", memory.pop("ours"), memory, False)
+
+
+def _new_lengths() -> Iterator[Row]:
     tokens = TOKENS[1]
     yield from timed("training step, lengths new in each", f"16 of {tokens}", tokens, {
         "ours": _packed(documents(tokens, 16)), "one length": _packed(same(tokens)),
     })  # fmt: skip
+
+
+def _experts() -> Iterator[Row]:
+    tokens = TOKENS[1]
     yield from timed("MoE block, training", f"1 x {tokens}", tokens, {
-        "ours": _moe("ours", tokens), peer.NAME: _moe("peer", tokens),
+        name: _moe(who, tokens) for name, who in _names().items()
     })  # fmt: skip
-    yield from _losses()
+
+
+def _decodings() -> Iterator[Row]:
     for batch in (1, 8):
         check_decoding(batch)
         yield from timed("greedy decoding", f"{batch} x {NEW_TOKENS}", batch * NEW_TOKENS, {
-            "ours": _decoding("ours", batch), peer.NAME: _decoding("peer", batch),
+            name: _decoding(who, batch) for name, who in _names().items()
         })  # fmt: skip
+
+
+def _names() -> dict[str, str]:
+    """Models by the name that a row gives them."""
+    return {"ours": "ours", _peer().NAME: "peer"}
 
 
 def train(name: str, tokens: int) -> None:
@@ -94,7 +128,11 @@ def _losses() -> Iterator[Row]:
     del ours, plain
     shape = f"{tokens} x {width} x {vocabulary}"
     yield from timed("loss, forward + backward", shape, tokens, steps)
-    memory = {name: peak_memory("benchmarks.cpu:take_loss", name) for name in LOSSES}
+    memory = {
+        name: peak_memory("benchmarks.cpu:take_loss", name)
+        for name in LOSSES
+        if name == "ours" or compares_peers()
+    }
     yield Row("loss, peak memory", shape, "GiB", memory.pop("ours"), memory, False)
 
 
@@ -230,23 +268,17 @@ def timed(
 ) -> Iterator[Row]:
     """By the clock with all threads; then with one thread by its processor time, which other work
     on the machine disturbs less."""
-    yield _row(work, shape, "tokens/s", tokens, alternate(variants, REPEATS), lambda t: t.wall)
+    seconds = alternate(variants, REPEATS, time.perf_counter)
+    yield _row(work, shape, "tokens/s", tokens, seconds)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        timings = alternate(variants, REPEATS)
+        seconds = alternate(variants, REPEATS, time.process_time)
     finally:
         torch.set_num_threads(threads)
-    yield _row(f"{work}, 1 thread", shape, "tokens/CPU-s", tokens, timings, lambda t: t.cpu)
+    yield _row(f"{work}, 1 thread", shape, "tokens/CPU-s", tokens, seconds)
 
 
-def _row(
-    work: str,
-    shape: str,
-    unit: str,
-    tokens: int,
-    timings: dict[str, Timing],
-    seconds: Callable[[Timing], float],
-) -> Row:
-    rates = {name: tokens / seconds(timing) for name, timing in timings.items()}
+def _row(work: str, shape: str, unit: str, tokens: int, seconds: dict[str, float]) -> Row:
+    rates = {name: tokens / each for name, each in seconds.items()}
     return Row(work, shape, unit, rates.pop("ours"), rates)

@@ -9,20 +9,21 @@ first.
 
 import gc
 import random
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import gpu_time, peak_memory, wall_time
 from benchmarks.lengths import documents
 from benchmarks.rates import copy_rate, product_rate
 from benchmarks.table import Row, unavailable
+from benchmarks.turns import compares_peers
 from nemotron_v3 import NemotronV3Config, ops
 from nemotron_v3.layers import NemotronV3Mamba2Mixer
 from nemotron_v3.layout import SequenceLayout
@@ -30,75 +31,28 @@ from nemotron_v3.ops.mamba2 import cases
 
 H, P, G, N, W = 64, 64, 8, 128, 4
 INNER, CHANNELS = H * P, H * P + 2 * G * N
-FLUSH_BYTES = 256 * 2**20
 PEER = "mamba_ssm"
 
 
 def rows() -> Iterator[Row]:
     """Every row of the table; the first raises if a result is wrong."""
+    for section in sections().values():
+        yield from section()
+
+
+def sections() -> dict[str, Callable[[], Iterator[Row]]]:
+    """The rows in parts of which each can be measured without the others, once answers agree."""
     _check()
     T = 8192
-    yield from _conv(T)
-    yield from _norm(T)
-    yield from _scan(T)
-    for lengths in ((8192,), (128,) * 64, (4096,) * 4):
-        yield from _core(lengths)
-    yield from _new_lengths(T)
-    yield from _mixer(T)
-    yield from _linear_growth()
-
-
-# --- measuring ------------------------------------------------------------------------------------
-
-
-def gpu_time(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Microseconds of one replay of `run`, captured, with a cold cache: the median."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
-def wall_time(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Microseconds of the host's clock from a call to its result."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
-
-
-def peak_memory(run: Callable[[], Any]) -> float:
-    """MiB that `run` needs at most, above what was allocated before it."""
-    run()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {
+        "convolution": partial(_conv, T),
+        "norm": partial(_norm, T),
+        "scan": partial(_scan, T),
+        "core": _cores,
+        "core, new lengths": partial(_new_lengths, T),
+        "mixer": partial(_mixer, T),
+        "linear growth": _linear_growth,
+    }
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -218,6 +172,11 @@ def _core_inputs(lengths: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, An
     return leaves, inputs.options, _normal(sum(lengths), INNER)
 
 
+def _cores() -> Iterator[Row]:
+    for lengths in ((8192,), (128,) * 64, (4096,) * 4):
+        yield from _core(lengths)
+
+
 def _core(lengths: tuple[int, ...]) -> Iterator[Row]:
     leaves, options, dy = _core_inputs(lengths)
     given = [t for t in leaves.values() if t is not None]
@@ -313,6 +272,8 @@ def _check() -> None:
 
 def _peer_module(name: str) -> Any:
     """`mamba_ssm.ops.triton.NAME`, whose package needs its CUDA part only for what is not used."""
+    if not compares_peers():
+        return None
     if "mamba_ssm" not in sys.modules:
         spec = find_spec("mamba_ssm")
         if spec is None:

@@ -8,48 +8,44 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import turns
 from benchmarks.table import OOM, unavailable
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one run: by the clock, and of the processor's time over all threads."""
-
-    wall: float
-    cpu: float
-
-
-def alternate(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """The median time of each variant.
+def alternate(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """The median seconds of each variant, by `time.perf_counter` or the processor's time.
 
     Every variant runs once to warm up; then they take turns, so that what else the machine does
-    meets all of them alike.
+    meets all of them alike. Where two trees are compared (`turns.py`), the first runs alone.
     """
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    if not turns.compares_peers():
+        name, run = next(iter(variants.items()))
+        run()
+        return {name: statistics.median(turns.samples(lambda: timed(run), repeats, of_turn=1))}
     for run in variants.values():
         run()
-    timings: dict[str, list[Timing]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            timings[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        name: Timing(
-            statistics.median(t.wall for t in taken), statistics.median(t.cpu for t in taken)
-        )
-        for name, taken in timings.items()
-    }
+            seconds[name].append(timed(run))
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def peak_memory(function: str, *arguments: Any) -> float | str:

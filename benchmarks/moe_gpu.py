@@ -11,17 +11,19 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.mamba2_gpu import gpu_time, peak_memory, wall_time
+from benchmarks.gpu import gpu_time, peak_memory, wall_time
 from benchmarks.rates import product_rate
 from benchmarks.table import OOM, Row, unavailable
+from benchmarks.turns import compares_peers
 from nemotron_v3 import BackendConfig, MoEConfig, SequenceLayout, ops
-from nemotron_v3.layers.moe.moe import NemotronV3MoE
+from nemotron_v3.layers import NemotronV3MoE
 
 BF16 = torch.bfloat16
 CLOSE = 2e-2
@@ -54,22 +56,34 @@ SUPER = Shape("Super", 4096, 512, 22, 2688, 5376, 1024)
 
 def rows() -> Iterator[Row]:
     """Every row of the table; raises first if a result is wrong."""
-    rate = product_rate()
-    layer = _layer(NANO)
-    _check(layer)
-    peer, theirs = _peer(NANO, layer)
-    for T in (8192, 1024, 4096, 32768):
-        yield from _block(NANO, layer, T, rate, {theirs: peer})
-        _free()
-    del peer
-    yield from _parts(NANO, layer, 8192, rate)
-    yield from _skewed(layer, 8192, rate)
-    yield from _low_rank(layer, 8192, rate)
-    del layer
+    for section in sections().values():
+        yield from section()
+
+
+def sections() -> dict[str, Callable[[], Iterator[Row]]]:
+    """The rows in parts of which each can be measured without the others, once answers agree."""
+    _check(_layer(NANO))
     _free()
-    layer = _layer(SUPER)
-    peer, theirs = _peer(SUPER, layer)
-    yield from _block(SUPER, layer, 8192, rate, {theirs: peer})
+    return {
+        "Nano, block": partial(_blocks, NANO, (8192, 1024, 4096, 32768)),
+        "Nano, routing": partial(_of_nano, _skewed),
+        "Nano, updates": partial(_of_nano, _low_rank),
+        "Nano, parts": partial(_of_nano, partial(_parts, NANO)),
+        "Super, block": partial(_blocks, SUPER, (8192,)),
+    }
+
+
+def _blocks(shape: Shape, lengths: tuple[int, ...]) -> Iterator[Row]:
+    layer, rate = _layer(shape), product_rate()
+    peer, theirs = _peer(shape, layer)
+    for T in lengths:
+        yield from _block(shape, layer, T, rate, {theirs: peer})
+        _free()
+
+
+def _of_nano(rows: Callable[[NemotronV3MoE, int, float], Iterator[Row]]) -> Iterator[Row]:
+    yield from rows(_layer(NANO), 8192, product_rate())
+    _free()
 
 
 def _free() -> None:
@@ -101,6 +115,8 @@ def _layer(shape: Shape) -> NemotronV3MoE:
 
 def _peer(shape: Shape, layer: NemotronV3MoE) -> tuple[nn.Module | None, str]:
     """transformers' block with the same weights, and its name; None where it is not installed."""
+    if not compares_peers():
+        return None, "transformers"
     try:
         from benchmarks.peers import transformers_peer as peer
     except ImportError:
@@ -304,6 +320,8 @@ def _skewed(layer: NemotronV3MoE, T: int, rate: float) -> Iterator[Row]:
 
 def _gated(x: Tensor, indices: Tensor, weights: Tensor, dy: Tensor) -> dict[str, float | str]:
     """Gated experts of another project with as much work: two thirds as wide, in 16s."""
+    if not compares_peers():
+        return {}
     try:
         from benchmarks.peers import liger_peer as peer
     except ImportError:
@@ -369,10 +387,12 @@ def _low_rank(layer: NemotronV3MoE, T: int, rate: float, rank: int = 16) -> Iter
     ):
         floor = flops / rate
         ours = gpu_time(run(beside("triton")))
-        theirs = {
-            grouped: _event_time(run(beside("portable"))),
-            added: _event_time(run(summed)),
-        }
+        theirs = {}
+        if compares_peers():
+            theirs = {
+                grouped: _event_time(run(beside("portable"))),
+                added: _event_time(run(summed)),
+            }
         yield Row(f"experts with updates, {what}", name, "us", ours, theirs, floor=floor, **options)
         _free()
     memory = {grouped: beside("portable"), added: summed}

@@ -1,7 +1,7 @@
 """The one table printer: rows of measurements, and the same as JSON."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 OOM = "OOM"
@@ -57,16 +57,21 @@ def render(rows: Iterable[Row], machine: Mapping[str, str]) -> str:
         header += [peer, "ratio"]
     lines = [header + (["% of floor"] if with_floor else [])]
     for row in rows:
-        line = [row.work, row.shape, row.unit, _value(row.ours)]
+        line = [row.work, row.shape, row.unit, shown(row.ours)]
         for peer in peers:
             ratio = row.ratio(peer)
-            line += [_value(row.peers.get(peer, "")), "" if ratio is None else f"{ratio:.2f}x"]
+            line += [shown(row.peers.get(peer, "")), "" if ratio is None else f"{ratio:.2f}x"]
         if with_floor:
             percent = row.percent_of_floor()
             line.append("" if percent is None else f"{percent:.0f}")
         lines.append(line)
+    facts = [f"{name}: {value}" for name, value in machine.items()]
+    return "\n".join([*facts, "", *aligned(lines, text_columns=3)])
+
+
+def aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """A header and rows as lines of a table; columns behind the first ones hold numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text_columns = 3
     table = [
         "  ".join(
             cell.ljust(width) if column < text_columns else cell.rjust(width)
@@ -75,8 +80,7 @@ def render(rows: Iterable[Row], machine: Mapping[str, str]) -> str:
         for line in lines
     ]
     table.insert(1, "  ".join("-" * width for width in widths))
-    facts = [f"{name}: {value}" for name, value in machine.items()]
-    return "\n".join([*facts, "", *table])
+    return table
 
 
 def to_json(rows: Iterable[Row], machine: Mapping[str, str]) -> str:
@@ -87,7 +91,8 @@ def to_json(rows: Iterable[Row], machine: Mapping[str, str]) -> str:
     return json.dumps({"machine": dict(machine), "rows": listed})
 
 
-def _value(value: float | str) -> str:
+def shown(value: float | str) -> str:
+    """A cell of a table."""
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -63,8 +63,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # torchrun has made, and the signals that ask them to end. pages: what a page is made of.
     "evaluation": rooms("model layout cache checkpoint generation data config chat train pages"),
     "hf": ROOMS - {"cli", "train", "recipes", "nemo", "pages"},
-    # Not hf: NeMo AutoModel pins a transformers of its own, which hf may not take.
-    "nemo": rooms("layers ops layout"),
+    # Not hf: NeMo AutoModel pins a transformers of its own, which hf may not take. parallel: its
+    # parallelizers share the tokens of a document between processes.
+    "nemo": rooms("layers ops layout parallel"),
     "recipes": ROOMS - {"cli", "hf", "nemo"} | {""},
     "cli": ROOMS | {""},
     "__main__": rooms("cli"),
@@ -89,7 +90,7 @@ KERNELS = (
 )
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
-    "safetensors": ("cache/file.py",),
+    "safetensors": ("cache/file.py", "hf/adapter_files.py"),  # the latter names its errors
     "tokenizers": ("data/*",),
     "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),

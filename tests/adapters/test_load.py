@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemotron_v3.checkpoint.adapter_config import KNOWN_FIELDS
 from tests.adapters.tiny import disturb_adapter, transformers_model
 from tests.models import tokens
 
@@ -124,6 +125,15 @@ REFUSED = [
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 0"),
     ({"rank_pattern": [3]}, r"rank_pattern is \[3\]"),
     ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]"),
+    ({"change": lambda t: t.update({f"{PREFIX}lm_head.weight": torch.ones(258, 48).int()})},
+     "is torch.int32, not one of BF16"),
+    ({"change": lambda t: t.update({f"{PREFIX}lm_head.weight":
+                                    torch.ones(258, 48).to(torch.float8_e4m3fn)})},
+     "is torch.float8_e4m3fn, not one of"),
+    ({"peft_type": None}, "peft_type None is none of PEFT's"),
+    ({"peft_type": "lora"}, "peft_type 'lora' is none of PEFT's"),
+    ({"lora_alfa": 80}, "'lora_alfa' is no field: 'lora_alpha' may be meant"),
+    ({"use_something": True}, "use_something is True: no field that is known here"),
 ]  # fmt: skip
 
 
@@ -160,3 +170,40 @@ def test_ordinary_expressions_load(tmp_path, saved):
     path = changed(saved, tmp_path / "a", target_modules=targets, alpha_pattern={r"layers\.\d+": 5})
     loaded = load_lora(hf.accelerate(transformers_model()), path)
     assert torch.equal(logits(loaded), saved[1])
+
+
+@pytest.mark.parametrize("whole", ["lm_head.base_layer.weight", "lm_head.weight"])
+def test_an_adapter_of_the_head_comes_with_the_head_it_was_trained_on(tmp_path, whole):
+    trained = transformers_model()
+    torch.nn.init.normal_(trained.lm_head.weight)
+    wrapped = add_lora(hf.accelerate(trained), lora_config(trained, ["attention", "head"]))
+    disturb_adapter(wrapped)
+    wrapped.save_pretrained(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / FILE)
+    head = tensors.pop(f"{PREFIX}lm_head.base_layer.weight")
+    save_file(tensors | {PREFIX + whole: head}, tmp_path / "a" / FILE)
+    loaded = load_lora(hf.accelerate(transformers_model()), tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(wrapped))
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def folder_instead(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [truncated, folder_instead])
+def test_a_file_that_cannot_be_read_is_a_value_error(tmp_path, saved, base, spoil):
+    path = changed(saved, tmp_path / "a")
+    spoil(path / FILE)
+    with pytest.raises(ValueError, match="tensors of the adapter in .* cannot be read"):
+        load_lora(base[0], path)
+    assert torch.equal(logits(base[0]), base[1])
+
+
+def test_no_field_of_pefts_is_unknown():
+    fields = set(peft.LoraConfig().to_dict())
+    assert fields <= KNOWN_FIELDS, "teach adapter_config.py the new fields of PEFT"

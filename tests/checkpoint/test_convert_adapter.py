@@ -316,6 +316,10 @@ def twin(tensors):
             "whole: model.norm_f.weight is in the file",
         ),
         (None, {"trainable_token_indices": {"embeddings": [3]}}, "trainable_token_indices is"),
+        (None, {"bias": "all"}, "bias: 'all' of them were trained, and the file has none"),
+        (None, {"lora_alfa": 80}, "'lora_alfa' is no field: 'lora_alpha' may be meant"),
+        (None, {"use_something": True}, "use_something is True: no field that is known here"),
+        (None, {"something_config": {"a": 1}}, "something_config is"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_and_nothing_is_written(pair, change, settings, message):

@@ -95,7 +95,8 @@ def test_text_and_chats_keep_their_order():
         ({"text": None}, "the field 'text' is None: neither"),
         ({"text": "\ud800"}, "half a character"),
         ({"messages": []}, "an empty list of messages"),
-        ({"messages": ["hi"]}, "message 0 is 'hi': give a dict"),
+        ({"messages": ["hi"]}, "is ['hi']: a list, and not of messages"),
+        ({"messages": [{"role": "user"}, "hi"]}, "message 1 is 'hi': give a dict"),
         ({"messages": [{"content": "x"}], "chat_template_kwargs": 3}, "is no object"),
         ({"messages": [{"role": "user"}], "tools": "x"}, "tools is 'x': give a list"),
     ],
@@ -105,6 +106,12 @@ def test_a_record_that_is_no_document_is_counted_and_the_others_stay(value, why)
     assert len(found.ids) == 2
     ((line, told),) = found.bad
     assert line == 2 and why in told
+
+
+def test_a_list_of_texts_needs_no_template_to_be_a_bad_line():
+    records = [Record(1, {"text": ["a", "b"]}), Record(2, {"text": "cd"})]
+    found = encoder(template=None).documents(iter(records), "text")
+    assert len(found.ids) == 1 and [line for line, _ in found.bad] == [1]
 
 
 def test_what_a_template_refuses_is_a_bad_line():

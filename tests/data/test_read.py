@@ -82,6 +82,8 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
         (b"\xff\xfe", "not UTF-8: byte 0xff at 0"),
         (b"[" * 100_000, "not JSON that can be read: maximum recursion depth"),
         (b'{"text": ' + b"1" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' stands there twice"),
+        (b'{"text": "a", "tools": [{"b": 1, "b": 2}]}', "the key 'b' stands there twice"),
     ],
 )
 def test_a_line_that_is_no_object_says_why(tmp_path, raw, why):
@@ -155,3 +157,18 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ValueError, match="neither a regular file nor a folder"):
         find_files(Source(str(tmp_path / "pipe.txt")))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_is_left_out_of_a_folder_is_counted(tree):
+    os.mkfifo(tree / "pipe.txt")
+    (tree / "away.txt").symlink_to(tree / "nowhere.txt")
+    (tree / "more").symlink_to(tree / "a")
+    (tree / "same.txt").symlink_to(tree / "b.txt")
+    found = find_files(Source(str(tree)))
+    assert found.left_out == {
+        ".py": 2,
+        "links to folders or nothing": 2,
+        "pipes, sockets or devices": 1,
+    }
+    assert "same.txt" in names(Source(str(tree)))

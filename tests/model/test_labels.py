@@ -116,6 +116,12 @@ def test_what_is_no_number_of_items_is_refused(items, kind, message):
         tiny_model("M")(IDS, labels=IDS, num_items_in_batch=items)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
+def test_labels_of_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"labels are {dtype}: give token ids as integers, int64"):
+        tiny_model("M")(IDS, labels=IDS.to(dtype))
+
+
 def test_the_model_obeys_positions_that_start_anew():
     model = tiny_model()
     a, b = tokens(1, 9), tokens(1, 7, seed=1)

@@ -28,6 +28,9 @@ MOE = {
 def pair(kind: str, **changes) -> tuple[nn.Module, nn.Module]:
     """A block of theirs and one of ours, of the same objects, with the same weights."""
     torch.manual_seed(0)
+    fields = {field.name for field in dataclasses.fields(MoEConfig)}
+    if changes.keys() - fields:
+        pytest.skip(f"this version has no {', '.join(changes.keys() - fields)}")
     moe, backend = MoEConfig(**(MOE | changes)), their_backend()
     block = theirs.NemotronV3Block(CONFIG, KINDS[kind], moe_config=moe, backend=backend)
     with torch.no_grad():
@@ -105,6 +108,8 @@ def test_a_field_of_their_config_does_there_what_it_does_here(changes):
     ids=str,
 )  # fmt: skip
 def test_what_is_not_offered_is_refused_and_never_passed_over(changes):
+    if changes.keys() - {field.name for field in dataclasses.fields(MoEConfig)}:
+        pytest.skip(f"this version has no {next(iter(changes))}")
     moe = MoEConfig(**(MOE | changes))
     with pytest.raises(ValueError, match=next(iter(changes))):
         ours.NemotronV3Block(CONFIG, KINDS["moe"], moe_config=moe, backend=their_backend())
@@ -170,8 +175,10 @@ def test_a_model_of_theirs_that_was_loaded_by_transformers_is_for_the_other_room
     from nemo_automodel._transformers.model_init import _get_mixin_wrapped_class
     from transformers import AutoModelForCausalLM
 
-    from nemotron_v3 import hf, nemo
+    from nemotron_v3 import nemo
 
+    # Not with the transformers that versions 0.5 and 0.6 pin.
+    hf = pytest.importorskip("nemotron_v3.hf", exc_type=ImportError)
     folder = saved(their_model(), tmp_path)
     model, plain = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     model.__class__ = wrapped = _get_mixin_wrapped_class(type(model))

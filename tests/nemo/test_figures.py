@@ -41,8 +41,8 @@ def mixer(**changes) -> NemotronV3Mamba2Mixer:
     config.use_bias = True
     layer = NemotronV3Mamba2Mixer(config, layer_idx=0)
     # The scan's part of the output about as large as that of the skip, as in a trained layer.
-    layer._fp32_params.dt_bias.data.uniform_(-4.0, 0.0)
-    layer._fp32_params.D.data.fill_(0.1)
+    layer.dt_bias.data.uniform_(-4.0, 0.0)
+    layer.D.data.fill_(0.1)
     layer.in_proj.weight.data.mul_(4.0)
     layer.in_proj.bias.data.mul_(4.0)
     return layer

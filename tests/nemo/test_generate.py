@@ -159,7 +159,7 @@ def test_errors_say_what_to_give(both):
         TypeError, match=r"nemotron_v3\.cache\.cache\.NemotronHybridCache: give NeMo"
     ):
         theirs(ids, past_key_values=own)
-    with pytest.raises(ValueError, match=r"cp_size=2: an accelerated layer cannot share"):
+    with pytest.raises(ValueError, match=r"cp_size=2, but no parallelizer has told the layer"):
         theirs(ids, cp_size=2, cp_rank=0)
     offsets = torch.tensor([0, 2, 5])
     cache = TheirCache(theirs.config, 1, torch.float32, CPU)

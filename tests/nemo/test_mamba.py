@@ -10,7 +10,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.nemo import accelerate
 from nemotron_v3.ops.mamba2.reference import mamba2
 from tests.accuracy import PlainPyTorch, Report, three_ways
-from tests.nemo.models import their_config
+from tests.nemo.models import HOLDER, their_config
 from tests.nemo.rule import as_function, drawn
 from tests.nemo.test_layers import pick
 
@@ -29,9 +29,9 @@ def equations(mixer: nn.Module, layout: SequenceLayout):
             F.linear(packed, t["in_proj.weight"], t.get("in_proj.bias")),
             t["conv1d.weight"][:, 0],
             t.get("conv1d.bias"),
-            t["_fp32_params.dt_bias"],
-            t["_fp32_params.A_log"],
-            t["_fp32_params.D"],
+            t[f"{HOLDER}dt_bias"],
+            t[f"{HOLDER}A_log"],
+            t[f"{HOLDER}D"],
             t["norm.weight"],
             n_groups=mixer.n_groups,
             head_dim=mixer.head_dim,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemotron_v3 import BackendConfig, NemotronV3ForCausalLM, from_pretrained, hf
+from nemotron_v3 import BackendConfig, NemotronV3ForCausalLM, from_pretrained
 from tests.accuracy import Report
 from tests.nemo import recipe
 from tests.nemo.models import saved, their_model
@@ -192,6 +192,8 @@ def test_its_checkpoint_is_ours_and_transformers_bit_for_bit(folders, name):
                 on_file = on_file.to(tensor.dtype)
             assert torch.equal(on_file, tensor), key
     if name == "one":
+        # Not with the transformers that versions 0.5 and 0.6 pin.
+        hf = pytest.importorskip("nemotron_v3.hf", exc_type=ImportError)
         ids = torch.randint(3, 90, (2, 9))
         torch.testing.assert_close(ours(ids).logits, hf.accelerate(theirs)(ids).logits)
     if name == "two narrow":

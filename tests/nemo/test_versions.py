@@ -22,7 +22,7 @@ def test_importing_the_room_imports_neither_automodel_nor_transformers():
     assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("found", ["0.6.0", "0.8.1", "1.7.0"])
+@pytest.mark.parametrize("found", ["0.4.0", "0.8.1", "1.7.0"])
 def test_another_version_is_refused_with_the_one_to_install(monkeypatch, found):
     monkeypatch.setattr(versions, "version", lambda name: found)
     with pytest.raises(ImportError, match=rf"{re.escape(found)} is installed.*automodel==0\.7\.0"):
@@ -40,7 +40,7 @@ def test_none_is_refused_and_says_where_to_install_it(monkeypatch):
         nemo.enable()
 
 
-@pytest.mark.parametrize("found", ["0.7.0", "0.7.3", "0.7.0rc1"])
+@pytest.mark.parametrize("found", ["0.5.0", "0.6.1", "0.7.0", "0.7.3", "0.7.0rc1"])
 def test_patch_releases_are_taken(monkeypatch, found):
     monkeypatch.setattr(versions, "version", lambda name: found)
     versions.check_version()
@@ -63,6 +63,17 @@ def test_the_extra_takes_the_stated_versions():
     major, minor = map(int, versions.NEWEST.split("."))
     line = f'"nemo-automodel>={versions.OLDEST},<{major}.{minor + 1}"'
     assert line in text
+
+
+def test_every_version_has_an_environment_and_a_line_of_the_page():
+    root = Path(__file__).parents[2]
+    made = (root / "Makefile").read_text(encoding="utf-8")
+    page = (root / "docs" / "nemo.md").read_text(encoding="utf-8")
+    found = re.findall(r"^AUTOMODEL_(0\.\d+)\.0 := transformers==([\d.]+)", made, re.MULTILINE)
+    assert found[0] == (versions.NEWEST, versions.ITS_TRANSFORMERS)
+    assert found[-1][0] == versions.OLDEST
+    for minor, transformers in found:
+        assert f"| {minor}.0 | {transformers} |" in page
 
 
 def test_the_table_names_every_class_once():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,11 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemotron_v3 import NemotronV3ForCausalLM
+from nemotron_v3 import NemotronV3ForCausalLM, SequenceLayout
 from nemotron_v3.layers.moe.routing_replay import record_routing, replay_routing
 from nemotron_v3.parallel import Plan, by_mesh, clip_gradients_, gradient_norm, parallelize
+from nemotron_v3.parallel.shares import Shares
 from tests.models import disturb, tiny_model
 
+# Documents of each pass of a group that shares tokens: one-token documents and one over all; fewer
+# tokens than segments, so that processes have none; documents shorter than the convolution, and
+# documents without a token.
+PACKS = ([1] * 5 + [30], [3], [2, 2, 3, 0, 1, 2, 21])
 LENGTHS = (23, 9, 0, 17, 5, 31, 2, 12)  # tokens of each process; one has none
 FEW = {"n_routed_experts": 8, "num_experts_per_tok": 6}  # of 97 words, which nothing divides
 MANY = {"n_routed_experts": 32, "num_experts_per_tok": 22, "vocab_size": 96}
@@ -44,6 +50,11 @@ class Case:
                     disturb(low_rank, torch.Generator().manual_seed(1))
         return model
 
+    @property
+    def passes(self) -> int:
+        """Of a step; a group of processes that share tokens has other documents in each."""
+        return len(PACKS) if self.plan.cp > 1 else 1
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = by_mesh([{"params": [p for p in model.parameters() if p.requires_grad]}])
         if self.dtype == torch.float64:
@@ -53,20 +64,27 @@ class Case:
         return torch.optim.SGD(groups, lr=1e-2)
 
 
-def batch_of(rank: int) -> dict[str, Tensor]:
-    """Tokens of two documents, or none."""
-    length = LENGTHS[rank]
-    generator = torch.Generator().manual_seed(100 + rank)
-    ids = torch.randint(0, 96, (length,), generator=generator)
-    first = length // 3
-    lengths = torch.tensor([0, first, length], dtype=torch.int32)
-    return {"input_ids": ids, "labels": ids.clone(), "cu_seqlens": lengths}
+def documents(case: Case, group: int, number: int) -> list[int]:
+    """Of a group's pass: two documents, or none, where each process is one."""
+    if case.plan.cp > 1:
+        return PACKS[(number + group) % len(PACKS)]
+    first = LENGTHS[group] // 3
+    return [first, LENGTHS[group] - first]
 
 
-def targets(size: int) -> int:
+def batch_of(case: Case, group: int, number: int) -> dict[str, Any]:
+    """Its tokens."""
+    lengths = documents(case, group, number)
+    generator = torch.Generator().manual_seed(100 + 10 * group + number)
+    ids = torch.randint(0, 96, (sum(lengths),), generator=generator)
+    layout = SequenceLayout.from_lengths(lengths)
+    return {"input_ids": ids, "labels": ids.clone(), "layout": layout}
+
+
+def targets(case: Case, groups: int) -> int:
     """Of all processes: each document's tokens but its first."""
-    counts = [n for length in LENGTHS[:size] for n in (length // 3, length - length // 3)]
-    return sum(max(0, n - 1) for n in counts)
+    each = [documents(case, g, i) for g in range(groups) for i in range(case.passes)]
+    return sum(max(0, n - 1) for lengths in each for n in lengths)
 
 
 @dataclass
@@ -101,16 +119,16 @@ def step(
 
 def compare(case: Case) -> None:
     """Hold a case to its bound, twice, in the processes that are there."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    items = targets(size)
+    rank, groups = dist.get_rank(), dist.get_world_size() // case.plan.cp
+    items = targets(case, groups)
     alone, routes = case.model(), []
     alone.train()
 
     def of_all() -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for other in range(size):
+        for number, group in product(range(case.passes), range(groups)):
             with record_routing(alone) as record:
-                loss = alone(**batch_of(other), num_items_in_batch=items).loss
+                loss = alone(**batch_of(case, group, number), num_items_in_batch=items).loss
             loss.backward()
             routes.append(record)
             total += loss.detach()
@@ -122,23 +140,30 @@ def compare(case: Case) -> None:
     alone.zero_grad()
     routes.clear()
     true = step(case, alone, of_all, longest)
-    found = [_spread(case, routes[rank], items, longest) for _ in range(2)]
+    found = [_spread(case, routes[rank // case.plan.cp :: groups], longest) for _ in range(2)]
     _hold(case, found[0], true)
     for name, first in _tensors(found[0]).items():
         assert torch.equal(first, _tensors(found[1])[name]), f"{name} differs between two runs"
 
 
-def _spread(case: Case, route: Any, items: int, longest: float) -> Outcome:
+def _spread(case: Case, routes: list[Any], longest: float) -> Outcome:
     model = parallelize(case.model(), case.plan)
     if case.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
+    group, place = divmod(dist.get_rank(), case.plan.cp)
+    items = targets(case, dist.get_world_size() // case.plan.cp)
 
     def of_mine() -> Tensor:
-        with replay_routing(model, route):
-            loss = model(**batch_of(dist.get_rank()), num_items_in_batch=items).loss
-        loss.backward()
-        total = loss.detach().double()
+        total = torch.zeros((), dtype=torch.float64)
+        for number, route in enumerate(routes):
+            batch = batch_of(case, group, number)
+            shares = Shares.of(batch["layout"], case.plan.cp, place, case.plan.cp_layout)
+            own = {n: [c[shares.index] for c in calls] for n, calls in route.indices.items()}
+            with replay_routing(model, own):
+                loss = model(**batch, num_items_in_batch=items).loss
+            loss.backward()
+            total += loss.detach()
         dist.all_reduce(total)
         return total
 

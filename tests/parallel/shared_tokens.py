@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from nemotron_v3 import SequenceLayout
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.moe.load_balancing import BalanceLoss
-from nemotron_v3.parallel import collectives, halo, state_exchange
+from nemotron_v3.parallel import Plan, collectives, parallelize
 from nemotron_v3.parallel.agreement import Disagreement
 from nemotron_v3.parallel.context import context_parallel
 from nemotron_v3.parallel.context_carry import ContextCarry
+from nemotron_v3.parallel.costs import all_to_all_over_heads, gathered_keys, mixer_bytes
 from nemotron_v3.parallel.shares import Shares
 from nemotron_v3.parallel.token_group import share_tokens
 from tests.models import tiny_model, tokens
@@ -143,6 +144,36 @@ def disagreeing(rank: int) -> None:
     assert bool(shared(ids, labels=ids).isfinite())
 
 
+def planned(rank: int) -> None:
+    """What one process of a plan cannot do, all hear of, whatever batch they share."""
+    size = dist.get_world_size()
+    with pytest.raises(Disagreement, match="rank 1 has the plan = .*cp_layout='zigzag'"):
+        parallelize(tiny_model("M*"), Plan(cp=2, cp_layout="zigzag" if rank == 1 else "auto"))
+    with pytest.raises(ValueError, match=rf"cp = 3 times .* does not divide the {size} processes"):
+        parallelize(tiny_model("M*"), Plan(cp=3))
+    with pytest.raises(ValueError, match="a NemotronV3Model has not"):
+        parallelize(tiny_model("M*").model, Plan(cp=2))
+    model = parallelize(tiny_model("M*").double(), Plan(cp=2))
+    ids = tokens(20, seed=rank // 2)
+    other = tokens(20, seed=7)
+    with pytest.raises(Disagreement, match="same batch: rank 1 has the tokens"):
+        model(other if rank == 1 else ids, labels=ids)
+    with pytest.raises(ValueError, match="rank 3: use_cache, logits_to_keep: a process of a plan"):
+        told = {"use_cache": True, "logits_to_keep": 1} if rank == 3 else {}
+        model(ids, labels=ids, **told)
+    with pytest.raises(ValueError, match="labels are missing"):
+        model(ids)
+    with pytest.raises(ValueError, match="counted several times"):
+        model.score(ids)
+    alone = tiny_model("M*").double()
+    with torch.no_grad():
+        close(model.score(ids), alone.score(ids), "scores of a whole batch")
+        parts = model(ids, labels=ids).loss
+        dist.all_reduce(parts)
+        batches = [alone(t, labels=t).loss for t in (tokens(20, seed=g) for g in range(size // 2))]
+        close(parts, torch.stack(batches).sum(), "the loss")
+
+
 def documented(rank: int) -> None:
     """A layer that was given a group is called with cp_size and cp_rank, and the offsets of all."""
     torch.set_default_dtype(torch.float64)
@@ -175,21 +206,24 @@ def documented(rank: int) -> None:
 
 
 def sending(rank: int) -> None:
-    """A mixer sends the same number of bytes, however many tokens there are."""
+    """A mixer sends the same number of bytes, however many tokens there are; heads that go to their
+    processes, and attention's keys and values, send as many as there are tokens."""
     torch.set_default_dtype(torch.float32)
-    mixer = tiny_model("M").model.layers[0]
-    config = mixer.config
-    states = config.mamba_num_heads * (config.mamba_head_dim * config.ssm_state_size + 1)
-    back = states - config.mamba_num_heads
-    halo = (config.conv_kernel - 1) * config.conv_dim
+    model, R = tiny_model("M*"), dist.get_world_size()
+    mixer, attention = model.model.layers
+    states = mixer_bytes(model.config, 4)
     for order, segments in (("contiguous", 1), ("zigzag", 2)):
-        counted = {n: _bytes_sent(mixer, n, order) for n in (64, 4096)}
-        numbers = states + back + (1 + dist.get_world_size()) * halo
-        assert counted[64] == counted[4096] == 4 * segments * numbers
+        counted = {n: _bytes_sent(mixer, n, order) for n in (1024, 65_536)}
+        assert counted[1024] == counted[65_536] == states.sent(R, segments)
+    for n in (1024, 4096):
+        sent = _bytes_sent(attention, n, "contiguous")
+        assert sent == 4 * gathered_keys(model.config, n // R, R)
+        of_heads = _bytes_of_heads(model.config, n // R)
+        assert of_heads == all_to_all_over_heads(model.config, n // R, 4, R)
 
 
 def _bytes_sent(mixer: nn.Module, length: int, order: Any) -> int:
-    """Of a pass and its way back, what this process hands to collectives."""
+    """Of a pass and its way back, what this process sends to others."""
     layout = SequenceLayout.from_lengths([length])
     shares = Shares.of(layout, dist.get_world_size(), dist.get_rank(), order)
     own = torch.randn(len(shares.index), 48).requires_grad_()
@@ -200,22 +234,34 @@ def _bytes_sent(mixer: nn.Module, length: int, order: Any) -> int:
     return recording.bytes
 
 
+def _bytes_of_heads(config: Any, tokens: int) -> int:
+    """What it sends where each process has all tokens of some heads instead, and their groups."""
+    R, H, P = dist.get_world_size(), config.mamba_num_heads, config.mamba_head_dim
+    groups = max(1, config.n_groups // R)  # of those of a process's heads
+    each = (2 * P * H + H) // R + 2 * groups * config.ssm_state_size  # z, x, dt; B, C
+    with Recording() as recording:
+        for width in (each, H * P // R) * 2:  # into the scan and out of it, and their gradients
+            collectives.exchanged(torch.zeros(R * tokens, width), dist.group.WORLD)
+    return recording.bytes
+
+
 class Recording:
-    """Within it the bytes are counted that collectives are given."""
+    """Within it the bytes are counted that collectives send to other processes."""
 
     def __enter__(self) -> "Recording":
         self.bytes = 0
         self.patch = pytest.MonkeyPatch()
-        for name in ("gathered", "exchanged"):
-            function = getattr(collectives, name)
-            for module in (collectives, halo, state_exchange):
-                if hasattr(module, name):
-                    self.patch.setattr(module, name, partial(self._count, function))
+        size = dist.get_world_size()
+        to_each = {"_all_gather": size - 1, "all_to_all_single": (size - 1) / size}
+        for name, times in to_each.items():
+            owner = collectives if name == "_all_gather" else dist
+            counting = partial(self._count, getattr(owner, name), times)
+            self.patch.setattr(owner, name, counting)
         return self
 
-    def _count(self, function: Any, x: Tensor, *rest: Any) -> Tensor:
-        self.bytes += x.nbytes
-        return function(x, *rest)
+    def _count(self, function: Any, times: float, out: Tensor, x: Tensor, *rest: Any, **told: Any):
+        self.bytes += round(x.nbytes * times)
+        return function(out, x, *rest, **told)
 
     def __exit__(self, *_: Any) -> None:
         self.patch.undo()

@@ -4,7 +4,15 @@ import pytest
 
 from tests.parallel.processes import run
 from tests.parallel.shared_and_spread import spread
-from tests.parallel.shared_tokens import disagreeing, documented, isolated, mixers, models, sending
+from tests.parallel.shared_tokens import (
+    disagreeing,
+    documented,
+    isolated,
+    mixers,
+    models,
+    planned,
+    sending,
+)
 
 
 @pytest.mark.integration
@@ -12,7 +20,7 @@ from tests.parallel.shared_tokens import disagreeing, documented, isolated, mixe
     ("size", "workers"),
     [
         (2, (mixers, sending, documented)),
-        (4, (mixers, models, isolated, disagreeing, sending, spread)),
+        (4, (mixers, models, isolated, disagreeing, planned, spread)),
     ],
     ids=["two", "four"],
 )

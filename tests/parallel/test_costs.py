@@ -1,6 +1,8 @@
 """What `inspect --plan` tells of a plan: what is known of Nano-30B, and what processes do."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,16 @@ from torch.distributed.tensor import DTensor
 from nemotron_v3.cli import main as cli
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.parallel import Plan, collectives, parallelize
-from nemotron_v3.parallel.costs import plan_costs
+from nemotron_v3.parallel.costs import (
+    all_to_all_over_heads,
+    gathered_keys,
+    mixer_bytes,
+    plan_costs,
+)
 from tests.models import tiny_model
 from tests.parallel.processes import run
 
+ROOT = Path(__file__).parents[2]
 NANO = "nemotron-3-nano-30b"
 
 
@@ -31,6 +39,23 @@ def test_nano_on_two_gpus():
         plan_costs(config, Plan(ep=3).over(3), tokens=1)
 
 
+def test_the_table_of_what_a_layer_sends_is_counted():
+    """Of the page about long sequences: MB of Nano in bf16, forward and backward."""
+    config, page = NemotronV3Config.preset(NANO), ROOT / "docs" / "long-sequences.md"
+    found = re.findall(r"^\| (\d) \| ([\d ]+) \|(.+)\|$", page.read_text(), re.MULTILINE)
+    assert len(found) == 6
+    for processes, tokens, numbers in found:
+        R, T = int(processes), int(tokens.replace(" ", ""))
+        states = mixer_bytes(config, 2)
+        counted = (
+            states.sent(R, 1),
+            states.sent(R, 2),
+            all_to_all_over_heads(config, T, 2, R),
+            2 * gathered_keys(config, T, R),
+        )
+        assert [float(n) for n in numbers.split("|")] == [round(n / 1e6, 1) for n in counted]
+
+
 def told(capsys, *args: str) -> str:
     cli.main(["inspect", NANO, *args])
     text = capsys.readouterr()
@@ -41,7 +66,13 @@ def test_inspect_tells_of_a_plan(capsys):
     plan = json.loads(told(capsys, "--plan", "gpus=2,ep=2", "--json"))["plan"]
     assert plan["ep"] == plan["gpus"] == 2 and plan["experts_bytes"] == 23 * 4 * 4096 * 2688 * 2
     assert "left for activations" in told(capsys, "--plan", "gpus=8,ep=8", "--device", "h200")
+    shared = json.loads(told(capsys, "--plan", "gpus=8,ep=8,cp=4", "--json"))["plan"]
+    states = mixer_bytes(NemotronV3Config.preset(NANO), 2)
+    assert shared["mixers_bytes"] == 23 * states.sent(4, 1) and shared["cp"] == 4
+    assert shared["attention_bytes"] == 6 * 2 * 3 * 4096 * 1024 > plan["attention_bytes"] == 0
+    assert "whatever the tokens" in told(capsys, "--plan", "gpus=8,cp=4")
     for text, why in (
+        ("gpus=8,cp=3", "cp = 3 times dp_replicate = 1 does not divide the 8 processes"),
         ("ep=2", "give gpus"),
         ("gpus=2,tp=2", "give gpus"),
         ("gpus=two", "every size is an integer"),

@@ -12,6 +12,8 @@ from nemotron_v3.parallel.plan import gathered_rows, sent_rows
         ({"ep": 0}, "Plan.ep is 0: give an integer"),
         ({"dp_replicate": True}, "Plan.dp_replicate is True"),
         ({"dp_shard": -1}, "Plan.dp_shard is -1"),
+        ({"cp": 0}, "Plan.cp is 0: give an integer"),
+        ({"cp_layout": "ring"}, "Plan.cp_layout is 'ring': give one of"),
         ({"dispatcher": "deepep"}, "Plan.dispatcher is 'deepep': give one of"),
     ],
 )
@@ -26,10 +28,15 @@ def test_sizes_that_cannot_be_are_refused(fields, told):
         (Plan(dp_replicate=3), "dp_replicate = 3 times dp_shard = what is left, and there are 8"),
         (Plan(dp_shard=2), "dp_shard = 2, and there are 8 processes"),
         (Plan(dp_replicate=2, ep=8), "ep = 8 does not divide dp_shard = 4"),
+        (Plan(cp=3), "cp = 3 times dp_replicate = 1 does not divide the 8 processes"),
+        (Plan(cp=4, dp_shard=4), "cp = 4 times dp_shard = 4, and there are 8 processes"),
+        (Plan(cp=4, ep=3), "ep = 3 does not divide cp = 4 times dp_shard = 2"),
     ],
 )
 def test_a_plan_makes_up_all_processes(plan, told):
     assert Plan(dp_replicate=2, ep=2).over(8) == Plan(dp_replicate=2, dp_shard=4, ep=2)
+    shared = Plan(dp_replicate=2, cp=2, ep=4).over(8)
+    assert shared == Plan(dp_replicate=2, dp_shard=2, cp=2, ep=4) and shared.set_size == 4
     with pytest.raises(ValueError, match=told):
         plan.over(8)
 

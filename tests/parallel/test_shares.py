@@ -48,3 +48,22 @@ def test_every_token_has_one_process_and_its_document(lengths, size, order):
 def test_two_segments_a_process_where_one_would_wait(lengths, size, wanted):
     layout = SequenceLayout.from_lengths(lengths)
     assert Shares.of(layout, size, 0, "auto").order == wanted
+
+
+@given(LENGTHS, st.integers(1, 4), st.data())
+def test_tokens_that_somebody_else_has_cut(lengths, size, data):
+    layout = SequenceLayout.from_lengths(lengths)
+    ranks = data.draw(st.permutations([*range(size)] * 3))
+    inner = st.integers(0, layout.num_tokens)
+    cuts = data.draw(st.lists(inner, min_size=3 * size - 1, max_size=3 * size - 1))
+    bounds = [0, *sorted(cuts), layout.num_tokens]
+    for rank in range(size):
+        shares = Shares.at(layout, bounds, ranks, rank)
+        wanted = [
+            i
+            for start, end, of in zip(bounds[:-1], bounds[1:], ranks, strict=True)
+            if of == rank
+            for i in range(start, end)
+        ]
+        assert shares.index.tolist() == wanted and shares.size == size
+        assert sum(shares.local.lengths) == len(wanted)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemotron_v3.train.options import LoraOptions, SaveOptions, ScheduleOptions, TrainOptions
+from nemotron_v3.train.options import (
+    LoraOptions,
+    OptimizerOptions,
+    SaveOptions,
+    ScheduleOptions,
+    TrainOptions,
+)
 from tests.train.fakes import made_up_options
 from tests.train.launch import SECONDS, finish, kill, start
 from tests.train.test_run import SILENT, losses, same_weights, train
@@ -55,6 +61,23 @@ def test_processes_train_what_one_does(asked, parallel, size):
     assert first.keys() == second.keys()
     assert second[1] == pytest.approx(first[1], rel=1e-6)
     assert all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
+
+
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("fsdp", 3)])
+def test_processes_move_matrices_by_muon_as_one_does(asked, parallel, size):
+    """Of matrices that processes share each has a part; three do not divide the experts evenly.
+    A run that goes on does so to the bit."""
+    muon = OptimizerOptions(kind="muon", learning_rate=1e-2)
+    schedule = ScheduleOptions(steps=6)
+    told = {"parallel": parallel, "optimizer": muon, "schedule": schedule}
+    alone, many = (asked(n, **told) for n in ("alone", "many"))
+    run(alone, 1)
+    run(many, size)
+    first, second = losses(alone.out), losses(many.out)
+    assert all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
+    ended_by(asked("parted", **told), size, 3)
+    run(asked("parted", **told), size)
+    assert losses(asked("parted", **told).out) == second
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -17,6 +17,7 @@ from nemotron_v3.cache.checks import (
     check_rows,
     check_snapshot,
     check_whole,
+    numbers_of,
     shape_of,
 )
 from nemotron_v3.cache.file import read_snapshot, write_snapshot
@@ -293,7 +294,7 @@ class NemotronHybridCache(OutsideView, Rows):
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Put rows in another order, in place (beam search)."""
-        order = torch.as_tensor(beam_idx)
+        order = numbers_of("beam_idx", beam_idx)
         if tuple(order.shape) != (self.batch_size,):
             raise ValueError(
                 f"beam_idx has shape {tuple(order.shape)}, the cache {self.batch_size} rows"

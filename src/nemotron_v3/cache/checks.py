@@ -55,9 +55,22 @@ def amounts_of(tokens: int | Sequence[int] | Tensor, rows: int) -> list[int]:
     return amounts
 
 
+def numbers_of(name: str, value: Any) -> Tensor:
+    """`value` as a tensor of numbers.
+
+    Raises:
+        TypeError: what is none, such as None or a slice.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, RuntimeError):
+        kind = type(value).__name__
+        raise TypeError(f"{name} are {value!r}, a {kind}: give numbers, such as [0, 2]") from None
+
+
 def row_numbers(rows: Tensor | Sequence[int], held: int) -> list[int]:
     """`rows` as a list, each of them among the rows of a cache."""
-    numbers = torch.as_tensor(rows).flatten().tolist()
+    numbers = numbers_of("rows", rows).flatten().tolist()
     if any(isinstance(number, bool) for number in numbers):
         raise ValueError(f"rows {numbers} are a mask: give row numbers, mask.nonzero()")
     check_whole("a row", numbers)

@@ -70,6 +70,17 @@ class Rows(CacheData):
             return self
         return self._with(lambda t: t.to(device), self._lengths, self._floors)
 
+    def __copy__(self) -> Self:
+        """A cache of its own: a shallow copy would share the tensors that steps write into, and
+        not the lengths that go with them."""
+        self._settle()
+        return self._with(torch.clone, self._lengths, self._floors)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """The same, of states with a graph too: the copy is part of that graph."""
+        memo[id(self)] = copied = self.__copy__()
+        return copied
+
     # --- inside ---------------------------------------------------------------------------------
 
     def _index(self, numbers: Sequence[int]) -> Tensor:

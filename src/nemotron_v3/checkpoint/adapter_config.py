@@ -1,5 +1,6 @@
 """What an adapter_config.json, a file from somebody else, may say: types and ranges of fields."""
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,18 @@ _NAMES = ("target_modules", "exclude_modules", "layers_pattern")  # a text, or t
 _LISTS = ("target_parameters", "modules_to_save")
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 MAX_RANK = 2**20
+_FIELDS = """
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
+    corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
+    init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform loftq_config
+    lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save
+    monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules target_parameters task_type trainable_token_indices use_bdlora
+    use_dora use_qalora use_rslora velora_config
+"""
+KNOWN_FIELDS = frozenset(_FIELDS.split())
+"""The fields that PEFT writes. Newer ones are taken where they are numbers, texts or unset: a
+switch that is on, or a table, may change what a layer computes."""
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -36,7 +49,21 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems += _layers_problems(config.get("layers_to_transform"))
     for key in _PATTERNS:
         problems += _table_problems(key, config.get(key))
-    return problems
+    return problems + _unknown_problems(config)
+
+
+def _unknown_problems(config: Mapping[str, Any]) -> list[str]:
+    """Fields of a LoRA adapter that nobody reads: misspelt ones, and switches that are on."""
+    if config.get("peft_type", "LORA") != "LORA":
+        return []
+    problems = []
+    for key in config.keys() - KNOWN_FIELDS:
+        near = difflib.get_close_matches(key, KNOWN_FIELDS, n=1, cutoff=0.8)
+        if near:
+            problems.append(f"{key[:80]!r} is no field: {near[0]!r} may be meant")
+        elif config[key] is True or (isinstance(config[key], (dict, list)) and config[key]):
+            problems.append(f"{key[:80]} is {_shown(config[key])}: no field that is known here")
+    return sorted(problems)
 
 
 def _table_problems(key: str, table: Any) -> list[str]:

@@ -30,7 +30,11 @@ def target_problems(
         layers: layers as the adapter counts them to those in memory.
     """
     old = {new: number for number, new in layers.items()}
-    problems = _saved_problems(config, list(saved))
+    saved = list(saved)
+    problems = _saved_problems(config, saved)
+    biases = [name for name in destinations if _is_bias(name)]
+    if config.get("bias") == "all" and biases and not any(map(_is_bias, saved)):
+        problems.append(f"bias: 'all' of them were trained, and the file has none ({biases[0]})")
     targets = config.get("target_modules")
     if not targets and not config.get("target_parameters"):
         return problems  # PEFT's default for the model's type, which no file records
@@ -88,13 +92,17 @@ def _saved_problems(config: Mapping[str, Any], saved: list[str]) -> list[str]:
         f"whole: {name} is in the file, and neither modules_to_save nor bias speaks of it"
         for name in saved
         if name not in _WHOLE
-        and not ("bias" in name.rpartition(".")[2] and config.get("bias", "none") != "none")
+        and not (_is_bias(name) and config.get("bias", "none") != "none")
         and not any(_holds(each, name) for each in listed)
     ]
     for each in listed:
         if not any(_holds(each, name) for name in saved):
             problems.append(f"whole: {each!r} of modules_to_save has no tensor in the file")
     return problems
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
 
 
 def _holds(module: str, name: str) -> bool:

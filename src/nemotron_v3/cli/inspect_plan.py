@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEVICES = {"h100": 80, "h200": 140, "b200": 180}  # GiB of memory that a program may have
 MOMENTS = {"float32": 8.0, "8bit": 2.0 + 2 * 4 / 64}  # bytes a parameter; a scale for each 64
-_FIELDS = ("gpus", "ep", "dp_replicate")
+_FIELDS = ("gpus", "ep", "dp_replicate", "cp")
 
 
 def read_plan(text: str) -> "tuple[Plan, int]":
@@ -28,7 +28,8 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     given = {name: value for name, _, value in parts}
     if "gpus" not in given or not given.keys() <= set(_FIELDS):
         raise ValueError(
-            f"--plan is {text!r}: give gpus, and ep or dp_replicate beside it, such as gpus=8,ep=4"
+            f"--plan is {text!r}: give gpus, and ep, cp or dp_replicate beside it, such as "
+            "gpus=8,ep=4"
         )
     try:
         sizes = {name: int(value) for name, value in given.items()}
@@ -37,8 +38,8 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     gpus = sizes.pop("gpus")
     if gpus < 1:
         raise ValueError(f"--plan is {text!r}: gpus is at least 1")
-    plan = Plan(dp_replicate=sizes.get("dp_replicate", 1), ep=sizes.get("ep", 1))
-    return plan.over(gpus), gpus
+    ep, cp, sets = (sizes.get(name, 1) for name in ("ep", "cp", "dp_replicate"))
+    return Plan(dp_replicate=sets, ep=ep, cp=cp).over(gpus), gpus
 
 
 def costs_of_plan(
@@ -53,7 +54,7 @@ def costs_of_plan(
 
     plan, gpus = read_plan(text)
     costs = plan_costs(config, plan, tokens=tokens, dtype=dtype, moments=MOMENTS[moments])
-    sizes = {"gpus": gpus, "ep": plan.ep, "dp_replicate": plan.dp_replicate}
+    sizes = {"gpus": gpus, "ep": plan.ep, "cp": plan.cp, "dp_replicate": plan.dp_replicate}
     return sizes | {f"{name}_bytes": size for name, size in vars(costs).items()}
 
 
@@ -74,6 +75,9 @@ def plan_table(text: str, costs: dict[str, int], tokens: int, memory: int | None
         "sent of weights and sums of gradients": costs["dense_bytes"],
         "sent of rows of the embeddings": costs["embeddings_bytes"],
     }
+    if costs["cp"] > 1:
+        sent["sent of states, whatever the tokens"] = costs["mixers_bytes"]
+        sent[f"sent of keys and values of {tokens:,} tokens"] = costs["attention_bytes"]
     for section in (held, sent):
         for name, size in section.items():
             table.add_row(name, f"{size / 1e9:,.2f}")

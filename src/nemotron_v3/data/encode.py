@@ -256,6 +256,8 @@ def _document(record: dict[str, Any], field: str) -> str | list[Any]:
     if isinstance(value, list):
         if not value:
             raise _BadRecord(f"the field {key!r} is an empty list of messages")
+        if not any(isinstance(message, dict) for message in value):
+            raise _BadRecord(f"the field {key!r} is {value!r:.60}: a list, and not of messages")
         return value
     raise _BadRecord(f"the field {key!r} is {value!r:.60}: neither text nor a list of messages")
 

@@ -49,8 +49,9 @@ class Found:
 def find_files(source: Source) -> Found:
     """The files that a source means.
 
-    Below a folder, hidden files and those with other endings are left out; the latter are counted.
-    A glob means what it matches.
+    Below a folder, hidden files and those with other endings are left out; the latter are counted,
+    and so are links to folders and to nothing, and what is no regular file. A glob means what it
+    matches.
 
     Raises:
         ValueError: nothing is there; a file of no known format; a folder without any.
@@ -83,7 +84,13 @@ def _below(source: Source, folder: Path) -> Found:
     files, left_out = [], Counter()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or not path.is_file():
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        if path.is_symlink() and not path.is_file():
+            left_out["links to folders or nothing"] += 1
+        if not path.is_file():
+            if not path.is_dir() and not path.is_symlink():
+                left_out["pipes, sockets or devices"] += 1
             continue
         known = ENDINGS.get(path.suffix.lower())
         if known is None or source.format not in ("auto", known):

@@ -160,7 +160,7 @@ def _length_of_line(file: BinaryIO) -> int:
 
 def _parsed(number: int, raw: bytes) -> Record:
     try:
-        value = json.loads(raw.strip().decode())
+        value = json.loads(raw.strip().decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return Record(number, None, f"not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}")
     except json.JSONDecodeError as error:
@@ -170,6 +170,16 @@ def _parsed(number: int, raw: bytes) -> Record:
     if not isinstance(value, dict):
         return Record(number, None, f"a JSON {type(value).__name__}, not an object")
     return Record(number, value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, without a key that would take another's place."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.60} stands there twice")
+    return value
 
 
 def _row_groups(file: File, field: str) -> list[Unit]:

@@ -22,7 +22,7 @@ class SourceReport:
         without_targets: chats without a word of the assistant's, left out.
         cut: documents longer than a row.
         stretches_left_out: of cut chats, stretches without a target.
-        files_left_out: files in the folder with other endings, by ending.
+        files_left_out: files in the folder with other endings, by ending, and what is no file.
     """
 
     path: str
@@ -91,5 +91,4 @@ class DataReport:
 
 
 def _left_out(source: SourceReport) -> str:
-    endings = ", ".join(source.files_left_out)
-    return f"files have other endings ({endings}) and are left out"
+    return f"files of other kinds ({', '.join(source.files_left_out)}) are left out"

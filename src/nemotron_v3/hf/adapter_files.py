@@ -8,9 +8,10 @@ gives the model, which is put together without storage and taken apart again.
 import contextlib
 import copy
 import os
+import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nemotron_v3.checkpoint.adapter_config import config_problems
 from nemotron_v3.checkpoint.adapter_names import plain_adapter_name
-from nemotron_v3.checkpoint.header import read_json
+from nemotron_v3.checkpoint.header import WEIGHT_DTYPES, read_json
 from nemotron_v3.checkpoint.reader import MAX_CONFIG_BYTES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.bin"  # of the two files that PEFT reads, the one that torch writes
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-_WHOLE = ("model.embeddings.weight", "lm_head.weight")  # PEFT saves them of its own accord
+_WHOLE = ("model.embeddings", "lm_head")  # PEFT saves their weights of its own accord
 
 
 def read_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> PeftConfig:
@@ -41,8 +43,15 @@ def read_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Pef
     file = Path(path) / hub.get("subfolder", "") / CONFIG
     if file.is_file():
         _check(str(file), read_json(file, MAX_CONFIG_BYTES))
-    kind = PeftConfig._get_peft_type(os.fspath(path), **hub)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(os.fspath(path), **hub)
+    try:
+        kind = PeftConfig._get_peft_type(os.fspath(path), **hub)
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: peft_type {error} is none of PEFT's: give the config that it saved, of LoRA "
+            "for example with the peft_type 'LORA'"
+        ) from None
+    config = config_class.from_pretrained(os.fspath(path), **hub)
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     _check(f"{path}", settings)
     return config
@@ -65,13 +74,13 @@ def fitting(
             finite, all of them named. The model is as it was.
     """
     hub = {name: options[name] for name in _HUB if name in options}
-    tensors = load_peft_weights(os.fspath(path), device="cpu", **hub)
+    tensors = _read(path, hub)
     expected, base = _expected(model, config)
     by_plain = {plain_adapter_name(name): name for name in expected}
     found: dict[str, str] = {}
     problems = []
     for name, tensor in tensors.items():
-        plain = plain_adapter_name(name)
+        plain = _saved_whole(plain_adapter_name(name), by_plain)
         if plain in found:
             problems.append(f"{found[plain]} and {name} are one tensor")
             continue
@@ -81,6 +90,8 @@ def fitting(
             problems.append(f"{name} matches nothing")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name} is {tuple(tensor.shape)}, the model has {shape}")
+        elif tensor.dtype not in WEIGHT_DTYPES.values():
+            problems.append(f"{name} is {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}")
         elif not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     problems += [f"{by_plain[plain]} is missing" for plain in by_plain.keys() - found.keys()]
@@ -98,6 +109,24 @@ def fitting(
         yield directory
 
 
+def _read(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An adapter's tensors by the names in its file."""
+    try:
+        return load_peft_weights(os.fspath(path), device="cpu", **hub)
+    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the tensors of the adapter in {path} cannot be read: {error}") from error
+
+
+def _saved_whole(plain: str, adapted: Collection[str]) -> str:
+    """The name of a tensor, of a whole matrix that PEFT saved of its own accord as the model with
+    the adapter calls it: inside the layer that an adapter put around it, if one did."""
+    for module in _WHOLE:
+        if plain in (f"{module}.weight", f"{module}.base_layer.weight") and plain not in adapted:
+            wrapped = any(name.startswith(f"{module}.lora_") for name in adapted)
+            return f"{module}.base_layer.weight" if wrapped else f"{module}.weight"
+    return plain
+
+
 def _expected(
     model: nn.Module, config: PeftConfig
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -112,8 +141,14 @@ def _expected(
         probe = PeftModel(model, config, low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(probe, save_embedding_layers=False)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    own = model.state_dict()
-    return shapes, {name: tuple(own[name].shape) for name in _WHOLE if name in own}
+    own = {name: t.shape for name, t in model.state_dict().items()}
+    whole = {
+        f"{module}{inside}.weight": tuple(own[f"{module}.weight"])
+        for module in _WHOLE
+        for inside in ("", ".base_layer")
+        if f"{module}.weight" in own
+    }
+    return shapes, whole
 
 
 @contextlib.contextmanager

@@ -36,10 +36,17 @@ _GROUPED = re.compile(r"(.+\.experts)\.low_rank\.(up|down)_([ab])")
 class Asked(Protocol):
     """The options of an adapter: see `nemotron_v3.train.options.LoraOptions`."""
 
-    rank: int
-    alpha: float | None
-    groups: tuple[str, ...]
-    dropout: float
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float | None: ...
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...
+
+    @property
+    def dropout(self) -> float: ...
 
 
 def add(model: NemotronV3ForCausalLM, options: Asked) -> None:

@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 
+def itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class KeepsFp32(nn.Module):
     """A module whose tensors named in `fp32_tensors` are never cast below fp32.
 
     `.to(torch.bfloat16)`, `.half()` and the like still move them and still cast the others; a
     gradient is treated as its parameter is.
+
+    Attributes:
+        local: what a call computes with in place of such a tensor, itself unless another function
+            is put there (tensors that several processes hold).
     """
 
     fp32_tensors: tuple[str, ...] = ()
+    local: Callable[[Tensor], Tensor] = staticmethod(itself)
 
     def _kept(self) -> Iterable[Tensor]:
         own = {**self._parameters, **self._buffers}

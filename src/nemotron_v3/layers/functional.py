@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops as eager_ops
 from nemotron_v3.layers import graph_ops
+from nemotron_v3.layers.fp32_params import itself
 from nemotron_v3.layers.linear import project as call_projection
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules as call_modules
 from nemotron_v3.layout import SequenceLayout
@@ -149,6 +150,7 @@ def mamba2_mixer(
     ops: ModuleType = eager_ops,
     by_modules: Callable[..., tuple[Any, ...]] = call_modules,
     act: Callable[[Tensor], Tensor] = nn.functional.silu,
+    local: Callable[[Tensor], Tensor] = itself,
 ) -> Tensor:
     """Project, convolve, scan, gate and normalise, project (arXiv 2405.21060).
 
@@ -162,6 +164,7 @@ def mamba2_mixer(
         project: calls a projection.
         ops, by_modules: what computes.
         act: of what is convolved, where the modules are called.
+        local: what the scan reads in place of a tensor of the layer's own, where they are.
 
     Returns:
         `[T, D]`.
@@ -187,9 +190,7 @@ def mamba2_mixer(
             tokens,
             layer.conv1d,
             layer.norm,
-            layer.dt_bias,
-            layer.A_log,
-            layer.D,
+            *(local(tensor) for tensor in (layer.dt_bias, layer.A_log, layer.D)),
             taps=sizes.taps,
             act=act,
             **settings,

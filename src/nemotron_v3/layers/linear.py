@@ -21,8 +21,7 @@ def make_linear(
 ) -> nn.Module:
     """A projection that is called as a module, so that adapters, hooks and quantisation work on it.
 
-    `linear="te"` is `transformer_engine.pytorch.Linear`, used through its documented arguments; it
-    has not been run against the real package.
+    `linear="te"` is `transformer_engine.pytorch.Linear`, used through its documented arguments.
 
     Args:
         in_features, out_features: widths.

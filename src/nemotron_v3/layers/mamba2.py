@@ -141,7 +141,7 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             state = context.carry.recurrent(self)
         layout = context.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
-        y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state)
+        y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state, local=self.local)
         return context.leave(y)
 
     def _weights(self) -> tuple[Tensor | None, ...] | None:
@@ -151,7 +151,8 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         if not plain or is_observed(conv1d) or is_observed(norm):
             return None
         weights = (conv1d.weight[:, 0], conv1d.bias)
-        return (*weights, self.dt_bias, self.A_log, self.D, norm.weight)
+        wide = (self.local(t) for t in (self.dt_bias, self.A_log, self.D))
+        return (*weights, *wide, norm.weight)
 
     def _sizes(self) -> Mamba2Sizes:
         return Mamba2Sizes(

@@ -1,7 +1,7 @@
 """Adapters onto Transformer Engine's attention and norm.
 
-They use the arguments that its documentation gives; they have been run against a stand-in with
-these signatures, not against the real package.
+They use the arguments that its documentation gives. `docs/backends.md` says what they have been run
+against.
 
 Letters: T packed tokens, B documents of one length S, H query heads, J key/value heads, P head
 width, D hidden size.
@@ -20,7 +20,7 @@ class TEAttention(nn.Module):
     """`transformer_engine.pytorch.DotProductAttention` behind the signature of `ops.attention`.
 
     Documents of one length go in as `bshd` with the mask type `causal`, others as `thd` with
-    `padding_causal` and their cumulative lengths. Not run against the real package.
+    `padding_causal` and their cumulative lengths.
 
     Raises:
         ModuleNotFoundError: Transformer Engine is not installed.
@@ -110,8 +110,7 @@ class TERMSNorm:
     """`transformer_engine.pytorch.RMSNorm` computing with a weight that another module owns.
 
     It is no module itself, so that the owner's weight keeps its place and name. An fp32 stream is
-    rounded to the weight's dtype before the statistics, as Transformer Engine does it. Not run
-    against the real package.
+    rounded to the weight's dtype before the statistics, as Transformer Engine does it.
 
     Raises:
         ModuleNotFoundError: Transformer Engine is not installed.

@@ -118,8 +118,8 @@ def check_labels(
             f"{name} have shape {tuple(labels.shape)}, the tokens {shape}: give one a "
             "token; labels are shifted inside, shift_labels were before"
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} are {labels.dtype}: give token ids as integers")
+    if labels.dtype not in ID_DTYPES:
+        raise TypeError(f"{name} are {labels.dtype}: give token ids as integers, int64 or int32")
     if device is not None and labels.device != device:
         raise ValueError(f"{name} are on {labels.device}, the tokens on {device}: move one of them")
 

@@ -1,9 +1,11 @@
-"""Which parameters weight decay acts on."""
+"""Which parameters weight decay acts on, and which are matrices between hidden states."""
 
 from typing import Any
 
 from torch import nn
 
+from nemotron_v3.layers.block import NemotronV3Block
+from nemotron_v3.layers.moe import NemotronV3Experts
 from nemotron_v3.model.dtypes import FP32_NAMES
 
 
@@ -36,4 +38,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable matrices that take a hidden state to another one: projections `[out, in]` and
+    stacks of experts `[E, out, in]` of a model's blocks, in the order of its parameters.
+
+    Embeddings and a head speak of tokens, a router of experts, a convolution of channels: rows of
+    theirs are no directions of one space.
+    """
+    return [
+        parameter
+        for block in model.modules()
+        if isinstance(block, NemotronV3Block)
+        for module in block.modules()
+        if isinstance(module, nn.Linear | NemotronV3Experts)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and parameter.dim() > 1
     ]

@@ -19,11 +19,10 @@ from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.moe.load_balancing import BalanceInParts, BalanceLoss, check_balance
 from nemotron_v3.layers.moe.router import repeating_contexts
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_labels, enter, token_grid
-from nemotron_v3.model.loss import IGNORE_INDEX, check_items, refuse_stray_label, targets_of
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.segment_carry import SegmentCarry
 from nemotron_v3.model.segments import Segment, cut
+from nemotron_v3.model.whole_batch import WholeBatch
 
 Where = Literal["device", "host"]
 
@@ -116,11 +115,9 @@ class Segmented:
                 every gradient as it comes.
         """
         self._check_training(balance)
-        work = self._work(
-            input_ids, attention_mask, labels, layout, position_ids, num_items_in_batch,
-            layout_kwargs,
-        )  # fmt: skip
-        parts = nullcontext() if balance is None else balance.in_parts(work.layout)
+        about = {"layout": layout, "position_ids": position_ids, **layout_kwargs}
+        work = self._work(input_ids, labels, attention_mask, num_items_in_batch, about)
+        parts = nullcontext() if balance is None else balance.in_parts(work.batch.layout)
         with parts as in_parts, _collected(self.model):
             return self._there_and_back(work, in_parts)
 
@@ -140,11 +137,9 @@ class Segmented:
         Returns:
             A scalar in fp32 or wider, nats a target, without a graph.
         """
-        work = self._work(
-            input_ids, attention_mask, labels, layout, position_ids, num_items_in_batch,
-            layout_kwargs,
-        )  # fmt: skip
-        carry = SegmentCarry(work.layout.num_tokens, keep=_nothing)
+        about = {"layout": layout, "position_ids": position_ids, **layout_kwargs}
+        work = self._work(input_ids, labels, attention_mask, num_items_in_batch, about)
+        carry = SegmentCarry(work.batch.layout.num_tokens, keep=_nothing)
         losses = []
         for segment in work.segments:
             carry.begin(segment, in_graph=False)
@@ -152,7 +147,8 @@ class Segmented:
         return torch.stack(losses).sum()
 
     def _there_and_back(self, work: "_Work", balance: BalanceInParts | None) -> Tensor:
-        carry = SegmentCarry(work.layout.num_tokens, _to_host if self.states == "host" else _same)
+        keep = _to_host if self.states == "host" else _same
+        carry = SegmentCarry(work.batch.layout.num_tokens, keep)
         contexts = [repeating_contexts() for _ in work.segments[:-1]]
         with torch.no_grad():
             for segment, (first, _) in zip(work.segments, contexts, strict=False):
@@ -177,45 +173,20 @@ class Segmented:
     ) -> Tensor:
         """The loss of a segment, or its hidden states."""
         out = self.model(
-            work.input_ids[segment.tokens],
+            work.batch.input_ids[segment.tokens],
             context=ForwardContext(segment.layout, carry=carry),
-            targets=work.targets[segment.tokens] if with_loss else None,
-            num_items_in_batch=work.items,
+            targets=work.batch.targets[segment.tokens] if with_loss else None,
+            num_items_in_batch=work.batch.items,
         )
         if with_loss:
             return out.loss
         (hidden,) = out.hidden_states
         return hidden
 
-    def _work(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        layout: SequenceLayout | None,
-        position_ids: Tensor | None,
-        items: int | Tensor | None,
-        layout_kwargs: dict[str, Any],
-    ) -> "_Work":
-        """What is to be computed, once all that can be refused is."""
-        shape, device = token_grid(input_ids, None, self.model.config.hidden_size)
-        if labels is None:
-            raise ValueError("labels are missing: segments have no logits to return, only a loss")
-        check_labels(labels, shape, device)
-        check_items(items)
-        for name, said in (("layout", layout), ("position_ids", position_ids)):
-            if said is not None:
-                layout_kwargs[name] = said
-        weight = self.model.model.embeddings.weight
-        context = enter(
-            self.model.config, weight, shape, device, attention_mask, None, layout_kwargs
-        )
-        refuse_stray_label(labels, context.layout)
-        whole = context.layout
-        targets = targets_of(labels, whole)
-        items = (targets != IGNORE_INDEX).sum() if items is None else items
-        segments = cut(whole, self.tokens_per_segment)
-        return _Work(whole.pack(input_ids), targets, items, whole.packed, segments)
+    def _work(self, *told: Any) -> "_Work":
+        """The batch of which this is told, in segments."""
+        batch = WholeBatch.read(self.model, *told)
+        return _Work(batch, cut(batch.layout, self.tokens_per_segment))
 
     def _check_training(self, balance: BalanceLoss | None) -> None:
         model = self.model
@@ -238,12 +209,9 @@ class Segmented:
 
 @dataclass(frozen=True)
 class _Work:
-    """Packed tokens `[T]`, what each of them predicts, and the segments that they lie in."""
+    """A batch, and the segments that its tokens lie in."""
 
-    input_ids: Tensor
-    targets: Tensor
-    items: int | Tensor
-    layout: SequenceLayout
+    batch: WholeBatch
     segments: list[Segment]
 
 

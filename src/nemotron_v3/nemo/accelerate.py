@@ -25,6 +25,7 @@ from nemotron_v3.nemo.classes import (
     plain_class,
     their_name,
 )
+from nemotron_v3.nemo.shared_tokens import shares_attention
 from nemotron_v3.nemo.versions import check_version
 from nemotron_v3.ops.registry import IMPLS
 
@@ -78,11 +79,17 @@ def undo(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: no module.
-        ValueError: a model that is not accelerated, or that has been sharded since.
+        ValueError: a model that is not accelerated, or that has been sharded since; attention that
+            shares its tokens, which AutoModel's own would not.
     """
     mine: list[nn.Module] = [m for m in _checked(model).modules() if isinstance(m, Accelerated)]
     if not mine:
         raise ValueError("the model is not accelerated: there is nothing to undo")
+    if any(map(shares_attention, mine)):
+        raise ValueError(
+            "setup_cp_attention has been called on the model: AutoModel's own attention would "
+            "compute with this process's part of the tokens alone; undo before it is parallelized"
+        )
     kinds = [plain_class(type(module)) for module in mine]
     for module, kind in zip(mine, kinds, strict=True):
         module.__class__ = kind

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from nemotron_v3.layers.carry import Carry
 from nemotron_v3.layers.context import ForwardContext, full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.checks import agreed, read_offsets
+from nemotron_v3.nemo import shared_tokens
 from nemotron_v3.nemo.classes import is_cache
 
 _FILLER = -1000  # what their collater fills offsets up with
@@ -25,6 +28,7 @@ class NemoContext(ForwardContext):
         mask: a 4-D attention mask `[B or 1, 1 or H, S, L]`, which decides alone in attention.
         columns: a padding mask `[B, <= L]` that covers what a cache held before, too.
         follows: whether a cache holds tokens already.
+        carry: what stands for the tokens of other processes, or None.
     """
 
     def __init__(
@@ -33,8 +37,9 @@ class NemoContext(ForwardContext):
         mask: Tensor | None = None,
         columns: Tensor | None = None,
         follows: bool = False,
+        carry: Carry | None = None,
     ):
-        super().__init__(layout, mask)
+        super().__init__(layout, mask, carry=carry)
         self.columns = columns
         self.follows = follows
         self._allowed: dict[Any, Tensor] = {}
@@ -49,6 +54,7 @@ class NemoContext(ForwardContext):
         mask: Tensor | None = None,
         cache: Any = None,
         told: Mapping[str, Any] | None = None,
+        group: ProcessGroup | None = None,
     ) -> "NemoContext":
         """Read what a caller says about its tokens, in AutoModel's order of precedence.
 
@@ -63,19 +69,23 @@ class NemoContext(ForwardContext):
             mask: a 4-D mask, bool or additive; beside a padding mask, both hold.
             cache: their NemotronHybridCache, or None.
             told: the other keyword arguments: those that say nothing about documents are passed by.
+            group: the processes that share the tokens, as `shared_tokens` has them. Offsets and
+                numbers of documents are then those of all tokens; a padding mask of these or all.
 
         Raises:
             ValueError: arguments that contradict each other or the shape; a pack with a cache;
-                tokens that are shared with other processes.
+                tokens of processes that the layer does not know.
             TypeError: a cache of another kind.
         """
         told = {k: v for k, v in (told or {}).items() if v is not None}
-        _refuse_shared_tokens(told)
+        shared_tokens.check_size(told, group)
         if cache is not None and not is_cache(cache):
             raise TypeError(
                 f"past_key_values is a {full_name(cache)}: give NeMo AutoModel's "
                 "NemotronHybridCache(config, batch_size, dtype, device)"
             )
+        if group is not None:
+            return cls._shared(shape, device, padding, mask, cache, told, group)
         follows = cache is not None and bool(cache.has_previous_state)
         new = padding
         if padding is not None:
@@ -91,6 +101,32 @@ class NemoContext(ForwardContext):
                 "a row"
             )
         return cls(layout, _both(mask, padding), padding, follows)
+
+    @classmethod
+    def _shared(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        told: Mapping[str, Any],
+        group: ProcessGroup,
+    ) -> "NemoContext":
+        if mask is not None or cache is not None:
+            given = "a 4-D mask" if cache is None else "a cache"
+            raise ValueError(
+                f"{given} beside tokens that {group.size()} processes share: give a padding mask "
+                "or offsets; generate in one process"
+            )
+        if padding is not None:
+            padding = shared_tokens.whole_mask(padding, shape, group)
+        whole = _layout(shared_tokens.whole_shape(shape, group), device, padding, told)
+        offsets, slots = _offsets(told) if len(shape) == 1 else (None, None)
+        slots = offsets if slots is None else slots
+        read = None if slots is None else read_offsets("cu_seqlens", slots)
+        layout, carry = shared_tokens.share(whole, read, shape, group)
+        return cls(layout, carry=carry)
 
     def allowed(self, held: int, device: torch.device) -> Tensor | None:
         """Bool `[B, 1, S, held + S]`, which places of a cache each new token may see; None where
@@ -135,16 +171,6 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 2 else 1
 
 
-def _refuse_shared_tokens(told: Mapping[str, Any]) -> None:
-    size = told.get("cp_size", 1)
-    if int(size) != 1:
-        raise ValueError(
-            f"cp_size={int(size)}: an accelerated layer cannot share a document's tokens with "
-            "other processes: train without context parallelism, or call "
-            "nemotron_v3.nemo.undo(model)"
-        )
-
-
 def _layout(
     shape: tuple[int, ...],
     device: torch.device,
@@ -153,11 +179,7 @@ def _layout(
 ) -> SequenceLayout:
     if told.get("seq_idx") is not None:
         return SequenceLayout.resolve(shape, device, padding, seq_idx=told["seq_idx"])
-    given = (told.get(f"cu_seqlens{end}") for end in ("", "_q", "_kv"))
-    offsets = agreed("cu_seqlens", *map(_without_filler, given))
-    slots = _without_filler(told.get("cu_seqlens_padded"))
-    if offsets is None:
-        offsets = slots
+    offsets, slots = _offsets(told)
     if offsets is None or _rows(shape) > 1:
         return SequenceLayout.resolve(shape, device, padding)
     if slots is not None or padding is None:
@@ -165,6 +187,14 @@ def _layout(
     if offsets.tolist() == [0, int((padding != 0).sum())]:  # made of the mask: says nothing more
         return SequenceLayout.resolve(shape, device, padding)
     return SequenceLayout.resolve(shape, device, padding, cu_seqlens=offsets)
+
+
+def _offsets(told: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Where documents lie among the real tokens, and on the grid with their padding."""
+    given = (told.get(f"cu_seqlens{end}") for end in ("", "_q", "_kv"))
+    offsets = agreed("cu_seqlens", *map(_without_filler, given))
+    slots = _without_filler(told.get("cu_seqlens_padded"))
+    return slots if offsets is None else offsets, slots
 
 
 def _of_offsets(offsets: Tensor, slots: Tensor, shape: tuple[int, ...]) -> SequenceLayout:

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_v3 import ops
-from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_mixer
+from nemotron_v3.layers.carry import Carry
+from nemotron_v3.layers.functional import (
+    Mamba2Sizes,
+    RecurrentState,
+    attention_mixer,
+    mamba2_mixer,
+)
 from nemotron_v3.layers.hooks import is_observed
 from nemotron_v3.layout import SequenceLayout
+from nemotron_v3.nemo import shared_tokens
 from nemotron_v3.nemo.classes import Accelerated, is_made, takes_place_of
 from nemotron_v3.nemo.context import NemoContext, split_mask
 from nemotron_v3.nemo.states import CachedStates
@@ -28,6 +35,7 @@ def _alone(
     cache: Any,
     told: dict[str, Any],
     *,
+    layer: nn.Module,
     takes_pairs: bool = False,
 ) -> NemoContext:
     """What its own arguments say about the tokens of a layer that is called without a model.
@@ -48,6 +56,7 @@ def _alone(
         mask=mask,
         cache=cache,
         told=told,
+        group=shared_tokens.group_of(layer),
     )
 
 
@@ -127,29 +136,28 @@ class Mamba2Mixer(Accelerated):
             **kwargs: what `NemoContext.read` knows.
 
         Raises:
-            ValueError: context parallelism, and what `NemoContext.read` raises.
+            ValueError: what `NemoContext.read` raises; a `cp` that does not say which processes it
+                is of.
         """
-        self.refuse_context_parallel()
         if context is None:
-            context = _alone(hidden_states, attention_mask, past_key_values, kwargs)
+            context = _alone(hidden_states, attention_mask, past_key_values, kwargs, layer=self)
         layout = context.on(hidden_states.device)
-        state = None
-        if past_key_values is not None:
+        state: RecurrentState | None = None
+        if context.carry is not None:
+            state = context.carry.recurrent(self)
+        elif past_key_values is not None:
             state = CachedStates(past_key_values, self.layer_idx, layout, context.follows)
         x = layout.pack(hidden_states)  # [T, D]
-        # Through the holder, whose hooks gather what a sharder has spread.
-        parts = _MixerParts(self, self._get_fp32_ssm_params(x))
+        parts = _MixerParts(self, self._fp32_tensors(x))
         y = mamba2_mixer(x, parts, parts.weights(), self._sizes(), layout, state)
         return layout.unpack(y)
 
-    def refuse_context_parallel(self) -> None:
-        """Raises ValueError where a parallelizer has spread the tokens of documents."""
-        if self.cp is not None and self.cp.cp_size != 1:
-            raise ValueError(
-                f"mixer.cp is set, of {self.cp.cp_size} processes: an accelerated mixer cannot "
-                "share a document's tokens with others: train without context parallelism, or "
-                "call nemotron_v3.nemo.undo(model)"
-            )
+    def _fp32_tensors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`A_log`, `dt_bias` and `D`: through their holder, whose hooks gather what a sharder has
+        spread; NeMo AutoModel 0.5 has none."""
+        if hasattr(self, "_fp32_params"):
+            return self._get_fp32_ssm_params(x)
+        return self.A_log, self.dt_bias, self.D
 
     def _sizes(self) -> Mamba2Sizes:
         return Mamba2Sizes(
@@ -202,13 +210,19 @@ class Attention(Accelerated):
             )
         cache: Any = past_key_values
         if context is None:
-            context = _alone(hidden_states, attention_mask, cache, kwargs, takes_pairs=True)
+            context = _alone(
+                hidden_states, attention_mask, cache, kwargs, layer=self, takes_pairs=True
+            )
+        if context.carry is None:
+            shared_tokens.refuse_ring(self)
         stores = cache is not None and layer_idx is not None
         layout = context.on(hidden_states.device)
         if stores or context.mask is not None:
             layout = whole_rows(layout)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if context.carry is not None:
+                return self._attend_shared(q, k, v, context.carry, layer_idx)
             if cache is None or layer_idx is None:
                 return self._attend(q, k, v, layout, context.mask)
             return self._attend_cached(q, k, v, layout, _Stored(cache, layer_idx), context)
@@ -217,11 +231,20 @@ class Attention(Accelerated):
         return layout.unpack(y)
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
-        """Raises ValueError: an accelerated layer cannot share a document's tokens."""
-        raise ValueError(
-            f"context parallelism over {cp_mesh}: accelerated attention cannot share a document's "
-            "tokens with other processes: train without it, or call nemotron_v3.nemo.undo(model)"
-        )
+        """Share the tokens of each call with the processes of a mesh.
+
+        Raises:
+            ValueError: no mesh of one dimension.
+        """
+        shared_tokens.share_attention(self, cp_mesh)
+
+    def _attend_shared(
+        self, q: Tensor, k: Tensor, v: Tensor, carry: Carry, layer_idx: int | None
+    ) -> Tensor:
+        if self.training and self.attention_dropout:
+            shared_tokens.refuse_dropout()
+        with shared_tokens.local_attention():
+            return carry.attend(layer_idx, q, k, v, impl=self.impl)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: Tensor | None

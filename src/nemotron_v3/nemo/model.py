@@ -6,8 +6,10 @@ Letters: B batch, S sequence, T packed tokens, D hidden size.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from nemotron_v3.nemo import shared_tokens
 from nemotron_v3.nemo.classes import Accelerated, takes_place_of
 from nemotron_v3.nemo.context import NemoContext, split_mask
 from nemotron_v3.nemo.moe import GroupedExperts
@@ -76,6 +78,8 @@ class Block(Accelerated):
         """The mixture of experts, which padding is no part of."""
         if context is None:
             padding, _ = split_mask(attention_mask)  # of pairs of tokens: nothing to a router
+            if told.get("cp_size") not in (None, 1):  # nothing that is said of all tokens, either
+                told = {}
             context = NemoContext.read(
                 tuple(x.shape[:-1]), x.device, padding=padding, cache=cache, told=told
             )
@@ -94,6 +98,7 @@ class Model(Accelerated):
     """The stack of blocks, which their loop calls; each is handed one context."""
 
     backend: Any
+    layers: nn.ModuleDict
 
     def forward(
         self,
@@ -130,6 +135,7 @@ class Model(Accelerated):
                 mask=mask,
                 cache=past_key_values,
                 told=kwargs,
+                group=self._token_group(),
             )
         return super().forward(
             input_ids,
@@ -140,6 +146,11 @@ class Model(Accelerated):
             cache_position=cache_position,
             **kwargs,
         )
+
+    def _token_group(self) -> ProcessGroup | None:
+        """The processes that a parallelizer has told any of the layers to share tokens with."""
+        groups = map(shared_tokens.group_of, self.layers.values())
+        return next((group for group in groups if group is not None), None)
 
     def _grid(self, given: Tensor, told: dict[str, Any]) -> tuple[int, ...]:
         """The tokens as the layers see them: Transformer Engine takes a pack without its batch

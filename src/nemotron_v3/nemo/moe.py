@@ -30,7 +30,10 @@ class MLP(Accelerated):
 
 @takes_place_of("layers.Gate", shared=True)
 class Gate(Accelerated):
-    """A sigmoid router; what it is asked to watch besides goes on."""
+    """A sigmoid router; what it is asked to watch besides goes on.
+
+    Attributes with a value here are not there in every supported version.
+    """
 
     weight: Tensor
     topk: int
@@ -42,6 +45,10 @@ class Gate(Accelerated):
     score_func: str
     aux_loss_coeff: float
     bias_update_factor: float
+    e_score_correction_bias: Tensor | None
+    router_weight_uses_score_correction_bias: bool = False
+    router_replay: Any = None
+    use_routing_core: bool = False
 
     def forward(
         self, x: Tensor, token_mask: Tensor, cp_mesh: Any
@@ -50,7 +57,9 @@ class Gate(Accelerated):
         their balance or None."""
         if not self._is_sigmoid_alone():
             return super().forward(x, token_mask, cp_mesh)
-        bias = self._local_score_correction_bias()
+        bias = self.e_score_correction_bias
+        if isinstance(bias, DTensor):  # replicated by a parallelizer
+            bias = bias.to_local()
         weights, indices = ops.router(
             x,
             self.weight,

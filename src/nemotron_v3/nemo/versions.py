@@ -3,9 +3,9 @@
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-OLDEST = "0.7"
+OLDEST = "0.5"
 NEWEST = "0.7"
-# What NeMo AutoModel 0.7.0 pins: nemotron_v3.hf takes it too, so that both rooms may be in use.
+# What 0.7.0 pins: nemotron_v3.hf takes it too, so that both rooms may be in use.
 ITS_TRANSFORMERS = "5.18.0"
 
 

@@ -35,40 +35,53 @@ def joined(group: ProcessGroup | int | None) -> ProcessGroup:
     return group
 
 
-def agree(problem: str | None, said: Mapping[str, str], group: ProcessGroup) -> None:
+def agree(
+    problem: str | None,
+    said: Mapping[str, str],
+    group: ProcessGroup,
+    *,
+    team: int = 0,
+    what: str = "the same model and plan",
+) -> None:
     """Raise on all processes where one has a problem, or says something that others do not.
 
     Args:
         problem: what this process cannot do, or None.
         said: what has to be the same everywhere, by what it is called.
+        group: the processes that all raise.
+        team: a number; only those that give the same one have to say the same.
+        what: of which they speak, for the error.
 
     Raises:
         ValueError: the problem, where all have the same one.
         Disagreement: the ranks that stand out, and what they say.
     """
     everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, (problem, dict(said)), group=group)
-    problems = [each for each, _ in everyone]
+    dist.all_gather_object(everyone, (problem, team, dict(said)), group=group)
+    problems = [each for each, _, _ in everyone]
     if any(problems):
         told = [f"rank {rank}: {each}" for rank, each in enumerate(problems) if each]
         if len(set(problems)) == 1:
             raise ValueError(problems[0])
         raise Disagreement("not all processes can be part of this; " + "; ".join(told))
-    differences = list(_differences([each for _, each in everyone]))
+    teams: dict[int, dict[int, dict[str, str]]] = {}
+    for rank, (_, of, each) in enumerate(everyone):
+        teams.setdefault(of, {})[rank] = each
+    differences = [told for each in teams.values() for told in _differences(each)]
     if differences:
-        raise Disagreement(
-            "the processes do not hold the same model and plan: " + "; ".join(differences)
-        )
+        raise Disagreement(f"the processes do not hold {what}: " + "; ".join(differences))
 
 
-def _differences(said: list[dict[str, str]]) -> Iterator[str]:
-    """One line for each of the first few things that are not the same everywhere."""
-    names = list(dict.fromkeys(name for each in said for name in each))
+def _differences(said: dict[int, dict[str, str]]) -> Iterator[str]:
+    """One line for each of the first few things that are not the same everywhere, by rank."""
+    names = list(dict.fromkeys(name for each in said.values() for name in each))
     told = 0
     for name in names:
-        values = [each.get(name, "nothing") for each in said]
-        usual = max(Counter(values).items(), key=lambda item: (item[1], item[0] == values[0]))[0]
-        others = [rank for rank, value in enumerate(values) if value != usual]
+        values = {rank: each.get(name, "nothing") for rank, each in said.items()}
+        first = next(iter(values.values()))
+        counts = Counter(values.values()).items()
+        usual = max(counts, key=lambda item: (item[1], item[0] == first))[0]
+        others = [rank for rank, value in values.items() if value != usual]
         if others and told == 3:
             yield "and more"
             return

@@ -5,6 +5,7 @@ its convolution; attention gathers keys and values. Nothing else of a token leav
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch.distributed import ProcessGroup
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.moe.load_balancing import BalanceLoss, check_balance
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_labels, enter, token_grid
-from nemotron_v3.model.loss import IGNORE_INDEX, check_items, refuse_stray_label, targets_of
 from nemotron_v3.model.model import NemotronV3ForCausalLM
-from nemotron_v3.parallel.agreement import agree
+from nemotron_v3.model.output import CausalLMOutput
+from nemotron_v3.model.whole_batch import WholeBatch
+from nemotron_v3.parallel.agreement import Disagreement, agree, joined
 from nemotron_v3.parallel.context_carry import ContextCarry
 from nemotron_v3.parallel.shares import Order, Shares, check_order
 from nemotron_v3.parallel.token_group import share_tokens
@@ -76,15 +77,26 @@ class ContextParallel:
         layout: how its tokens go to them.
     """
 
-    def __init__(self, model: NemotronV3ForCausalLM, group: ProcessGroup, layout: Order):
+    def __init__(
+        self,
+        model: NemotronV3ForCausalLM,
+        group: ProcessGroup,
+        layout: Order,
+        *,
+        call: Callable[..., CausalLMOutput] | None = None,
+        together: ProcessGroup | None = None,
+    ):
+        """
+        Args:
+            call: computes a share in place of the model's own call.
+            together: the processes that are in a pass at once, through the hosts: where one of them
+                cannot be, all raise. None is the group.
+        """
         self.model, self.group, self.layout = model, group, layout
         self._shared = share_tokens(model, group, layout)
-        self._host = group
-        if dist.get_backend(group) != "gloo":
-            ranks = dist.get_process_group_ranks(group)
-            made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            assert isinstance(made, ProcessGroup)
-            self._host = made
+        self._call = call or model
+        self._together = together or _through_hosts(group)
+        self._team = dist.get_process_group_ranks(group)[0]
 
     def __call__(
         self,
@@ -117,26 +129,38 @@ class ContextParallel:
                 the model and is not given. Where one process raises, all do.
             Disagreement: processes that were given different batches.
         """
-        said, problem, work = {}, None, None
+        about = {"layout": layout, "position_ids": position_ids, **layout_kwargs}
+        told = (labels, attention_mask, num_items_in_batch, about)
+        return self.part(None, balance, input_ids, *told)
+
+    def part(self, problem: str | None, balance: BalanceLoss | None, *told: Any) -> Tensor:
+        """What a call returns, of what `WholeBatch.read` takes; `problem` is what the caller has
+        found wrong, which all are then told."""
+        said, error, work = {}, None if problem is None else ValueError(problem), None
         try:
-            check_balance(self.model, balance)
-            for name, given in (("layout", layout), ("position_ids", position_ids)):
-                if given is not None:
-                    layout_kwargs[name] = given
-            work = self._work(input_ids, attention_mask, labels, num_items_in_batch, layout_kwargs)
-            said = _described(work[0], self.layout)
-        except (ValueError, TypeError) as error:
-            problem = error
-        agree(None if problem is None else str(problem), said, self._host)
-        if problem is not None or work is None:
-            raise AssertionError("a problem is everyone's") from problem
-        shares, ids, targets, items = work
+            if error is None:
+                check_balance(self.model, balance)
+                work = self._work(*told)
+                said = _described(*work, self.layout)
+        except (ValueError, TypeError) as found:
+            error = found
+        try:
+            problem = None if error is None else str(error)
+            what = "the same batch"
+            agree(problem, said, self._together, team=self._team, what=what)
+        except Disagreement:
+            raise
+        except ValueError as same:  # of all: this process's own tells more
+            raise (error or same) from None
+        if work is None:
+            raise AssertionError("a problem is everyone's")
+        shares, batch = work
         context = ForwardContext(shares.local, carry=ContextCarry(shares, self.group))
         if balance is None:
-            return self._loss(ids, context, targets, items)
+            return self._loss(batch, context, shares)
         with balance.in_parts(shares.layout, self._sum_) as parts:
             parts.begin(shares.local, shares.index)
-            loss = self._loss(ids, context, targets, items)
+            loss = self._loss(batch, context, shares)
             term = parts.take()
         return loss if term is None else loss + term
 
@@ -154,48 +178,45 @@ class ContextParallel:
                     parameter.grad = torch.zeros_like(parameter)
                 self._sum_(parameter.grad)
 
-    def _loss(
-        self, ids: Tensor, context: ForwardContext, targets: Tensor, items: int | Tensor
-    ) -> Tensor:
-        out = self.model(ids, context=context, targets=targets, num_items_in_batch=items)
+    def _loss(self, batch: WholeBatch, context: ForwardContext, shares: Shares) -> Tensor:
+        """Of this process's tokens, which are cut after the labels were shifted."""
+        ids, targets = (t.index_select(0, shares.index) for t in (batch.input_ids, batch.targets))
+        out = self._call(ids, context=context, targets=targets, num_items_in_batch=batch.items)
+        assert out.loss is not None
         return out.loss
 
     def _sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _work(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        items: int | Tensor | None,
-        layout_kwargs: dict[str, Any],
-    ) -> tuple[Shares, Tensor, Tensor, int | Tensor]:
-        """This process's tokens and what each predicts, cut after the labels were shifted."""
-        shape, device = token_grid(input_ids, None, self.model.config.hidden_size)
-        if labels is None:
-            raise ValueError("labels are missing: a share of the tokens has no logits, only a loss")
-        check_labels(labels, shape, device)
-        check_items(items)
-        weight = self.model.model.embeddings.weight
-        context = enter(
-            self.model.config, weight, shape, device, attention_mask, None, layout_kwargs
-        )
-        refuse_stray_label(labels, context.layout)
-        whole = context.layout
-        targets = targets_of(labels, whole)
-        items = (targets != IGNORE_INDEX).sum() if items is None else items
-        shares = self._shared.shares(whole.packed)
-        ids = whole.pack(input_ids).index_select(0, shares.index)
-        return shares, ids, targets.index_select(0, shares.index), items
+    def _work(self, *told: Any) -> tuple[Shares, WholeBatch]:
+        batch = WholeBatch.read(self.model, *told)
+        return self._shared.shares(batch.layout), batch
 
 
-def _described(shares: Shares, layout: str) -> dict[str, str]:
-    """What the processes of a group have to have in common; short, it is sent in every step."""
+def _through_hosts(group: ProcessGroup) -> ProcessGroup:
+    """A group of the same processes that speaks through the hosts."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return joined(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+
+
+def _described(shares: Shares, batch: WholeBatch, layout: str) -> dict[str, str]:
+    """What the processes of a group have to have in common; short, it is sent in every step.
+
+    Tokens on a device are not looked at: the host would wait for it.
+    """
     lengths = ",".join(map(str, shares.layout.lengths))
-    return {
+    said = {
         "the layout": layout,
         "the number of tokens": str(shares.layout.num_tokens),
-        "the documents' lengths": hashlib.sha256(lengths.encode()).hexdigest()[:16],
+        "the documents' lengths": _digest(lengths.encode()),
     }
+    if batch.input_ids.is_cpu:
+        said["the tokens"] = _digest(batch.input_ids.numpy().tobytes())
+    return said
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.model.cost import Weight, block_weights, model_weights
 from nemotron_v3.parallel.plan import Plan, gathered_rows, sent_rows
+from nemotron_v3.parallel.shares import Shares
+
+# Dense weights of all blocks that stay gathered from the forward to the backward pass: a tenth of
+# the memory of a GPU. Nano's are 3.0e9 bytes.
+KEPT_BYTES = 2**33
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,14 @@ class PlanCosts:
 
     Attributes:
         weights, gradients, moments: what it holds of each.
-        gathered: weights that are whole at once besides: those of the largest block that are not
-            its own, and the head.
+        gathered: weights that are whole at once besides: the dense ones of all blocks, or those of
+            the largest block where all are more than 8 GiB, and the head.
         experts: sent for the tokens of a forward and a backward pass, to experts and back.
         dense: sent for weights that are gathered, and for sums of gradients.
         embeddings: sent for rows of the embeddings, where those stay where they are.
+        mixers: sent for the tokens of others behind a process's, by Mamba-2 mixers: states, and
+            inputs of the convolution. Forward and backward; whatever the number of tokens.
+        attention: sent of keys and values, likewise, and of their gradients.
     """
 
     weights: int
@@ -33,6 +42,8 @@ class PlanCosts:
     experts: int
     dense: int
     embeddings: int
+    mixers: int
+    attention: int
 
     @property
     def states(self) -> int:
@@ -40,7 +51,7 @@ class PlanCosts:
 
     @property
     def sent(self) -> int:
-        return self.experts + self.dense + self.embeddings
+        return self.experts + self.dense + self.embeddings + self.mixers + self.attention
 
 
 def plan_costs(
@@ -54,14 +65,14 @@ def plan_costs(
     """Of a plan with all sizes settled (`Plan.over`).
 
     Args:
-        tokens: of each process in a pass.
+        tokens: of each process in a pass; with `cp` above 1 they are its part of one document.
         dtype: of weights, activations, gradients and their sums.
         moments: bytes a parameter: 8 in fp32, 2.06 in 8 bits with a scale for 64 of them.
 
     Raises:
         ValueError: experts that the plan does not divide.
     """
-    shard, sets, width = plan.dp_shard or 1, plan.dp_replicate, dtype.itemsize
+    shard, sets, width = plan.set_size, plan.dp_replicate, dtype.itemsize
     if config.has_experts and config.n_routed_experts % plan.ep:
         raise ValueError(
             f"ep = {plan.ep} does not divide the {config.n_routed_experts} experts of a layer"
@@ -76,6 +87,7 @@ def plan_costs(
     dense = everything - expert - table
     sharers = shard // plan.ep
     held = everything // shard
+    head = config.vocab_size * config.hidden_size * width
     # Gathered forward and backward; then the sum, of which each has a part.
     travels = 3 * dense * (shard - 1) // shard + 3 * (expert // plan.ep) * (sharers - 1) // sharers
     travels += 2 * held * (sets - 1) // sets if sets > 1 else 0
@@ -83,10 +95,12 @@ def plan_costs(
         weights=held * width,
         gradients=held * width,
         moments=round(held * moments),
-        gathered=_gathered(config, plan, sharers) * width if shard > 1 else 0,
+        gathered=gathered_bytes(config, plan, width) + head if shard > 1 else 0,
         experts=_rows_sent(config, plan, tokens) * width,
         dense=travels * width,
         embeddings=2 * tokens * config.hidden_size * (shard - 1) * width if rows else 0,
+        mixers=_states_sent(config, plan, tokens, width),
+        attention=_keys_sent(config, plan, tokens) * width,
     )
 
 
@@ -94,15 +108,82 @@ def _is_expert(weight: Weight) -> bool:
     return weight.name.startswith("experts.")
 
 
-def _gathered(config: NemotronV3Config, plan: Plan, sharers: int) -> int:
-    largest = 0
+def gathered_bytes(config: NemotronV3Config, plan: Plan, width: int) -> int:
+    """Of the blocks' weights that are whole at once where the plan has several processes.
+
+    Args:
+        width: bytes of a number.
+    """
+    dense, rows = [], [0]
+    sharers = plan.set_size // plan.ep
     for index, block in enumerate(config.layers_block_type):
         whole = block_weights(config.of_block(index), block)
-        size = sum(w.parameters for w in whole if plan.ep == 1 or not _is_expert(w))
-        if sharers > 1 and plan.ep > 1:
-            size += sum(w.parameters for w in whole if _is_expert(w)) // plan.ep
-        largest = max(largest, size)
-    return largest + config.vocab_size * config.hidden_size
+        own = sum(w.parameters for w in whole if plan.ep > 1 and _is_expert(w))
+        dense.append(width * (sum(w.parameters for w in whole) - own))
+        rows.append(width * own // plan.ep if sharers > 1 else 0)
+    if sum(dense) <= KEPT_BYTES:
+        return sum(dense) + max(rows)
+    return max(own + other for own, other in zip(dense, rows[1:], strict=True))
+
+
+def _states_sent(config: NemotronV3Config, plan: Plan, tokens: int, width: int) -> int:
+    """Bytes that a process sends to those it shares a document with, forward and backward."""
+    mixers = config.layers_block_type.count("mamba")
+    if plan.cp == 1 or not mixers:
+        return 0
+    layout = SequenceLayout.from_lengths([tokens * plan.cp])
+    segments = len(Shares.of(layout, plan.cp, 0, plan.cp_layout).own)
+    return mixers * mixer_bytes(config, width).sent(plan.cp, segments)
+
+
+def _keys_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:
+    attends = config.layers_block_type.count("attention")
+    return attends * gathered_keys(config, tokens, plan.cp)
+
+
+def gathered_keys(config: NemotronV3Config, tokens: int, processes: int) -> int:
+    """Elements that a process sends forward and backward for an attention layer: keys and values of
+    its tokens to each other one, and to each the gradient of that one's."""
+    return 2 * (processes - 1) * tokens * 2 * config.num_key_value_heads * config.head_dim
+
+
+@dataclass(frozen=True)
+class MixerBytes:
+    """What a Mamba-2 mixer hands on of one segment of the tokens, whatever their number.
+
+    Attributes:
+        state: in the forward pass, the state and what a segment leaves of one before it.
+        gradient: in the backward pass, the gradient of a state.
+        halo: the last inputs of the convolution; as many for their gradient, to each process.
+    """
+
+    state: int
+    gradient: int
+    halo: int
+
+    def sent(self, processes: int, segments: int) -> int:
+        """Bytes that it sends: all to each other one, and to each its part of a gradient."""
+        return (processes - 1) * segments * (self.state + self.gradient + 2 * self.halo)
+
+
+def mixer_bytes(config: NemotronV3Config, width: int) -> MixerBytes:
+    """Of a config, with activations of so many bytes an element; states are fp32 or wider."""
+    H, wide = config.mamba_num_heads, max(4, width)
+    state = H * config.mamba_head_dim * config.ssm_state_size
+    halo = (config.conv_kernel - 1) * config.conv_dim
+    return MixerBytes((state + H) * wide, state * wide, halo * width)
+
+
+def all_to_all_over_heads(config: NemotronV3Config, tokens: int, width: int, processes: int) -> int:
+    """Bytes that a process sends forward and backward where a mixer shares heads instead.
+
+    Each process gets z, x, B, C and the step sizes of its heads for all tokens, and sends the
+    output of all tokens back. Groups of B and C that several need are sent to each.
+    """
+    H, P = config.mamba_num_heads, config.mamba_head_dim
+    groups = max(config.n_groups, processes)
+    elements = 2 * H * P + 2 * groups * config.ssm_state_size + H + H * P
+    return 2 * tokens * elements * (processes - 1) // processes * width
 
 
 def _rows_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:

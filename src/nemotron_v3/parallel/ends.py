@@ -49,7 +49,7 @@ def can_spread_embeddings(
     model: NemotronV3ForCausalLM | NemotronV3Model, meshes: Meshes, policy: MixedPrecisionPolicy
 ) -> bool:
     """Whether `spread_embeddings` may be called: one set of processes, and no other use."""
-    plan, shard = meshes.plan, meshes.plan.dp_shard or 1
+    plan, shard = meshes.plan, meshes.plan.set_size
     backbone = model.model if isinstance(model, NemotronV3ForCausalLM) else model
     weight = backbone.embeddings.weight
     return (

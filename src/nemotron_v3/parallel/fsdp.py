@@ -5,13 +5,18 @@ dtype. A Mamba-2 mixer holds `A_log`, `D` and `dt_bias` in fp32 among bf16 proje
 precision policy would cast them with the rest. So they get a group of their own.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
+from nemotron_v3.parallel.replicated import kept_fp32
 
 
 def shard_model(
@@ -62,23 +67,74 @@ def shard_dense(
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool | int | None,
     alone: set[nn.Parameter],
+    group_bytes: int = 0,
 ) -> None:
-    """`shard_model` of all parameters but those that are to be left `alone`."""
-    options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    """`shard_model` of all parameters but those that are to be left `alone`.
+
+    Args:
+        group_bytes: blocks that follow each other are one group up to so many bytes of gathered
+            weights, where those stay after the forward pass.
+    """
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
     backbone = model.model if isinstance(model, NemotronV3ForCausalLM) else model
-    for block in backbone.layers:
-        owners = {m: _kept(m) for m in block.modules() if isinstance(m, KeepsFp32)}
-        kept = set().union(*owners.values())
-        fully_shard(block, mp_policy=policy, ignored_params=kept | alone, **options)
-        for owner, own in owners.items():
-            if own:
-                others = set(owner.parameters()) - own
-                fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
-    fully_shard(model, mp_policy=policy, ignored_params=alone, **options)
+    owners = [m for m in backbone.modules() if isinstance(m, KeepsFp32)]
+    kept = {owner: set(kept_fp32(owner).values()) - alone for owner in owners}
+    apart = alone.union(*kept.values())
+    blocks = list(backbone.layers)
+    together = group_bytes if reshard_after_forward is False else 0
+    groups = list(_groups(blocks, policy, apart, together))
+    for first, *others in groups:
+        with _within(first, others):
+            fully_shard(first, mp_policy=policy, ignored_params=apart, **options)
+    for owner, own in kept.items():
+        if own:
+            # Behind the blocks, which leave out what is in a group already.
+            others = set(owner.parameters()) - own
+            fully_shard(owner, mp_policy=as_they_are, ignored_params=others, **options)
+    if reshard_after_forward is False:
+        # Begun before the group at hand is computed, also where the host is not ahead.
+        leaders = [first for first, *_ in groups if isinstance(first, FSDPModule)]
+        for leader, following in zip(leaders, leaders[1:], strict=False):
+            leader.set_modules_to_forward_prefetch([following])
+    done = {p for block in blocks for p in block.parameters()}
+    fully_shard(model, mp_policy=policy, ignored_params=alone | done, **options)
 
 
-def _kept(module: KeepsFp32) -> set[nn.Parameter]:
-    """The parameters among its fp32 tensors; buffers are not sharded."""
-    own = dict(module.named_parameters(recurse=False))
-    return {own[name] for name in module.fp32_tensors if name in own}
+def gathered_bytes(parameters: Iterable[nn.Parameter], policy: MixedPrecisionPolicy) -> int:
+    """Of whole tensors in the dtype that they are computed in."""
+    return sum(p.numel() * (policy.param_dtype or p.dtype).itemsize for p in parameters)
+
+
+def _groups(
+    blocks: list[nn.Module], policy: MixedPrecisionPolicy, apart: set[nn.Parameter], most: int
+) -> Iterator[list[nn.Module]]:
+    """Blocks that follow each other, as many as `most` bytes of their weights hold, or one."""
+    group: list[nn.Module] = []
+    held = 0
+    for block in blocks:
+        own = set(block.parameters()) - apart
+        size = gathered_bytes(own, policy)
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(block)
+        held += size
+    if group:
+        yield group
+
+
+@contextmanager
+def _within(first: nn.Module, others: list[nn.Module]) -> Iterator[None]:
+    """Let `fully_shard` of the first of several blocks find the parameters of all.
+
+    Its calls alone are seen: they gather the weights of all before them, and sum the gradients of
+    all behind the backward pass of the first, which is the last one's. In a list of modules as
+    `fully_shard` takes it every one is seen, and has to be called as often as the others: of
+    recomputed blocks only some are.
+    """
+    first.add_module("_others", nn.ModuleList(others))
+    try:
+        yield
+    finally:
+        del first._modules["_others"]

@@ -61,10 +61,14 @@ class GatherDispatcher:
     def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Arriving, int]:
         T = len(x)
         most = max(self.counts.of(T))
-        # Of expert E, which is nowhere; a 32-bit number is half of what travels.
-        chosen = pad(indices.to(torch.int32), (0, 0, 0, most - T), value=self.owned.all)
-        padded = (chosen, *(pad(t, (0, 0, 0, most - T)) for t in (weights, x)))
-        return Arriving(*(gather(t, self.group) for t in padded)), T
+        rows = [indices.to(torch.int32), weights, x]  # a 32-bit number is half of what travels
+        if most > T:
+            # Of expert E, which is nowhere.
+            rows = [
+                pad(t, (0, 0, 0, most - T), value=value)
+                for t, value in zip(rows, (self.owned.all, 0, 0), strict=True)
+            ]
+        return Arriving(*(gather(t, self.group) for t in rows)), T
 
     def compute(self, dispatched: Arriving, experts: Experts) -> Tensor:
         chosen, weights, x = (arrived() for arrived in dispatched)

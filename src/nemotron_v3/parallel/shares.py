@@ -70,6 +70,26 @@ class Shares:
         chosen: Order = order if order != "auto" else _cheapest(layout, size)
         bounds = _bounds(layout.num_tokens, size, chosen)
         ranks = [*range(size)] if chosen == "contiguous" else [*range(size), *reversed(range(size))]
+        return cls.at(layout, bounds, ranks, rank, chosen)
+
+    @classmethod
+    def at(
+        cls,
+        layout: SequenceLayout,
+        bounds: Sequence[int],
+        ranks: Sequence[int],
+        rank: int,
+        order: Order = "zigzag",
+    ) -> "Shares":
+        """The shares where somebody else has cut the tokens.
+
+        Args:
+            layout: of the whole batch, packed.
+            bounds: where the segments begin among its tokens, and where the last one ends.
+            ranks: of the process that has each segment; all have as many.
+            rank: of this process.
+            order: what the cuts are called.
+        """
         starts = sorted({s for s, n in zip(layout.offsets, layout.lengths, strict=False) if n})
         found = []
         for (start, end), of in zip(pairwise(bounds), ranks, strict=True):
@@ -79,7 +99,7 @@ class Shares:
             before = start - first if start < layout.num_tokens else 0
             found.append(Share(start, end, of, before, inside))
         own = tuple(j for j, share in enumerate(found) if share.rank == rank)
-        return cls(layout, tuple(found), own, size, rank, chosen)
+        return cls(layout, tuple(found), own, max(ranks) + 1, rank, order)
 
     @once
     def cuts(self) -> bool:

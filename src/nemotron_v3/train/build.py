@@ -1,5 +1,6 @@
 """The model of a run: loaded or fresh, adapted, spread over the processes."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -60,8 +61,7 @@ def build_model(
     Raises:
         ValueError: a plan that does not divide the processes or the model; on all of them.
     """
-    asked = options.plan
-    plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep, dispatcher=asked.dispatcher)
+    plan = Plan(**asdict(options.plan))
     if options.parallel == "fsdp":
         plan = plan.over(world.size)
     sharded = world.size > 1 and options.parallel == "fsdp"

@@ -21,6 +21,7 @@ from nemotron_v3.parallel import clip_gradients_, gradient_norm
 from nemotron_v3.train.batches import Batch, empty_batch, make_batches, mean_square_length
 from nemotron_v3.train.optimizer import RoundedAdamW
 from nemotron_v3.train.options import TrainOptions
+from nemotron_v3.train.passes import PassesAtOnce
 from nemotron_v3.train.processes import World
 
 
@@ -97,6 +98,7 @@ class Trainer:
         load: counts the experts' tokens, where the model has routers.
         look: measures gradients by kind of block, at some steps.
         signal: the signal that this process was sent, or 0.
+        passes: makes several passes at once; None is one after the other.
         signalled: the same of all processes, once a step has asked.
     """
 
@@ -110,6 +112,7 @@ class Trainer:
     progress: Progress
     look: Callable[["Trainer"], dict[str, Any]]
     signal: Callable[[], int]
+    passes: PassesAtOnce | None = None
     signalled: int = 0
 
     def steps(self, data: Data, done: Callable[[], bool]) -> Iterator[Step]:
@@ -130,7 +133,8 @@ class Trainer:
         batches = make_batches(mine or [], self.options.memory.rows_per_pass, self.world.device)
         tokens = sum(batch.layout.num_tokens for batch in batches)
         targets = sum(batch.targets for batch in batches)
-        told = [len(batches), tokens, targets, int(mine is None), self.signal()]
+        counted = (tokens, targets) if self.world.counts_rows else (0, 0)
+        told = [len(batches), *counted, int(mine is None), self.signal()]
         everyone = list(zip(*self.world.gather(told), strict=True))
         passes, all_tokens, all_targets, ended, signals = everyone
         self.signalled = max(signals)
@@ -175,6 +179,8 @@ class Trainer:
 
     def _accumulate(self, batches: list[Batch], items: float) -> Tensor:
         """Add up the gradients of the batches; their loss is the sum over targets by `items`."""
+        if self.passes is not None:
+            return self.passes.accumulate(self.model, batches, items)
         total = torch.zeros((), dtype=torch.float32, device=self.world.device)
         for i, batch in enumerate(batches):
             with self._reducing(i == len(batches) - 1):
@@ -222,8 +228,10 @@ def validation_loss(
         batches = make_batches(rows, rows_per_pass, world.device)
         passes = max(count for (count,) in world.gather([len(batches)]))
         for batch in [*batches, *[empty_batch(world.device)] * (passes - len(batches))]:
+            # Of processes that share the tokens each has a part of the loss, and all its targets.
             loss = model(**batch.arguments()).loss
-            total += torch.stack([loss.double() * batch.targets, total.new_tensor(batch.targets)])
+            counted = batch.targets if world.counts_rows else 0
+            total += torch.stack([loss.double() * batch.targets, total.new_tensor(counted)])
     model.train(training)
     nats, targets = world.sum_(total).tolist()
     return nats / max(targets, 1)

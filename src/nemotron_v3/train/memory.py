@@ -14,6 +14,9 @@ import torch
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.model import cost
 from nemotron_v3.model.dtypes import FP32_NAMES
+from nemotron_v3.parallel.costs import gathered_bytes
+from nemotron_v3.parallel.plan import Plan
+from nemotron_v3.train.muon import AT_ONCE
 from nemotron_v3.train.options import LoraOptions, MemoryOptions, TrainOptions
 
 # Elements that the fused head and loss hold at once, in fp32 (ops/linear_cross_entropy).
@@ -117,20 +120,33 @@ class _Run:
         """Where these blocks are recomputed."""
         fixed, update = self._fixed
         stream = _stream_bytes(self.config, self.dtype.itemsize)
-        activations = self.tokens * _held(self.sizes, stream, recomputed)
+        activations = self.passes * self.tokens * _held(self.sizes, stream, recomputed)
         # What the optimiser needs for an update comes where activations and logits were.
         more = max(0, update - activations - fixed.logits)
         return replace(fixed, optimizer=fixed.optimizer + more, activations=activations)
 
     @property
     def tokens(self) -> int:
-        return self.options.memory.rows_per_pass * self.options.data.tokens_per_row
+        """Of a pass, that a process computes."""
+        cp = self.options.plan.cp
+        return -(-self.options.memory.rows_per_pass * self.options.data.tokens_per_row // cp)
+
+    @property
+    def passes(self) -> int:
+        """How many batches are under way at once."""
+        memory, rows = self.options.memory, self.options.data.rows
+        return min(memory.passes_at_once, -(-rows // memory.rows_per_pass))
 
     @cached_property
     def sizes(self) -> list[int]:
         """Bytes a token that each block keeps beside the stream in front of it."""
-        rank = self.options.lora.rank
-        return _sizes(self.config, self.dtype.itemsize, rank, self.kernels)
+        rank, config, cp = self.options.lora.rank, self.config, self.options.plan.cp
+        sizes = _sizes(config, self.dtype.itemsize, rank, self.kernels)
+        if cp > 1:  # keys and values of all that comes before, at most of all tokens
+            both = 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            attends = [block == "attention" for block in config.layers_block_type]
+            sizes = [n + cp * both * here for n, here in zip(sizes, attends, strict=True)]
+        return sizes
 
     @cached_property
     def _fixed(self) -> tuple[Memory, int]:
@@ -141,28 +157,50 @@ class _Run:
         adapters = lora_parameters(config, options.lora) if options.lora.rank else 0
         trained, width = adapters or cost.parameters(config).total, self.dtype.itemsize
         gradients = adapters * width if adapters else weights
-        # Of a sharded model the largest block is whole at a time, with its gradient.
-        largest = max(
-            sum(w.parameters for w in cost.block_weights(config, b))
-            for b in config.layers_block_type
-        )
-        gathered = largest * width if shared > 1 else 0
+        if self.passes > 1:  # each has its own, beside their sum
+            gradients *= 1 + self.passes
+        # Of a sharded model some weights are whole at a time, with their gradients.
+        asked = options.plan
+        plan = Plan(dp_replicate=asked.dp_replicate, ep=asked.ep)
+        gathered = gathered_bytes(config, plan.over(shared), width) if shared > 1 else 0
         fixed = Memory(
             weights=(weights + adapters * width) // shared + gathered,
             gradients=gradients // shared + (0 if adapters else gathered),
-            optimizer=trained * _moments(options, width) // shared,
+            optimizer=self._moments(trained) // shared,
             activations=0,
-            logits=_logit_bytes(config, options, self.tokens, shared > 1),
+            logits=self.passes * _logit_bytes(config, options, self.tokens, shared > 1),
         )
         return fixed, self._update(trained, shared)
 
+    def _moments(self, trained: int) -> int:
+        """Bytes of the moments, and of fp32 copies, of so many parameters."""
+        optimizer, width = self.options.optimizer, self.dtype.itemsize
+        if optimizer.moments == "8bit":
+            return 3 * trained  # a byte each, rounded up, and a scale for 256 of them
+        master = 4 if width < 4 and optimizer.bf16_weights == "master" else 0
+        one = sum(map(_matrix_elements, self._weights)) if optimizer.kind == "muon" else 0
+        return (8 + master) * trained - 4 * one
+
+    @cached_property
+    def _weights(self) -> list[cost.Weight]:
+        return cost.model_weights(self.config)
+
     def _update(self, trained: int, shared: int) -> int:
+        if self.options.optimizer.kind == "muon":
+            return self._made_orthogonal(shared)
         by_kernel = self.kernels and self.options.optimizer.moments == "float32"
         if self.dtype.itemsize >= 4 or by_kernel:
             return 0
         adapted = self.options.lora.rank
-        stacks = 1 if adapted else max(w.parameters for w in cost.model_weights(self.config))
+        stacks = 1 if adapted else max(w.parameters for w in self._weights)
         return 3 * 4 * min(max(UPDATED, stacks // shared), trained // shared)
+
+    def _made_orthogonal(self, shared: int) -> int:
+        """What an update by Muon needs, of the parameter where that is most: gradient, direction
+        and update in fp32, and a part of them twice. A stack's matrices stay where they are."""
+        sizes = ((_matrix_elements(w), w.copies) for w in self._weights)
+        most = max(size // shared if copies > 1 else size for size, copies in sizes)
+        return 4 * self.passes * (3 * most + 2 * min(AT_ONCE, most))
 
 
 def lora_parameters(config: NemotronV3Config, options: LoraOptions) -> int:
@@ -272,11 +310,11 @@ def _weight_bytes(config: NemotronV3Config, dtype: torch.dtype) -> int:
     )
 
 
-def _moments(options: TrainOptions, width: int) -> int:
-    """Bytes a trained parameter, rounded up."""
-    if options.optimizer.moments == "8bit":
-        return 3  # a byte each, and a scale for 256 of them
-    return 12 if width < 4 and options.optimizer.bf16_weights == "master" else 8
+def _matrix_elements(weight: cost.Weight) -> int:
+    """How many elements of a weight Muon moves."""
+    others = ("embeddings", "lm_head", "conv1d", "gate")
+    is_vector = len(weight.shape) < 2
+    return 0 if is_vector or set(weight.name.split(".")) & {*others} else weight.parameters
 
 
 def _logit_bytes(

@@ -1,5 +1,6 @@
-"""AdamW for weights in fp32 and in bfloat16, and with moments of 8 bits."""
+"""AdamW for weights in fp32 and bfloat16, with moments of 8 bits, and the choice of optimisers."""
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from nemotron_v3.model.optim import parameter_groups
+from nemotron_v3.model.optim import hidden_matrices, parameter_groups
 from nemotron_v3.train.options import OptimizerOptions
 from nemotron_v3.train.rounding import round_stochastically_, rounding_key
 from nemotron_v3.train.update import Update, update_, update_numbers
@@ -24,11 +25,17 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> to
         ValueError: moments of 8 bits with fp32 masters, or without torchao.
     """
     groups = parameter_groups(model, options.weight_decay)
+    if options.kind == "muon":
+        groups = _matrices_apart(groups, hidden_matrices(model))
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas}
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     kind = RoundedAdamW
-    if options.moments == "8bit":
+    if options.kind == "muon":
+        from nemotron_v3.train.muon import Muon
+
+        kind = functools.partial(Muon, momentum=options.momentum)
+    elif options.moments == "8bit":
         from nemotron_v3.train.eight_bit import EightBitAdamW as kind
 
         if narrow and options.bf16_weights == "master":
@@ -45,6 +52,15 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions, seed: int) -> to
     return kind(
         groups, **common, eps=options.eps, rounding=options.bf16_weights, names=names, seed=seed
     )
+
+
+def _matrices_apart(
+    groups: list[dict[str, Any]], matrices: list[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The groups without these parameters, which have one of their own with the first's decay."""
+    apart = set(matrices)
+    rest = [g | {"params": [p for p in g["params"] if p not in apart]} for g in groups]
+    return [groups[0] | {"params": matrices, "matrices": True}, *rest]
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -165,16 +181,19 @@ class RoundedAdamW(torch.optim.Optimizer):
         return state
 
     def _new_state(self, p: nn.Parameter) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p, dtype=torch.float32),
-            "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
-            # Counted on the host too, for the key: the other one is on the device.
-            "count": 0,
-        }
+        # Counted on the host too, for the key: AdamW's other one is on the device.
+        state = self._moments(p) | {"count": 0}
         if self.rounding == "master" and p.dtype == torch.bfloat16:
             state["master"] = p.detach().float()
         return state
+
+    def _moments(self, p: nn.Parameter) -> dict[str, Any]:
+        """Of a parameter that was not moved yet."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+            "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
+        }
 
     def _write(self, p: nn.Parameter, weight: Tensor) -> None:
         local = local_part(p)

@@ -55,17 +55,29 @@ class PlanOptions:
     dispatcher: Literal["auto", "gather", "all_to_all"] = "auto"
     """how tokens come to experts: all to all processes of ep, or each to those that have some of
     its experts; auto takes what sends less"""
+    cp: int = 1
+    """processes that share the tokens of each row, for rows too long for one: a mixer's state
+    travels, not the tokens"""
+    cp_layout: Literal["auto", "contiguous", "zigzag"] = "auto"
+    """one piece of the tokens to each of cp, or an early and a late one, which is even in
+    attention; auto takes zigzag for long documents"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW."""
+    """AdamW, or Muon for the matrices of hidden layers beside it."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon moves projections and experts by orthogonal matrices (Jordan et al. 2024); embeddings,
+    head, routers and vectors stay with AdamW"""
     learning_rate: float = 1e-4
     """the highest, after the warm-up"""
     weight_decay: float = 0.1
     """of matrices; norms, biases, A_log, D and dt_bias have none"""
     betas: tuple[float, float] = (0.9, 0.95)
+    """of AdamW's moments"""
+    momentum: float = 0.95
+    """of muon's matrices"""
     eps: float = 1e-8
     clip_norm: float = 1.0
     """longest gradient of all parameters together"""
@@ -101,7 +113,10 @@ class MemoryOptions:
     """What is traded for memory."""
 
     rows_per_pass: int = 1
-    """rows of a step that pass the model at once on a process; the rest of its rows follow"""
+    """rows of a step that pass the model as one batch; the rest of a process's rows follow"""
+    passes_at_once: int = 1
+    """so many batches of a step side by side, each on its share of a CPU's threads; in one process
+    on a CPU alone. What is computed stays the same"""
     checkpoint_every: int | Literal["auto"] = 0
     """recompute every nth block in the backward pass: 0 keeps all activations, 1 recomputes all;
     auto recomputes as few as the device's memory allows"""
@@ -213,6 +228,22 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         ),
         (f"lora.dropout is {o.lora.dropout}: give 0 to 1", 0 <= o.lora.dropout < 1),
         (
+            "memory.passes_at_once is of plain passes: leave it at 1 with memory.compile, "
+            "memory.checkpoint_every or lora.dropout",
+            o.memory.passes_at_once == 1
+            or not (o.memory.compile or o.memory.checkpoint_every or o.lora.dropout),
+        ),
+        (
+            "optimizer.kind = 'muon' has one moment, in fp32: give optimizer.moments = 'float32'",
+            p.kind == "adamw" or p.moments == "float32",
+        ),
+        (
+            "optimizer.kind = 'muon' is for whole matrices, and lora trains factors of updates: "
+            "give optimizer.kind = 'adamw'",
+            p.kind == "adamw" or not o.lora.rank,
+        ),
+        (f"optimizer.momentum is {p.momentum}: give a part, 0 to 1", 0 <= p.momentum < 1),
+        (
             f"optimizer.betas are {p.betas}: give two numbers from 0 to 1",
             all(0 <= beta < 1 for beta in p.betas),
         ),
@@ -228,6 +259,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "schedule.decay": s.decay,
         "schedule.least": s.least,
         "memory.rows_per_pass": o.memory.rows_per_pass,
+        "memory.passes_at_once": o.memory.passes_at_once,
         "save.minutes": o.save.minutes,
         "save.keep": o.save.keep,
         "validation.every": o.validation.every,
@@ -239,6 +271,7 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         "lora.alpha": o.lora.alpha,
         "plan.ep": o.plan.ep,
         "plan.dp_replicate": o.plan.dp_replicate,
+        "plan.cp": o.plan.cp,
     }
     rules += [
         (f"{name} is {value}: give a positive number", value is None or 0 < value < math.inf)

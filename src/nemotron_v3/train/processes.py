@@ -25,16 +25,25 @@ WAIT = timedelta(minutes=10)  # for a collective, where the others live: compili
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train one model; `size` is 1 without torchrun."""
+    """This process among those that train one model; `size` is 1 without torchrun.
+
+    Every `cp` processes, of ranks that follow each other, share the tokens of the same rows.
+    """
 
     rank: int
     size: int
     device: torch.device
+    cp: int = 1
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this process is the one among those with its rows that counts them."""
+        return self.rank % self.cp == 0
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """The integers of every process, by rank; through the host."""
@@ -103,9 +112,26 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rows_of(cp: int) -> tuple[int, int]:
+    """Which part of the rows of a step this process has, and of how many parts: those that share
+    tokens have the same.
+
+    Raises:
+        ValueError: so many do not divide the processes.
+    """
+    rank, size = rank_and_size()
+    if size % cp:
+        raise ValueError(
+            f"plan.cp is {cp}, which does not divide the {size} processes: as many share the "
+            "tokens of each row"
+        )
+    return rank // cp, size // cp
+
+
 @contextlib.contextmanager
-def processes(device: str | None) -> Iterator[World]:
-    """The world that torchrun has made, or a world of one process without it.
+def processes(device: str | None, cp: int = 1) -> Iterator[World]:
+    """The world that torchrun has made, or a world of one process without it; `cp` of them share
+    the tokens of a row.
 
     A process that dies ends the others within `SILENCE`, which say its rank, host and number.
     """
@@ -118,7 +144,7 @@ def processes(device: str | None) -> Iterator[World]:
     # Gloo carries what processes tell each other on the host, whatever carries the gradients.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=WAIT)
-    world = World(dist.get_rank(), dist.get_world_size(), place)
+    world = World(dist.get_rank(), dist.get_world_size(), place, cp)
     watch = Watch(world)
     stopped: Stopped | None = None
     try:

@@ -30,9 +30,11 @@ from nemotron_v3.train.folder import check_folder, write_about, write_outcome
 from nemotron_v3.train.interrupts import Stopped, noted_signals
 from nemotron_v3.train.loop import Data, NotFinite, Progress, Step, Trainer, validation_loss
 from nemotron_v3.train.metrics import Recorder, check_log, peak_flops
+from nemotron_v3.train.muon import Muon
 from nemotron_v3.train.optimizer import make_optimizer
 from nemotron_v3.train.options import TrainOptions
-from nemotron_v3.train.processes import World, processes, rank_and_size
+from nemotron_v3.train.passes import passes_at_once
+from nemotron_v3.train.processes import World, processes, rows_of
 from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
 from nemotron_v3.train.threads import thread_choice
@@ -103,19 +105,24 @@ def train(
     """
     options.check()
     check_log(options.log)
-    rank, size = rank_and_size()
     if options.log.samples and write_on is None:
         raise ValueError(
             "log.samples need somebody who continues prompts (write_on): leave them out"
         )
+    if options.log.samples and options.plan.cp > 1:
+        raise ValueError(
+            f"log.samples need logits, and with plan.cp = {options.plan.cp} processes share a "
+            "batch for its loss alone: leave them out"
+        )
+    part = rows_of(options.plan.cp)
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
     # Before the processes meet: the first one tokenises, which may take longer than they wait.
-    data = make_data(options.data, tokenizer, rank, size)
-    held_out = _validation(options, tokenizer, make_data, rank, size)
+    data = make_data(options.data, tokenizer, *part)
+    held_out = _validation(options, tokenizer, make_data, *part)
     length = length_of(options, data)
-    with processes(options.model.device) as world, noted_signals() as signal:
+    with processes(options.model.device, options.plan.cp) as world, noted_signals() as signal:
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
@@ -210,6 +217,9 @@ class _Run:
                 f"{model.config.vocab_size}: they do not belong together"
             )
         optimizer = make_optimizer(model, options.optimizer, options.seed)
+        passes = passes_at_once(options.memory, world)
+        if passes is not None and isinstance(optimizer, Muon):
+            optimizer.each = passes.each
         self.checkpoints = Checkpoints(
             options.out, model, optimizer, world, options.save, self._identity(model)
         )
@@ -231,7 +241,17 @@ class _Run:
         if options.log.details or options.optimizer.balance:
             load = ExpertLoad(model) if model.config.has_experts else None
         self.trainer = Trainer(
-            options, world, model, called, optimizer, scheduler, load, progress, look, signal
+            options,
+            world,
+            model,
+            called,
+            optimizer,
+            scheduler,
+            load,
+            progress,
+            look,
+            signal,
+            passes,
         )
         self.recorder = None
         if self.samples is not None:
@@ -251,11 +271,12 @@ class _Run:
         sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         lora, asked = self.options.lora, self.options.optimizer
         moments = {"8bit": "8bit by rows"}.get(asked.moments, asked.moments)
+        state = f"{moments} moments, {asked.bf16_weights} bf16 weights"
         return {
             "the model's config": hashlib.sha256(sizes.encode()).hexdigest()[:16],
             "the weights' dtype": str(model.model.embeddings.weight.dtype),
             "lora": json.dumps(asdict(lora)),
-            "the optimiser's state": f"{moments} moments, {asked.bf16_weights} bf16 weights",
+            "the optimiser's state": f"muon, {state}" if asked.kind == "muon" else state,
             "the trained parameters": f"{sum(p.numel() for p in _trained(model)):,}",
         }
 
@@ -287,7 +308,9 @@ class _Run:
                 stack.enter_context(trainer.load)
             stack.enter_context(self.display.training())
             threads = None
-            if self.world.size == 1:
+            if trainer.passes is not None:
+                stack.enter_context(trainer.passes.sharing())
+            elif self.world.size == 1:
                 threads = thread_choice(self.length.seconds is not None, self.world.device)
             if threads is not None:
                 stack.callback(torch.set_num_threads, threads.current)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
 from nemotron_v3.layers import graph_ops
+from nemotron_v3.layers.fp32_params import itself
 from nemotron_v3.layers.narrow import keeping_codes, wide
 
 STACKS = ("up_proj", "down_proj")
@@ -112,10 +113,6 @@ def _refuse_merged(module: LowRankUpdates, prefix: str, keep_vars: bool) -> None
         )
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class NemotronV3Experts(nn.Module):
     """The routed experts as two stacked tensors: `up_proj [E, F, X]`, `down_proj [E, X, F]`.
 
@@ -136,7 +133,7 @@ class NemotronV3Experts(nn.Module):
         self.up_proj: nn.Parameter = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
         self.down_proj: nn.Parameter = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
         self.low_rank: LowRankUpdates | None = None
-        self.local: Callable[[Tensor], Tensor] = _itself
+        self.local: Callable[[Tensor], Tensor] = itself
 
     @property
     def op(self) -> str:

@@ -7,8 +7,9 @@ Letters: T packed tokens, D documents, E experts, K experts a token.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -71,6 +72,7 @@ class ExpertLoad:
         self.scores: bool = scores
         self.counts: dict[str, Tensor] = {}
         self._entropies: dict[str, Tensor] = {}
+        self._counting = threading.Lock()  # passes may run side by side
         self._watching = ExitStack()
         self._watching.enter_context(watching_routers(model, self._watcher_of))
 
@@ -113,8 +115,10 @@ class ExpertLoad:
         def count(routing: Routing) -> None:
             if routing.repeated or (self.training_only and not routing.router.training):
                 return
+            # A compiler traces one call at a time, and knows no locks.
+            alone = nullcontext() if torch.compiler.is_compiling() else self._counting
             # Counts outlive the mode that a call runs in.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), alone:
                 self._count(name, routing)
 
         return count

@@ -20,6 +20,7 @@ from nemotron_v3.ops.skinny_linear.kernels.launch import Blocks
 Pair = tuple[Tensor, Tensor]
 
 SHARED_ROWS = 64  # of the shared expert, for which its weights are read once
+ROUTED_ROWS = 16  # of an expert that is routed to
 EXPERTS_OF_PROGRAM = 2  # whose logits a program of the router computes
 ONE_ROW_UP = Blocks(4, 1024, 1, 4, 4)
 ONE_ROW_DOWN = Blocks(8, 512, 1, 4, 4)
@@ -28,7 +29,7 @@ ONE_ROW_DOWN = Blocks(8, 512, 1, 4, 4)
 def blocks_of(R: int, element_size: int, shared: int) -> Blocks:
     """How the products of two rows and more are cut; see `skinny_linear.kernels.launch`.
 
-    `r` is that of the shared expert; one that is routed to has 16 rows at a time.
+    `r` is that of the shared expert; one that is routed to has `ROUTED_ROWS` at a time.
     """
     r = min(max(power_of_two(R), 16), SHARED_ROWS)
     blocks = Blocks(32, 256 if R <= 48 else 128, r, 4, 4)
@@ -43,7 +44,7 @@ def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> N
     E = len(router.gate)
     if R == 0:
         return
-    groups = Sizes(
+    sizes = Sizes(
         E=E,
         K=router.top_k,
         GROUPS=router.n_group,
@@ -72,19 +73,13 @@ def route(stream: Tensor, router: Router, active: Tensor, buffers: Buffers) -> N
         eps=router.eps,
         factor=router.scaling_factor,
         stride_x=stream.stride(0),
-        E=E,
-        K=router.top_k,
-        GROUPS=router.n_group,
-        OF_GROUPS=groups,
-        NORMALISE=router.norm_topk_prob,
+        SIZES=sizes,
         BY_BIASED=router.weights_use_bias,
         SLOTS=buffers.slots.shape[1],
         SORT=R > 1,
         BLOCK_E=EXPERTS_OF_PROGRAM,
         BLOCK_R=min(power_of_two(R), 16),
         ALL_D=power_of_two(D),
-        ALL_E=power_of_two(E),
-        ALL_K=power_of_two(router.top_k),
         num_warps=8,  # with four the choice spills
         **early(stream.device),
     )
@@ -142,13 +137,10 @@ def _of_rows(
         F=F,
         K=buffers.weights.shape[1],
         SLOTS=buffers.slots.shape[1],
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_R=16,
-        SHARED_R=blocks.r,
+        BLOCKS=blocks._replace(r=ROUTED_ROWS),
+        SHARED_BLOCKS=blocks,
         EVEN_X=X % blocks.n == 0,
         EVEN_D=D % blocks.n == 0,
-        STAGES=blocks.stages,
         num_warps=blocks.warps,
         **early(x.device),
     )
@@ -170,13 +162,10 @@ def _of_rows(
         shared_blocks=shared_blocks,
         F=F,
         SLOTS=buffers.slots.shape[1],
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_R=16,
-        SHARED_R=blocks.r,
+        BLOCKS=blocks._replace(r=ROUTED_ROWS),
+        SHARED_BLOCKS=blocks,
         EVEN_F=F % blocks.n == 0,
         EVEN_S=wide % blocks.n == 0,
-        STAGES=blocks.stages,
         num_warps=blocks.warps,
         **early(x.device),
     )
@@ -242,9 +231,7 @@ def _of_one_row(
         F_SHARED=wide,
         shared_blocks=shared_blocks,
         F=F,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        STAGES=blocks.stages,
+        BLOCKS=blocks,
         num_warps=blocks.warps,
         **early(x.device),
     )
@@ -265,9 +252,7 @@ def _of_one_row(
         ROUTED=routed is not None,
         SHARED=shared is not None,
         RESIDUAL=residual is not None,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        STAGES=blocks.stages,
+        BLOCKS=blocks,
         num_warps=blocks.warps,
         **early(x.device),
     )

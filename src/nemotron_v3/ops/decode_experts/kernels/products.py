@@ -37,40 +37,28 @@ def up_kernel(
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     SHARED_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SHARED_R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHARED_BLOCKS: tl.constexpr,
     EVEN_X: tl.constexpr,
     EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`h = weight relu(up x)^2` of every choice, and `relu(up x)^2` of the shared expert.
 
-    An expert's weights are read once for BLOCK_R of its rows.
+    An expert's weights are read once for a block of its rows. BLOCKS and SHARED_BLOCKS are
+    `launch.Blocks` of an expert that is routed to and of the shared one; they differ in their rows.
     """
     start_early(PDL)
     block = tl.program_id(0)
     if block < shared_blocks:
-        o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_m = block * BLOCKS.m + tl.arange(0, BLOCKS.m)
         m_m = o_m < F_SHARED
         p_w = shared_up + o_m.to(tl.int64) * D
-        for r in range(0, R, SHARED_R):
-            o_r = r + tl.arange(0, SHARED_R)
+        for r in range(0, R, SHARED_BLOCKS.r):
+            o_r = r + tl.arange(0, SHARED_BLOCKS.r)
             m_r = o_r < R
-            b_u = weight_times_rows(
-                p_w,
-                shared_x + o_r.to(tl.int64) * D,
-                m_m,
-                m_r,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                SHARED_R,
-                EVEN_D,
-                STAGES,
-            )
+            p_x = shared_x + o_r.to(tl.int64) * D
+            b_u = weight_times_rows(p_w, p_x, m_m, m_r, D, SHARED_BLOCKS, EVEN_D)
             if SHARED_RANK > 0:
                 p_t = shared_thin + o_r.to(tl.int64) * shared_rank
                 b_u += low_rank_rows(
@@ -81,30 +69,20 @@ def up_kernel(
             b_h = (b_u * b_u).to(shared_h.dtype.element_ty)
             tl.store(p_h, b_h, mask=m_m[:, None] & m_r[None, :])
     else:
-        blocks: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
+        blocks: tl.constexpr = (F + BLOCKS.m - 1) // BLOCKS.m
         slot = (block - shared_blocks) // blocks
         expert = tl.load(slots + slot)
         if expert >= 0:
             start, count = tl.load(slots + SLOTS + slot), tl.load(slots + 2 * SLOTS + slot)
-            o_m = ((block - shared_blocks) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            o_m = ((block - shared_blocks) % blocks) * BLOCKS.m + tl.arange(0, BLOCKS.m)
             m_m = o_m < F
             p_w = up + expert.to(tl.int64) * F * X + o_m.to(tl.int64) * X
-            for r in range(0, count, BLOCK_R):
-                o_c = r + tl.arange(0, BLOCK_R)
+            for r in range(0, count, BLOCKS.r):
+                o_c = r + tl.arange(0, BLOCKS.r)
                 m_c = o_c < count
                 b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
-                b_u = weight_times_rows(
-                    p_w,
-                    x + (b_choice // K).to(tl.int64) * X,
-                    m_m,
-                    m_c,
-                    X,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_R,
-                    EVEN_X,
-                    STAGES,
-                )
+                p_x = x + (b_choice // K).to(tl.int64) * X
+                b_u = weight_times_rows(p_w, p_x, m_m, m_c, X, BLOCKS, EVEN_X)
                 if RANK > 0:
                     p_b = up_b + expert.to(tl.int64) * F * rank + o_m * rank
                     b_u += low_rank_rows(p_b, thin + b_choice * rank, m_m, m_c, rank, RANK)
@@ -140,37 +118,24 @@ def down_kernel(
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     SHARED_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SHARED_R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHARED_BLOCKS: tl.constexpr,
     EVEN_F: tl.constexpr,
     EVEN_S: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`down h` of every choice, and of the shared expert."""
     start_early(PDL)
     block = tl.program_id(0)
     if block < shared_blocks:
-        o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_m = block * BLOCKS.m + tl.arange(0, BLOCKS.m)
         m_m = o_m < D
         p_w = shared_down + o_m.to(tl.int64) * F_SHARED
-        for r in range(0, R, SHARED_R):
-            o_r = r + tl.arange(0, SHARED_R)
+        for r in range(0, R, SHARED_BLOCKS.r):
+            o_r = r + tl.arange(0, SHARED_BLOCKS.r)
             m_r = o_r < R
-            b_y = weight_times_rows(
-                p_w,
-                shared_h + o_r.to(tl.int64) * F_SHARED,
-                m_m,
-                m_r,
-                F_SHARED,
-                BLOCK_M,
-                BLOCK_N,
-                SHARED_R,
-                EVEN_S,
-                STAGES,
-            )
+            p_h = shared_h + o_r.to(tl.int64) * F_SHARED
+            b_y = weight_times_rows(p_w, p_h, m_m, m_r, F_SHARED, SHARED_BLOCKS, EVEN_S)
             if SHARED_RANK > 0:
                 p_t = shared_thin + o_r.to(tl.int64) * shared_rank
                 b_y += low_rank_rows(
@@ -179,30 +144,20 @@ def down_kernel(
             p_y = shared_y + o_r[None, :].to(tl.int64) * D + o_m[:, None]
             tl.store(p_y, b_y.to(shared_y.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
     else:
-        blocks = tl.cdiv(X, BLOCK_M)
+        blocks = tl.cdiv(X, BLOCKS.m)
         slot = (block - shared_blocks) // blocks
         expert = tl.load(slots + slot)
         if expert >= 0:
             start, count = tl.load(slots + SLOTS + slot), tl.load(slots + 2 * SLOTS + slot)
-            o_m = ((block - shared_blocks) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            o_m = ((block - shared_blocks) % blocks) * BLOCKS.m + tl.arange(0, BLOCKS.m)
             m_m = o_m < X
             p_w = down + expert.to(tl.int64) * X * F + o_m.to(tl.int64) * F
-            for r in range(0, count, BLOCK_R):
-                o_c = r + tl.arange(0, BLOCK_R)
+            for r in range(0, count, BLOCKS.r):
+                o_c = r + tl.arange(0, BLOCKS.r)
                 m_c = o_c < count
                 b_choice = tl.load(choices + start + o_c, mask=m_c, other=0)
-                b_y = weight_times_rows(
-                    p_w,
-                    h + b_choice.to(tl.int64) * F,
-                    m_m,
-                    m_c,
-                    F,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_R,
-                    EVEN_F,
-                    STAGES,
-                )
+                p_h = h + b_choice.to(tl.int64) * F
+                b_y = weight_times_rows(p_w, p_h, m_m, m_c, F, BLOCKS, EVEN_F)
                 if RANK > 0:
                     p_b = down_b + expert.to(tl.int64) * X * rank + o_m * rank
                     b_y += low_rank_rows(p_b, thin + b_choice * rank, m_m, m_c, rank, RANK)

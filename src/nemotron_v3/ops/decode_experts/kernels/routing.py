@@ -30,25 +30,19 @@ def route_kernel(
     eps,
     factor,
     stride_x,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OF_GROUPS: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    SIZES: tl.constexpr,
     BY_BIASED: tl.constexpr,
     SLOTS: tl.constexpr,
     SORT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ALL_D: tl.constexpr,
-    ALL_E: tl.constexpr,
-    ALL_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs of one row compute its logits, a block of experts each; the last of them to arrive
     chooses, and the last of all rows sorts the choices. Nobody waits.
 
-    OF_GROUPS is the router's own `Sizes`, of one token.
+    SIZES are the router's own, of one token.
 
     Writes:
         normed: `[R, D]`, what the experts see.
@@ -60,34 +54,20 @@ def route_kernel(
     """
     start_early(PDL)
     r = tl.program_id(1)
-    _logits(x + r.to(tl.int64) * stride_x, gain, gate, normed, logits, r, D, eps, E, BLOCK_E, ALL_D)
+    p_x = x + r.to(tl.int64) * stride_x
+    _logits(p_x, gain, gate, normed, logits, r, D, eps, SIZES.E, BLOCK_E, ALL_D)
     tl.debug_barrier()
     if tl.atomic_add(counters + r, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(counters + r, 0)
         tl.debug_barrier()
-        _choose(
-            logits + r * E,
-            bias,
-            active,
-            weights,
-            experts,
-            r,
-            factor,
-            E,
-            K,
-            GROUPS,
-            OF_GROUPS,
-            NORMALISE,
-            BY_BIASED,
-            ALL_E,
-            ALL_K,
-        )
+        p_logits = logits + r * SIZES.E
+        _choose(p_logits, bias, active, weights, experts, r, factor, SIZES, BY_BIASED)
         if SORT:  # the choices of one row need no order
             tl.debug_barrier()
             if tl.atomic_add(counters + R, 1, sem="acq_rel") == R - 1:
                 tl.store(counters + R, 0)
                 tl.debug_barrier()
-                _sort(experts, slots, choices, R, K, SLOTS, BLOCK_R, ALL_E)
+                _sort(experts, slots, choices, R, SLOTS, BLOCK_R, SIZES)
 
 
 @triton.jit
@@ -125,41 +105,36 @@ def _logits(
 
 @triton.jit
 def _choose(
-    logits,
+    p_logits,
     bias,
     active,
     weights,
     experts,
     r,
     factor,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OF_GROUPS: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    SIZES: tl.constexpr,
     BY_BIASED: tl.constexpr,
-    ALL_E: tl.constexpr,
-    ALL_K: tl.constexpr,
 ):
     """The choice of `nemotron_v3.ops.router`, ties included."""
-    o_e, o_k = tl.arange(0, ALL_E), tl.arange(0, ALL_K)
-    m_e = o_e < E
-    b_logit = tl.load(logits + o_e, mask=m_e, other=0.0)[None, :]
+    K: tl.constexpr = SIZES.K
+    o_e, o_k = tl.arange(0, SIZES.BLOCK_E), tl.arange(0, SIZES.BLOCK_K)
+    m_e = o_e < SIZES.E
+    b_logit = tl.load(p_logits + o_e, mask=m_e, other=0.0)[None, :]
     b_s = 1.0 / (1.0 + tl.exp(-b_logit))
     b_c = b_s + tl.load(bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_key = tl.where(m_e[None, :], _key(b_c), OUT)
-    if GROUPS > 1:
-        b_key = _keep_groups(b_key, b_c, o_e, OF_GROUPS)
-    b_weight = tl.zeros([1, ALL_K], tl.float32)
-    b_expert = tl.full([1, ALL_K], -1, tl.int32)
+    if SIZES.GROUPS > 1:
+        b_key = _keep_groups(b_key, b_c, o_e, SIZES)
+    b_weight = tl.zeros([1, tl.constexpr(SIZES.BLOCK_K)], tl.float32)
+    b_expert = tl.full([1, tl.constexpr(SIZES.BLOCK_K)], -1, tl.int32)
     for k in tl.static_range(K):
-        b_best = _first_largest(b_key, o_e, ALL_E)
+        b_best = _first_largest(b_key, o_e, SIZES.BLOCK_E)
         m_best = o_e[None, :] == b_best[:, None]
         b_value = tl.sum(tl.where(m_best, b_c if BY_BIASED else b_s, 0.0), 1)
         b_key = tl.where(m_best, OUT, b_key)
         b_weight = tl.where((o_k == k)[None, :], b_value[:, None], b_weight)
         b_expert = tl.where((o_k == k)[None, :], b_best[:, None], b_expert)
-    if NORMALISE:
+    if SIZES.NORMALISE:
         b_weight = b_weight / (tl.sum(b_weight, 1) + 1e-20)[:, None]
     b_expert = tl.where(tl.load(active + r) != 0, b_expert, -1)
     o_rk = r * K + o_k[None, :]
@@ -169,16 +144,11 @@ def _choose(
 
 @triton.jit
 def _sort(
-    experts,
-    slots,
-    choices,
-    R,
-    K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALL_E: tl.constexpr,
+    experts, slots, choices, R, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, SIZES: tl.constexpr
 ):
     """The choices by expert: counted, then put to their places."""
+    K: tl.constexpr = SIZES.K
+    ALL_E: tl.constexpr = SIZES.BLOCK_E
     o_e = tl.arange(0, ALL_E)
     b_count = tl.zeros([ALL_E], tl.int32)
     for first in range(0, R, BLOCK_R):

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemotron_v3.ops.common.early import early
 from nemotron_v3.ops.common.host import on_device_of_first, power_of_two, shared_memory
 from nemotron_v3.ops.common.low_rank import LowRank
-from nemotron_v3.ops.skinny_linear.kernels.products import group_norm_kernel, linear_kernel
+from nemotron_v3.ops.skinny_linear.kernels.products import Mode, group_norm_kernel, linear_kernel
 from nemotron_v3.ops.skinny_linear.kernels.thin import thin_kernel
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
@@ -134,6 +134,15 @@ def _linear(
     bias_0, bias_1, bias_2 = _three(biases)
     m_0, m_1, m_2 = (*m, 0, 0)[:3]
     blocks_0, blocks_1, blocks_2 = (triton.cdiv(size, blocks.m) for size in (m_0, m_1, m_2))
+    mode = Mode(
+        NORM=norm is not None,
+        GROUP=group,
+        BIAS=bias_0 is not None,
+        RESIDUAL=residual is not None,
+        PARTS=len(weights),
+        RANK=rank_block(max(ranks), kind_b, R),
+        EVEN=n % blocks.n == 0,
+    )
     linear_kernel[blocks_0 + blocks_1 + blocks_2, triton.cdiv(R, blocks.r)](
         x=x,
         w_0=w_0,
@@ -162,17 +171,8 @@ def _linear(
         eps=0.0 if norm is None else norm.eps,
         stride_x=x.stride(0),
         stride_out=out.stride(0),
-        NORM=norm is not None,
-        GROUP=group,
-        BIAS=bias_0 is not None,
-        RESIDUAL=residual is not None,
-        PARTS=len(weights),
-        RANK=rank_block(max(ranks), kind_b, R),
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_R=blocks.r,
-        EVEN=n % blocks.n == 0,
-        STAGES=blocks.stages,
+        MODE=mode,
+        BLOCKS=blocks,
         num_warps=blocks.warps,
         **early(x.device),
     )

@@ -17,33 +17,22 @@ def multiply(b_w, b_x):
 
 
 @triton.jit
-def weight_times_rows(
-    p_w,
-    p_x,
-    m_m,
-    m_r,
-    n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """`weight x^T`, fp32 `[BLOCK_M, BLOCK_R]`.
+def weight_times_rows(p_w, p_x, m_m, m_r, n, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
+    """`weight x^T`, fp32 `[m, r]` of the `launch.Blocks`.
 
     Tensor cores add to a long sum by cutting off, so none of theirs is longer than a block.
 
     Args:
-        p_w: where the weight's rows begin, `[BLOCK_M]`.
-        p_x: where x's rows begin, `[BLOCK_R]`.
+        p_w: where the weight's rows begin, `[m]`.
+        p_x: where x's rows begin, `[r]`.
         m_m, m_r: which of them there are.
-        EVEN: n is a multiple of BLOCK_N.
+        EVEN: the inputs are a multiple of a block's.
     """
-    o_n = tl.arange(0, BLOCK_N)
-    b_sum = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for k in tl.range(0, n, BLOCK_N, num_stages=STAGES):
+    o_n = tl.arange(0, BLOCKS.n)
+    b_sum = tl.zeros([tl.constexpr(BLOCKS.m), tl.constexpr(BLOCKS.r)], tl.float32)
+    for k in tl.range(0, n, BLOCKS.n, num_stages=BLOCKS.stages):
         m_n = k + o_n < n
-        # [BLOCK_M, BLOCK_N], [BLOCK_N, BLOCK_R]
+        # [m, n], [n, r]
         if EVEN:
             b_w = tl.load(p_w[:, None] + (k + o_n)[None, :], mask=m_m[:, None], other=0.0)
             b_x = tl.load(p_x[None, :] + (k + o_n)[:, None], mask=m_r[None, :], other=0.0)
@@ -57,27 +46,17 @@ def weight_times_rows(
 
 @triton.jit
 def weight_times_vector(
-    p_w,
-    x,
-    gain,
-    m_m,
-    n,
-    eps,
-    NORM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    p_w, x, gain, m_m, n, eps, NORM: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """`weight (norm x)` of one row, fp32 `[BLOCK_M]`, by multiplications that each thread adds up
-    for itself: nothing is exchanged between threads before the end.
+    """`weight (norm x)` of one row, fp32 `[m]` of the `launch.Blocks`, by multiplications that each
+    thread adds up for itself: nothing is exchanged between threads before the end.
 
-    GROUP is 0 for a norm over all inputs, else BLOCK_N.
+    GROUP is 0 for a norm over all inputs, else a block's inputs.
     """
-    o_n = tl.arange(0, BLOCK_N)
-    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_square = tl.zeros([BLOCK_N], tl.float32)
-    for k in tl.range(0, n, BLOCK_N, num_stages=STAGES):
+    o_n = tl.arange(0, BLOCKS.n)
+    b_sum = tl.zeros([tl.constexpr(BLOCKS.m), tl.constexpr(BLOCKS.n)], tl.float32)
+    b_square = tl.zeros([tl.constexpr(BLOCKS.n)], tl.float32)
+    for k in tl.range(0, n, BLOCKS.n, num_stages=BLOCKS.stages):
         m_n = k + o_n < n
         m_w = m_m[:, None] & m_n[None, :]
         b_w = tl.load(p_w[:, None] + (k + o_n)[None, :], mask=m_w, other=0.0)
@@ -98,11 +77,11 @@ def weight_times_vector(
 
 @triton.jit
 def low_rank_rows(p_b, p_t, m_m, m_r, rank, RANK: tl.constexpr):
-    """`b t`, fp32 `[BLOCK_M, BLOCK_R]`: a low-rank update behind its thin products.
+    """`b t`, fp32 `[m, r]`: a low-rank update behind its thin products.
 
     Args:
-        p_b: where the rows of b begin, `[BLOCK_M]`.
-        p_t: where the thin products of each row of x begin, `[BLOCK_R]`.
+        p_b: where the rows of b begin, `[m]`.
+        p_t: where the thin products of each row of x begin, `[r]`.
         m_m, m_r: which of them there are.
         RANK: `rank`, filled up.
     """
@@ -115,7 +94,7 @@ def low_rank_rows(p_b, p_t, m_m, m_r, rank, RANK: tl.constexpr):
 
 @triton.jit
 def low_rank_vector(p_b, t, m_m, rank, RANK: tl.constexpr):
-    """The same of one row, fp32 `[BLOCK_M]`."""
+    """The same of one row, fp32 `[m]`."""
     o_k = tl.arange(0, RANK)
     m_k = o_k < rank
     b_b = tl.load(p_b[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
