@@ -42,7 +42,10 @@ def test_the_folder_of_a_run_is_a_recipe(tmp_path):
     [
         ([], "nothing to train on"),
         (["--files", "none.txt"], "there is no model"),
-        (["none.toml"], "none.toml"),
+        (["none.toml"], "none.toml: No such file"),
+        (["none", "--resume"], "none: there is no such file, and no folder of a run"),
+        ([".", "--resume"], "holds no run: there is no train.toml in it"),
+        ([__file__], "is no recipe, which is a .toml file: to train on it give --files"),
         (["--files", "x.txt", "--threads", "0"], "--threads is 0"),
         (["--files", "x.txt", "--data.rows", "0"], "rows is 0"),
         (["--files", "x.txt", "--optimizer.lerning-rate", "1"], "learning-rate"),

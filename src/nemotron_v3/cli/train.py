@@ -57,12 +57,21 @@ class Train:
             data = DataOptions(sources=sources, tokens_per_row=1024, rows=8)
             return cls(options=TrainOptions(data=data))
         if recipe.is_dir():
+            if not (recipe / CONFIG).exists():
+                raise ValueError(f"{recipe} holds no run: there is no {CONFIG} in it")
             options = read_config(recipe / CONFIG, TrainOptions, over)
             return cls(options=replace(options, out=recipe))
         return cls(options=read_config(recipe, TrainOptions, over))
 
     def run(self) -> None:
         """Train, or show the plan."""
+        if self.recipe is not None and not self.recipe.exists():
+            raise ValueError(f"{self.recipe}: there is no such file, and no folder of a run")
+        if self.recipe is not None and self.recipe.is_file() and self.recipe.suffix != ".toml":
+            raise ValueError(
+                f"{self.recipe} is no recipe, which is a .toml file: to train on it give "
+                f"--files {self.recipe}"
+            )
         if self.recipe is None and not self.files:
             raise ValueError("there is nothing to train on: give a recipe, or --files")
         if self.threads is not None and self.threads < 1:
