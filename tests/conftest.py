@@ -5,9 +5,13 @@ import signal
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 def pytest_configure() -> None:
+    # A busy machine is no fault of what is tested.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     # Each xdist worker has one core; two workers of two threads each would take turns.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

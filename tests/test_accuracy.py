@@ -205,7 +205,7 @@ def test_relative_error():
         relative_error(true, torch.zeros(3))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(layouts(allow_empty=True))
 def test_layouts_hold_tokens(layout):
     assert layout.num_tokens > 0
@@ -213,7 +213,7 @@ def test_layouts_hold_tokens(layout):
     assert torch.equal(layout.pack(layout.unpack(layout.pack(x))), layout.pack(x))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data(), st.sampled_from(["left", "right", "mixed"]))
 def test_padding_is_on_its_side(data, side):
     mask = data.draw(padding_masks(side=side))

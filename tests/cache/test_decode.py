@@ -31,7 +31,7 @@ def test_any_pieces_equal_the_whole(pieces, changes):
     assert_near(in_pieces(model, ids, pieces), model(ids).logits)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 3))
 def test_drawn_pieces_with_and_without_a_rollback_window(pieces, window):
     model, ids = tiny_model(), tokens(1, sum(pieces))

@@ -115,7 +115,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(KINDS), max_size=8), st.integers(1, 3), st.integers(0, 2**32))
 def test_random_sequences_of_operations(tmp_path_factory, kinds, rows, seed):
     rng = random.Random(seed)

@@ -65,9 +65,7 @@ options = st.fixed_dictionaries(
         "layers": st.sampled_from([None, 2, (1, 3), (0, 2, 4)]),
     }
 )
-quickly = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quickly = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quickly

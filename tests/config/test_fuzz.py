@@ -39,7 +39,7 @@ def reads_or_refuses(text: str) -> None:
             assert path.read_bytes() == before
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(TEXTS),
     st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=12), json_values, max_size=4),
@@ -48,7 +48,7 @@ def test_any_values(text, changes):
     reads_or_refuses(json.dumps(json.loads(text) | changes))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(TEXTS), st.data())
 def test_damaged_text(text, data):
     start = data.draw(st.integers(0, len(text)))

@@ -86,7 +86,7 @@ def test_packed_equals_alone(changes):
     assert_near(backward(model, packed, docs), backward(model, alone, docs))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(document_lengths(conv_width=4, chunk_size=16))
 def test_any_pack_equals_its_documents(lengths):
     model, docs = tiny_model(), documents(lengths)

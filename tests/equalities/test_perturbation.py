@@ -85,7 +85,7 @@ def run(name: str, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_another_documents_values_change_nothing(name, data):
     lengths = data.draw(document_lengths(conv_width=3, chunk_size=8))
@@ -107,7 +107,7 @@ def test_another_documents_values_change_nothing(name, data):
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_later_tokens_change_nothing_before_them(name, data):
     lengths = data.draw(document_lengths(conv_width=3, chunk_size=8))

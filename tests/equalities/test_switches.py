@@ -55,7 +55,7 @@ def test_the_order_of_rows_changes_rounding_only(pattern):
 # --- checkpointing ------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(layouts(chunk_size=16, max_documents=4))
 def test_recomputing_blocks_changes_nothing_in_any_layout(layout):
     model, ids = tiny_model(), tokens(*layout.shape)
@@ -69,7 +69,7 @@ def test_recomputing_blocks_changes_nothing_in_any_layout(layout):
 # --- residual_in_fp32 ---------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(layouts(chunk_size=16, max_documents=4))
 def test_an_fp32_stream_is_no_change_in_an_fp32_model(layout):
     ids = tokens(*layout.shape)
@@ -79,7 +79,7 @@ def test_an_fp32_stream_is_no_change_in_an_fp32_model(layout):
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(layouts(chunk_size=16, max_documents=4))
 def test_an_fp32_stream_keeps_padded_equal_to_packed_in_bf16(layout):
     model = tiny_model(residual_in_fp32=True).bfloat16()

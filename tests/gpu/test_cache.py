@@ -43,9 +43,7 @@ def generated(shadow: test_operations.Shadow, model, rng: random.Random) -> None
     shadow.rows = [row[:-1] for row in new]  # the last one is not fed
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(KINDS, st.integers(1, 3), SEEDS)
 def test_random_sequences_of_operations(on_gpu, tmp_path_factory, kinds, rows, seed):
     rng, shadow = random.Random(seed), test_operations.Shadow.fresh(rows)
@@ -59,9 +57,7 @@ def test_random_sequences_of_operations(on_gpu, tmp_path_factory, kinds, rows, s
     shadow.check()
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 3))
 def test_drawn_pieces_with_and_without_a_rollback_window(on_gpu, pieces, window):
     ids = tokens(1, sum(pieces)).cuda()

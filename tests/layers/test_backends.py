@@ -282,7 +282,7 @@ def test_flex_attention_gives_the_same_logits(layout):
         )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(document_lengths(chunk_size=128, max_documents=5, allow_empty=True))
 def test_its_block_mask_holds_exactly_the_pairs_that_may_meet(lengths):
     """Blocks of 128 tokens; those marked full are not looked at again, so they must be right."""
