@@ -24,10 +24,21 @@ CASES = [
     (["completion", "f"], {"fish"}),
     (["demo", "--pat"], {"--pattern"}),
     (["train", "--memory.checkpoint-every", ""], {"auto"}),
+    (["train", "--save.no-b"], {"--save.no-background"}),
+    (["eval", "x", "--ta"], {"--tasks"}),
+    (["warm", "x", "--le"], {"--length"}),
     (["report", "notes-"], {"notes-1", "notes-2"}),
     (["convert", "notes-"], {"notes-1", "notes-2"}),
     (["generate", "x", "--adapter", "notes-"], {"notes-1", "notes-2"}),
 ]
+
+
+def test_a_flag_that_takes_something_away_says_so():
+    taking = [o for verb in cli.VERBS for o in read_verb(verb).options if "no-" in (o.flag or "")]
+    assert len(taking) > 2
+    for option in taking:
+        assert option.flag is not None
+        assert option.flag.removeprefix("--").rpartition(".")[2] in option.help, option
 
 
 @pytest.fixture

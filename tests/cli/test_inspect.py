@@ -21,6 +21,28 @@ def figures(text: str) -> dict[str, str]:
     return {row[0]: row[-1] for row in rows if row[1:]}
 
 
+def test_figures_of_a_model_of_any_size_keep_their_digits(tmp_path, capsys):
+    config = NemotronV3Config(
+        layers_block_type="M*-M", hidden_size=64, vocab_size=100, mamba_num_heads=8
+    )
+    config.to_json(tmp_path)
+    inspect(str(tmp_path), json=True)
+    costs = json.loads(capsys.readouterr().out)
+    inspect(str(tmp_path))
+    text = capsys.readouterr().out
+    found = figures(text)
+    number, unit = found["forward FLOP a token at 4,096"].split()
+    flops = float(number) * {"k": 1e3, "M": 1e6}[unit]
+    assert flops == pytest.approx(costs["forward_flops_per_token"], rel=1e-2)
+    assert (
+        found["parameters"].startswith(f"{costs['parameters']:,}")
+        and " B)" not in found["parameters"]
+    )
+    shown = re.search(r"^ mlp +1 .* (\S+) *$", text, re.MULTILINE)
+    mlp = costs["blocks"]["mlp"]["forward_flops_per_token"]
+    assert shown and float(shown[1]) == pytest.approx(mlp / 1e6, rel=1e-2)
+
+
 def test_a_released_model(capsys):
     inspect("nemotron-3-super")
     text = capsys.readouterr().out

@@ -23,11 +23,11 @@ def test_the_bits_of_each_part_and_the_memory_of_each_choice(tmp_path, capsys, m
     text = capsys.readouterr().out
     head = tensors["lm_head.weight"], tensors["lm_head.weight_scale"]
     bits = 8 * (sum(t.nbytes for t in head) + 4) / (64 * 128)
-    assert re.search(rf"head +│ nvfp4 in groups of 16: 1 +│ +{bits:.2f} │", text)
-    assert re.search(r"routed experts +│ nvfp4 in groups of 16: 6 +│", text)
-    assert re.search(r"mamba projections +│ fp8 with one scale: 2 +│ +8\.\d\d │", text)
-    assert re.search(r"attention +│ bfloat16: 4 +│ +16\.00 │", text)
-    assert re.search(r"scales of activations and cache +│ without effect: 12", text)
+    assert re.search(rf"head +nvfp4 in groups of 16: 1 +{bits:.2f} ", text)
+    assert re.search(r"routed experts +nvfp4 in groups of 16: 6 ", text)
+    assert re.search(r"mamba projections +fp8 with one scale: 2 +8\.\d\d ", text)
+    assert re.search(r"attention +bfloat16: 4 +16\.00 ", text)
+    assert re.search(r"scales of activations and cache +without effect: 12", text)
     assert "held as stored (narrow=True)" in text and "fits" in text
 
 

@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from nemotron_v3.data import Tokenizer
 from nemotron_v3.data.pretrained import PretrainedTokenizer
 
 
@@ -37,6 +38,22 @@ def test_special_tokens_are_added_or_not_and_read_where_they_are_spelt(folder):
     plain = PretrainedTokenizer.load(folder, add_special_tokens=False)
     assert plain.encode("<s><end>") == [256, 257]
     assert plain.decode([256, 257]) == ""
+
+
+def test_a_document_is_encoded_as_the_tokenizer_that_was_trained_encodes_it(tmp_path):
+    texts = ["say what you mean", "", "<|endoftext|> is text"]
+    trained = Tokenizer.train(texts, 270)
+    trained.save(tmp_path)
+    read = PretrainedTokenizer.load(tmp_path)
+    plain = texts[:2]
+    assert read.encode_documents(plain) == trained.encode_documents(plain)
+    for text, ids in zip(texts, read.encode_documents(texts), strict=True):
+        before, behind = read.frame()
+        assert ids[: len(before)] == before and ids[len(ids) - len(behind) :] == behind
+        assert ids[-1] == read.eos_token_id == 0
+        assert ids[: -len(behind)] == read.encode(text)  # a prompt is a document without its end
+    with pytest.raises(ValueError, match="half a character"):
+        read.encode_documents(["fine", "\ud800"])
 
 
 def test_a_folder_without_one_is_named(tmp_path):

@@ -40,6 +40,26 @@ def test_what_is_written_reads_the_same(options, tmp_path):
 MINIMAL = '[data]\nsources = [{ path = "a.txt" }]\ntokens_per_row = 64\nrows = 2\n'
 
 
+@pytest.mark.parametrize(("size", "fine"), [(257, False), (258, True)])
+def test_a_vocabulary_has_room_for_the_bytes_that_a_tokenizer_begins_with(size, fine, tmp_path):
+    text = MINIMAL + f"[model.config]\nvocab_size = {size}\n"
+    options = read_config(written(tmp_path, text), TrainOptions)
+    if fine:
+        options.check()
+    else:
+        with pytest.raises(ValueError, match="vocab_size is 257: a tokenizer that is made of"):
+            options.check()
+    given = replace(options, model=replace(options.model, tokenizer=tmp_path))
+    given.check()
+
+
+def test_a_key_that_is_misspelt_is_told_once(tmp_path):
+    text = MINIMAL.replace("rows = 2", "row = 2")
+    with pytest.raises(ValueError, match="data.row is no option: did you mean rows") as refused:
+        read_config(written(tmp_path, text), TrainOptions)
+    assert "lacks" not in str(refused.value)
+
+
 def test_what_is_absent_has_its_default_and_values_can_be_put_over(tmp_path):
     path = written(tmp_path, MINIMAL)
     options = read_config(path, TrainOptions)

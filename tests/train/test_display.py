@@ -1,5 +1,6 @@
 """What a run shows."""
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -27,6 +28,15 @@ def test_a_step_tells_loss_speed_mfu_and_the_time_left(terminal):
         display.step(STEP, done=0.25, seconds=30.0, mfu=0.412)
     told = file.getvalue()
     assert all(part in told for part in ("loss 3.2500", "200 tokens/s", "MFU 41.2%", "1:30 left"))
+
+
+def test_without_a_terminal_the_first_and_the_last_step_have_a_line():
+    file = StringIO()
+    display = Display(Console(file=file, width=120))
+    with display.training():
+        for number in range(1, 6):
+            display.step(replace(STEP, step=number), number / 5, 1.0, None)
+    assert [line.split("  ")[0] for line in file.getvalue().splitlines()] == ["step 1", "step 5"]
 
 
 def test_who_is_not_the_first_process_is_silent():

@@ -32,6 +32,7 @@ from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
 from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.config.atomic import sync
+from nemotron_v3.config.missing import no_config
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -69,7 +70,7 @@ def whole_copy(directory: Path) -> Path:
         return whole[0]
     left = next(directory.glob(f"{_SAVING}*"), None)
     cause = f"; the save that {left} belongs to was interrupted before it was whole" if left else ""
-    raise CheckpointError(f"{directory} has no {CONFIG}{cause}")
+    raise CheckpointError(f"{no_config(directory)}{cause}")
 
 
 @contextlib.contextmanager

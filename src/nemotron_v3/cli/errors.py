@@ -30,6 +30,13 @@ def status_of(error: Exception) -> int | None:
     return FAILED if failed else WRONG_CALL
 
 
+def in_words(error: Exception) -> str:
+    """What an error says: of the system's the file and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return str(error) or type(error).__name__
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the machine's or the device's memory was too small."""
     torch = sys.modules.get("torch")

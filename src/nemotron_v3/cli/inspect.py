@@ -219,7 +219,7 @@ def layers_table(costs: dict[str, Any]) -> "Table":
             f"{of_block['count']}",
             f"{of_block['parameters']:,}",
             f"{of_block['active_parameters']:,}",
-            f"{of_block['forward_flops_per_token'] / 1e6:,.1f}",
+            _mega(of_block["forward_flops_per_token"]),
         )
     return table
 
@@ -312,15 +312,15 @@ def _size_rows(costs: dict[str, Any], config: "NemotronV3Config") -> list[tuple[
 
 def _parameter_rows(costs: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("parameters", _billions(costs["parameters"])),
+        ("parameters", _counted(costs["parameters"])),
         (
             "with multi-token prediction",
-            _billions(costs["parameters_with_multi_token_prediction"]),
+            _counted(costs["parameters_with_multi_token_prediction"]),
         ),
-        ("active a token", _billions(costs["active_parameters"])),
+        ("active a token", _counted(costs["active_parameters"])),
         (
             "active without input embedding",
-            _billions(costs["active_parameters_without_input_embedding"]),
+            _counted(costs["active_parameters_without_input_embedding"]),
         ),
     ]
 
@@ -349,12 +349,22 @@ def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _billions(count: int) -> str:
-    return f"{count:,} ({count / 1e9:.2f} B)"
+def _counted(count: int) -> str:
+    """The whole number, and beside a large one its size in words."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count:,} ({count / size:.2f} {unit})"
+    return f"{count:,}"
+
+
+def _mega(flops: float) -> str:
+    """In millions; three digits of a small model's."""
+    return f"{flops / 1e6:,.1f}" if flops >= 1e7 else f"{flops / 1e6:.3g}"
 
 
 def _giga(flops: float) -> str:
-    return f"{flops / 1e9:,.2f} G"
+    unit, size = next(((u, s) for u, s in (("G", 1e9), ("M", 1e6)) if flops >= s), ("k", 1e3))
+    return f"{flops / size:,.2f} {unit}"
 
 
 def _bytes(count: int) -> str:

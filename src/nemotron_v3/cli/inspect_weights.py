@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_v3.cli.terminal import new_table
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -83,8 +85,6 @@ def memory_bytes(checkpoint: "Checkpoint", dtype: "torch.dtype") -> tuple[int, i
 
 
 def _stored_table(checkpoint: "Checkpoint") -> "Table":
-    from rich.table import Table
-
     bytes_, weights, formats = (
         Counter[str](),
         Counter[str](),
@@ -96,10 +96,8 @@ def _stored_table(checkpoint: "Checkpoint") -> "Table":
         formats[part][checkpoint.dtype_name(name) if narrow is None else narrow.description] += 1
         bytes_[part] += stored_bytes(checkpoint, name)
         weights[part] += checkpoint.numel(name)
-    table = Table(title="stored", title_justify="left")
-    for heading in ("part", "formats"):
-        table.add_column(heading)
-    for heading in ("bits a weight", "bytes"):
+    table = new_table("part", "formats", title="stored")
+    for heading in ("bits a\nweight", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     order = dict.fromkeys([*(part for _, part in _PARTS), _REST])
     for part in (part for part in order if part in weights):
@@ -118,19 +116,16 @@ def _stored_table(checkpoint: "Checkpoint") -> "Table":
 
 
 def _memory_table(checkpoint: "Checkpoint", dtype: "torch.dtype") -> "Table":
-    from rich.table import Table
-
     name = str(dtype).removeprefix("torch.")
     wide, held = memory_bytes(checkpoint, dtype)
     choices = [(f"loaded in {name}", wide)]
     if checkpoint.narrow.weights:
         choices.append(("held as stored (narrow=True), with a layer's values", held))
     devices = free_memory()
-    table = Table(title="weights in memory", title_justify="left")
-    table.add_column("choice")
+    table = new_table("weights in memory")
     table.add_column("bytes", justify="right", no_wrap=True)
     for device, free in devices.items():
-        table.add_column(f"{device}: {free / 2**30:,.1f} GiB free", justify="right")
+        table.add_column(f"{device}, free\n{free / 2**30:,.1f} GiB", justify="right")
     for what, size in choices:
         fits = ("fits" if size <= free else "too large" for free in devices.values())
         table.add_row(what, f"{size:,}", *fits)

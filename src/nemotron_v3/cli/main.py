@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import nemotron_v3
-from nemotron_v3.cli.errors import status_of
+from nemotron_v3.cli.errors import in_words, status_of
 from nemotron_v3.cli.terminal import one_line
 
 # A verb is the dataclass of that name in the file of the verb's name. Its fields are the options,
@@ -68,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = status_of(error)
         if status is None:
             raise
-        print(f"nemotron-v3: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        print(f"nemotron-v3: {one_line(in_words(error))}", file=sys.stderr)
         return status
 
 

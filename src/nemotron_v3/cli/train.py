@@ -62,9 +62,14 @@ class Train:
             raise ValueError(f"{recipe} does not exist: give a TOML file, or the folder of a run")
         if recipe.is_dir():
             if not (recipe / CONFIG).exists():
-                raise ValueError(f"{recipe} has no {CONFIG}: it is the folder of no run")
+                raise ValueError(f"{recipe} holds no run: there is no {CONFIG} in it")
             options = read_config(recipe / CONFIG, TrainOptions, over)
             return cls(options=replace(options, out=recipe), read=read)
+        if recipe.suffix != ".toml":
+            raise ValueError(
+                f"{recipe} is no recipe, which is a .toml file: to train on it give "
+                f"--files {recipe}"
+            )
         return cls(options=read_config(recipe, TrainOptions, over), read=read)
 
     def run(self) -> None:
@@ -123,14 +128,12 @@ def _write_on(model: Any, prompts: Sequence[str], tokens: int, tokenizer: Any) -
     A model that is spread over processes is called equally often on each of them: what ends a text
     does not end its pass, for a rounding might let one process choose another token.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     from nemotron_v3.generation import GenerationOptions, generate
     from nemotron_v3.generation.stopping import Row
+    from nemotron_v3.train.samples import is_spread
 
     asked: dict[str, Any] = {"max_new_tokens": tokens, "tokenizer": tokenizer, "do_sample": False}
-    spread: object = model  # a name of its own: the model keeps its type
-    if not isinstance(spread, FSDPModule):
+    if not is_spread(model):
         found = [generate(model, prompt, **asked).text for prompt in prompts]
         return [text[0] for text in found if text is not None]  # there is a tokenizer, so a text
     chosen = GenerationOptions.of(asked, model.generation_config)

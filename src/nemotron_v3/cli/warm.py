@@ -25,7 +25,8 @@ class Warm:
     length: int = 1024
     """tokens that a row may get to"""
     sample: bool = True
-    """also for tokens that are drawn, with top-p, as generate draws them"""
+    """also for tokens that are drawn, with top-p, as generate draws them; with no-sample for
+    the likeliest alone"""
     device: str = "cuda"
     """cuda, cuda:1, ..."""
     dtype: Annotated[str | None, Choices(tuple(DTYPES))] = None

@@ -16,6 +16,7 @@ from nemotron_v3.config.checks import check, with_sizes
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, parse_object, read_bytes
 from nemotron_v3.config.foreign import READ_BY, check_dropout
 from nemotron_v3.config.meaning import MEANINGS, check_meanings
+from nemotron_v3.config.missing import CONFIG, no_config
 from nemotron_v3.config.presets import preset_values
 from nemotron_v3.config.puzzle import mlp_widths, of_mlp_widths
 from nemotron_v3.config.settings import ModelSettings
@@ -153,7 +154,10 @@ class NemotronV3Config(ModelSettings):
         16 MiB, or no regular file.
         """
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
+        if path.is_dir():
+            if not (path / CONFIG).exists():
+                raise FileNotFoundError(no_config(path))
+            path = path / CONFIG
         try:
             raw = read_bytes(path, MAX_CONFIG_BYTES)
             return cls._from_source(Source(parse_object(raw, str(path)), raw.decode()))

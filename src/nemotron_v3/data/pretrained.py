@@ -8,6 +8,7 @@ import tokenizers
 
 from nemotron_v3.chat.template import read_special_tokens
 from nemotron_v3.config.files import exists, read_bytes
+from nemotron_v3.config.missing import instead_of_a_model
 from nemotron_v3.config.text import check_text
 from nemotron_v3.data.tokenizer import FILE
 
@@ -54,7 +55,8 @@ class PretrainedTokenizer:
         """
         path = Path(folder) / FILE
         if not exists(path):
-            raise ValueError(f"{folder} has no {FILE}: give a checkpoint that has one")
+            missing = f"{folder} has no {FILE}: give a checkpoint that has one"
+            raise ValueError(instead_of_a_model(folder) or missing)
         backend = read_backend(path)
         eos = read_special_tokens(folder).get("eos_token")
         number = None if eos is None else backend.token_to_id(eos)
@@ -73,9 +75,26 @@ class PretrainedTokenizer:
         return before, behind
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens; `ValueError` for text that is none, with half a character in it."""
+        """The text's tokens, as a prompt has them: nothing ends it.
+
+        Raises:
+            ValueError: no text: half a character is in it.
+        """
         check_text(text, "the text")
         return self.backend.encode(text, add_special_tokens=self._add_special_tokens).ids
+
+    def encode_documents(self, texts: Iterable[str]) -> list[list[int]]:
+        """Each text as a document to train on: its tokens within those of `frame`.
+
+        Raises:
+            ValueError: no text: half a character is in it.
+        """
+        texts = list(texts)
+        for text in texts:
+            check_text(text, "the text")
+        before, behind = self.frame()
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[*before, *encoding.ids, *behind] for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The tokens' text; bytes that are not UTF-8 (a character cut in two) read as U+FFFD."""

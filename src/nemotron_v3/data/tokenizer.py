@@ -60,7 +60,7 @@ class Tokenizer:
         if vocab_size <= 257:
             raise ValueError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and the separator come first; "
-                "give 2048 to 4096"
+                "give at least 258, or 2048 to 4096 for more than a try"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(

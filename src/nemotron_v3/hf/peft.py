@@ -115,8 +115,8 @@ def _check_accelerated(model: nn.Module) -> None:
     if any(isinstance(module, NemotronV3Model) for module in model.modules()):
         raise ValueError(
             f"a {type(model).__name__} is a model of nemotron_v3 itself: call "
-            "peft.get_peft_model(model, peft.LoraConfig(target_modules=[...])) with the names of "
-            "nemotron_v3.adapters.lora_targets(model), or, for a Trainer, load the checkpoint with "
+            "peft.get_peft_model(model, peft.LoraConfig(target_modules=list(nemotron_v3.adapters."
+            "lora_targets(model).modules))), or, for a Trainer, load the checkpoint with "
             "AutoModelForCausalLM.from_pretrained(path), accelerate that, then add_lora"
         )
     if not is_accelerated(model):

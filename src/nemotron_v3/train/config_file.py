@@ -77,11 +77,12 @@ def _dataclass(where: str, table: Any, kind: type, problems: list[str]) -> Any:
         return None
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    values = {}
+    values, meant_for = {}, set[str]()
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
         if key not in fields:
             near = difflib.get_close_matches(key, fields)
+            meant_for.update(near)
             meant = f"did you mean {' or '.join(near)}? " if near else ""
             problems.append(f"{name} is no option: {meant}there are {', '.join(fields)}")
         else:
@@ -90,6 +91,7 @@ def _dataclass(where: str, table: Any, kind: type, problems: list[str]) -> Any:
         name
         for name, field in fields.items()
         if name not in values
+        and name not in meant_for
         and field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING
     ]

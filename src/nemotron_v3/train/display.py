@@ -29,6 +29,7 @@ class Display:
         self._speed: float | None = None
         self._bar: tuple[Progress, TaskID] | None = None
         self._told = time.monotonic()
+        self._untold: str | None = None  # the last step, where no line has told it
 
     def say(self, text: str) -> None:
         """A fact, on a line."""
@@ -43,7 +44,11 @@ class Display:
     def training(self) -> Iterator[None]:
         """Within it, `step` moves a bar, or without a terminal tells a line now and then."""
         if not (self.speaks and self.console.is_terminal):
-            yield
+            try:
+                yield
+            finally:
+                if self._untold is not None:
+                    self._print(self._untold)
             return
         columns = (
             BarColumn(bar_width=24, complete_style=GREEN, finished_style=GREEN),
@@ -69,8 +74,10 @@ class Display:
             progress, task = self._bar
             progress.update(task, completed=min(done, 1.0), told=told)
         elif step.step == 1 or time.monotonic() - self._told > 10:
-            self._told = time.monotonic()
+            self._told, self._untold = time.monotonic(), None
             self._print(told)
+        else:
+            self._untold = told
 
 
 def _smooth(before: float | None, value: float) -> float:

@@ -137,9 +137,10 @@ class SaveOptions:
     keep: int = 2
     """so many of the last ones stay"""
     keep_best: bool = True
-    """the one with the least validation loss stays as well"""
+    """the one with the least validation loss stays as well; with no-keep-best it goes
+    when it is none of the last"""
     background: bool = True
-    """write while the training goes on"""
+    """write while the training goes on; with no-background it waits"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ class LogOptions:
     """What is told, beside metrics.jsonl."""
 
     every: int = 1
-    """steps between lines"""
+    """steps between lines of metrics.jsonl; a terminal is told every ten seconds"""
     details: int = 10
     """steps between loads of experts, gradient norms by kind of block and memory; 0 for none"""
     report: float = 5.0
@@ -202,6 +203,12 @@ class TrainOptions:
             raise ValueError("; ".join(problems))
 
 
+def _has_room_for_bytes(model: ModelOptions) -> bool:
+    """Whether a byte-level tokenizer may have the vocabulary that is asked for, if any is."""
+    size = model.config.get("vocab_size")
+    return not isinstance(size, int) or size > 257
+
+
 def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
     """What has to hold, each with what is said where it does not."""
     lengths = [n for n in ("steps", "tokens", "minutes") if getattr(o.schedule, n) is not None]
@@ -220,6 +227,11 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         (
             "there is no model: give model.path, model.preset or a table [model.config]",
             not fresh or bool(o.model.preset or o.model.config),
+        ),
+        (
+            f"model.config.vocab_size is {o.model.config.get('vocab_size')}: a tokenizer that is "
+            "made of the data has at least 258 tokens; give so many, or model.tokenizer",
+            not (fresh and o.model.tokenizer is None) or _has_room_for_bytes(o.model),
         ),
         (f"lora.rank is {o.lora.rank}: give 0 or more", o.lora.rank >= 0),
         (

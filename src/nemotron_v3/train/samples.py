@@ -19,6 +19,11 @@ SAMPLES = "samples.jsonl"
 Continue = Callable[[NemotronV3ForCausalLM, Sequence[str], int, Any], list[str]]
 
 
+def is_spread(model: Any) -> bool:
+    """Whether a model's weights are shared out over processes, which then pass it together."""
+    return isinstance(model, FSDPModule)
+
+
 class Samples:
     """Writes samples.jsonl, a line for each prompt whenever it is asked.
 
@@ -62,7 +67,7 @@ class Samples:
         if step == self._last:
             return
         self._last = step
-        spread = isinstance(model, FSDPModule)
+        spread = is_spread(model)
         if not (self._first or spread):
             return
         try:
