@@ -16,8 +16,6 @@ smaller graph.
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation.cpu_decode import DecodeStep
+from nemotron_v3.generation.cpu_decode import DecodeStep, Reading
 from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import row_slots
 from nemotron_v3.generation.graphs.step import AHEAD
@@ -33,6 +31,7 @@ from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.output import GenerationOutput, StreamedToken
 from nemotron_v3.generation.prompts import read_prompts
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
+from nemotron_v3.generation.segment import Segment
 from nemotron_v3.generation.stopping import Row
 from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
@@ -111,7 +110,7 @@ def stream(
     """
     chosen = GenerationOptions.of(options, model.generation_config)
     run = _Run(model, input_ids, attention_mask, past_key_values, chosen)
-    run.steps_at_once = 1
+    run.steps_at_once, run.watches = 1, True
     return run.tokens()
 
 
@@ -156,6 +155,8 @@ class _Run:
         if self.can_stop:
             self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
         self._step: Callable[[Tensor], Tensor] | None = None
+        self.watches = False  # whether the caller's code runs between two steps
+        self._reading: Reading | None = None  # of the model, by a step that has copies of it
 
     def _check_cache(self, cache: NemotronHybridCache, dtype: torch.dtype) -> list[Tensor]:
         """What of each prompt the cache does not hold yet; checks that all of the run fits it."""
@@ -190,7 +191,7 @@ class _Run:
         logits = self._prefill()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
         produced = 0
-        yielding: _Segment | None = None  # whose tokens the caller is being given
+        yielding: Segment | None = None  # whose tokens the caller is being given
         try:
             self._make_step(produced)
             while self.active:
@@ -209,9 +210,7 @@ class _Run:
 
     @outside_inference_mode
     @torch.no_grad()
-    def _go_on(
-        self, segment: "_Segment", base: NemotronHybridCache | None, produced: int
-    ) -> Tensor:
+    def _go_on(self, segment: Segment, base: NemotronHybridCache | None, produced: int) -> Tensor:
         """Let the rows that ended in a segment leave; the unfed token `[R]` of those that go on.
 
         `base` and `produced` are `_set_aside`'s.
@@ -244,6 +243,8 @@ class _Run:
         """How many steps the next segment has; a graph that has no room for them is replaced."""
         steps = min(self.steps_at_once, self.options.limit - produced)
         if not isinstance(self._step, GraphStep):
+            if self._reading is not None and not self._reading.holds():
+                self._make_step(produced)
             return steps
         if self.options.stops:  # which the host alone can see
             steps = 1
@@ -307,9 +308,11 @@ class _Run:
     def _make_step(self, produced: int) -> None:
         """What feeds one token to each row of the present cache: `[R]` -> `[R, V]`."""
         self._close()
+        self._reading = None
         model, cache = self.model, self.cache
         if DecodeStep.fits(model, cache):
             self._step = DecodeStep(model, cache)
+            self._reading = Reading(model) if self.watches else None
             return
         layout = SequenceLayout.plain(cache.batch_size, 1, self.device).packed
         self._step = lambda tokens: model(tokens, layout=layout, past_key_values=cache).logits
@@ -330,11 +333,11 @@ class _Run:
 
     @outside_inference_mode
     @torch.no_grad()
-    def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> "_Segment":
+    def _segment(self, steps: int, logits: Tensor, pending: Tensor | None) -> Segment:
         """Some steps without a look at what comes out."""
         step = self._step
         assert step is not None  # made before the first segment
-        segment = _Segment(pending, [], [])
+        segment = Segment(pending, [], [])
         for _ in range(steps):
             if isinstance(step, GraphStep) and pending is not None:
                 drawn, logprob = step.draw(pending)
@@ -347,7 +350,7 @@ class _Run:
                 segment.logprobs.append(logprob)
         return segment
 
-    def _read(self, segment: "_Segment") -> Generator[StreamedToken, None, None]:
+    def _read(self, segment: Segment) -> Generator[StreamedToken, None, None]:
         """Give the rows their tokens, each until it ends."""
         logprobs = torch.stack(segment.logprobs).tolist() if segment.logprobs else None
         for step, tokens in enumerate(segment.values):
@@ -381,7 +384,7 @@ class _Run:
         ended: Sequence[int],
         produced: int,
         base: NemotronHybridCache | None,
-        segment: "_Segment",
+        segment: Segment,
     ) -> None:
         """Keep the cache of the places whose rows ended in a segment.
 
@@ -415,7 +418,7 @@ class _Run:
 
     @outside_inference_mode
     @torch.no_grad()
-    def _gather(self, yielding: "_Segment | None") -> None:
+    def _gather(self, yielding: Segment | None) -> None:
         """One cache of all rows, in order, in the caller's own where there is one.
 
         With rows still active the run was left: between two tokens of the segment `yielding`,
@@ -472,29 +475,3 @@ class _Run:
             text=tuple(row.text for row in self.rows) if with_text else None,
             cache=self.cache,
         )
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Steps between two looks of the host.
-
-    Attributes:
-        pending: the token `[R]` that was fed before the first draw; None where that was the prompt.
-        drawn: the tokens `[R]` of each step.
-        logprobs: their log-probabilities, or empty.
-    """
-
-    pending: Tensor | None
-    drawn: list[Tensor]
-    logprobs: list[Tensor]
-
-    @cached_property
-    def values(self) -> list[list[int]]:
-        """`drawn` on the host."""
-        return torch.stack(self.drawn).tolist()
-
-    def fed(self, place: int, count: int) -> Tensor:
-        """What was fed to one place until its `count`-th token of the segment was drawn."""
-        first = [] if self.pending is None else [self.pending[place].item()]
-        drawn = [tokens[place] for tokens in self.values[: count - 1]]
-        return torch.tensor(first + drawn, dtype=torch.int64, device="cpu")
