@@ -8,29 +8,20 @@ from nemotron_v3.ops.causal_conv1d.op import causal_conv1d
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.precision import wide
 from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
+from nemotron_v3.ops.mamba2.arguments import Options, Tensors
 from nemotron_v3.ops.ssd.op import ssd
 
 
 def mamba2(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    *,
-    n_groups: int,
-    head_dim: int,
-    state_size: int,
-    chunk_size: int,
-    dt_limit: tuple[float, float],
-    eps: float,
+    tensors: Tensors,
+    options: Options,
     layout: SequenceLayout,
     conv_states: Tensor | None,
     exchange: StateExchange,
     impl: str = "portable",
 ) -> Tensor:
+    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = tensors
+    n_groups, head_dim, state_size, chunk_size, dt_limit, eps = options
     inner, group_width = A_log.shape[0] * head_dim, n_groups * state_size
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * group_width, A_log.shape[0]], dim=-1)
     xBC, _ = causal_conv1d(

@@ -14,6 +14,7 @@ from nemotron_v3.ops.common.no_tokens import of_no_tokens
 from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2 import portable, reference
+from nemotron_v3.ops.mamba2.arguments import Options, Tensors
 from nemotron_v3.ops.registry import Op
 
 
@@ -121,47 +122,25 @@ def mamba2(
             f"zxbcdt has shape {tuple(zxbcdt.shape)}: {heads} heads of width {head_dim} with "
             f"{n_groups} groups of state {state_size} need (tokens, {width})"
         )
+    tensors = Tensors(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    options = Options(n_groups, head_dim, state_size, chunk_size, dt_limit, eps)
+    sizes = conv_weight.shape[1], head_dim, state_size
     if exchange is not None:
         if ssm_states is not None:
             raise ValueError("ssm_states are what an exchange gives: leave one of them out")
-        tensors = zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
-        run = _EXCHANGED.pick(impl, tensors, conv_weight.shape[1], head_dim, state_size)
-        y = run(
-            *tensors,
-            n_groups=n_groups,
-            head_dim=head_dim,
-            state_size=state_size,
-            chunk_size=chunk_size,
-            dt_limit=dt_limit,
-            eps=eps,
-            layout=layout,
-            conv_states=conv_states,
-            exchange=exchange,
-        )
+        run = _EXCHANGED.pick(impl, tensors, *sizes)
+        y = run(tensors, options, layout, conv_states, exchange)
         y = y if zxbcdt.shape[0] else of_no_tokens(y, *tensors[1:])
         return y, None, None
-    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, ssm_states)
-    tensors = (zxbcdt, *parameters)
-    run = _OP.pick(impl, tensors, conv_weight.shape[1], head_dim, state_size)
+    run = _OP.pick(impl, (*tensors, conv_states, ssm_states), *sizes)
     results = run(
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        norm_weight,
-        n_groups=n_groups,
-        head_dim=head_dim,
-        state_size=state_size,
-        chunk_size=chunk_size,
-        dt_limit=dt_limit,
-        eps=eps,
+        *tensors,
+        **options._asdict(),
         layout=layout,
         conv_states=conv_states,
         ssm_states=ssm_states,
         return_final_states=return_final_states,
     )
     if not zxbcdt.shape[0]:
-        results = (of_no_tokens(results[0], *parameters[:6]), *results[1:])
+        results = (of_no_tokens(results[0], *tensors[1:]), *results[1:])
     return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))

@@ -18,6 +18,7 @@ from nemotron_v3.ops.causal_conv1d.kernels import launch as conv
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import empty_like, unit_stride
 from nemotron_v3.ops.gated_rms_norm import kernels as norm
+from nemotron_v3.ops.mamba2.arguments import Options, Tensors
 from nemotron_v3.ops.mamba2.kernels import registration as kernels
 from nemotron_v3.ops.ssd.kernels import launch as scan
 from nemotron_v3.ops.ssd.kernels.parts import Decays
@@ -101,31 +102,21 @@ class _Core(torch.autograd.Function):
 
 
 def mamba2(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    *,
-    n_groups: int,
-    head_dim: int,
-    state_size: int,
-    chunk_size: int,
-    dt_limit: tuple[float, float],
-    eps: float,
+    tensors: Tensors,
+    options: Options,
     layout: SequenceLayout,
     conv_states: Tensor | None,
     exchange: StateExchange,
 ) -> Tensor:
+    n_groups, head_dim, state_size, _, dt_limit, eps = options
     if conv_states is not None:
-        conv_states = conv_states.to(zxbcdt.dtype)
-    blocks = Blocks.of(zxbcdt.dtype, head_dim, state_size, A_log.shape[0] // n_groups)
+        conv_states = conv_states.to(tensors.zxbcdt.dtype)
+    heads = tensors.A_log.shape[0]
+    blocks = Blocks.of(tensors.zxbcdt.dtype, head_dim, state_size, heads // n_groups)
     tables = conv.tables(layout)
     final = True  # which the exchange is given
     return _Core.apply(
-        *(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, conv_states, exchange),
+        *(*tensors, conv_states, exchange),
         *(n_groups, head_dim, state_size, *map(float, dt_limit), eps, final),
         *(tables.position, tables.seq_idx, *chunk_tables(layout, blocks.sizes.Q)),
     )
