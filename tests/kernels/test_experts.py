@@ -15,6 +15,8 @@ from tests.kernels.holding import hold, results
 from tests.kernels.isolation import SPOILT, hold_isolation
 
 pytest.importorskip("triton")
+from nemotron_v3.ops.experts.kernels import launch  # noqa: E402
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
 
 F32, F16 = torch.float32, torch.float16
@@ -95,6 +97,48 @@ def test_rows_are_sorted_stably(tokens, experts, top_k, used):
     assert torch.equal(found.tile_first.diff(), tiles.int())
     expected = torch.arange(experts).repeat_interleave(tiles)
     assert torch.equal(found.tile_expert[: len(expected)], expected.int())
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_stacks_that_lie_transposed_are_read_where_they_are(dtype, monkeypatch):
+    """As NeMo AutoModel holds them, `[E, X, F]` and `[E, F, X]`: neither they nor their gradients
+    are copied."""
+    case = cases.Case("odd", 45, 33, 67, 5, 2, used=4)
+    inputs = make(case, dtype)
+    x, weights, up, down = inputs.tensors.values()
+    indices, dy = inputs.options["indices"], torch.randn_like(x)
+    read: list[int] = []
+    products = launch.rows_product
+
+    def product(tiles, where, a, matrix, *args, **options):
+        read.append(matrix.untyped_storage().data_ptr())
+        products(tiles, where, a, matrix, *args, **options)
+
+    written: list[int] = []
+    gradients_of_stacks = launch.weights_product
+
+    def gradient(tiles, where, a, b, out, **options):
+        written.append(out.untyped_storage().data_ptr())
+        gradients_of_stacks(tiles, where, a, b, out, **options)
+
+    monkeypatch.setattr(launch, "rows_product", product)
+    monkeypatch.setattr(launch, "weights_product", gradient)
+    found = []
+    for lies in (False, True):
+        held = [t.mT.contiguous() if lies else t.clone() for t in (up, down)]
+        x, weights, *held = (t.detach().clone().requires_grad_() for t in (x, weights, *held))
+        read.clear()
+        written.clear()
+        stacks = [t.mT if lies else t for t in held]
+        y = ops.experts(x, indices, weights, *stacks, impl="triton")
+        y.backward(dy)
+        assert set(read) == {t.untyped_storage().data_ptr() for t in held}
+        assert set(written) == {t.grad.untyped_storage().data_ptr() for t in held}
+        assert all(t.grad.is_contiguous() for t in held)
+        stacks = [t.grad.mT if lies else t.grad for t in held]
+        found.append([y.detach(), x.grad, weights.grad, *stacks])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_only_what_is_wanted_is_computed():

@@ -57,7 +57,8 @@ def finish(processes: list[subprocess.Popen]) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), said[0][-4000:]
+    for process, output in zip(processes, said, strict=True):
+        assert process.returncode == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")

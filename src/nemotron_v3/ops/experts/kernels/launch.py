@@ -124,6 +124,12 @@ def _last_width(N: int, tiles: Tiles) -> int:
     return tiles.n // 4 if left <= tiles.n // 4 else tiles.n // 2
 
 
+def as_it_lies(stack: Tensor) -> Tensor:
+    """`[E, M, N]` in whose matrices either rows or columns follow each other: itself where it
+    can, since stacks are the largest tensors that there are."""
+    return stack if stack.is_contiguous() or stack.mT.is_contiguous() else stack.contiguous()
+
+
 def rows_product(
     tiles: Tiles,
     where: Sorted,
@@ -142,9 +148,12 @@ def rows_product(
 ) -> None:
     """`out[r] = a[r] matrix[e]^T` (`matrix[e]` where `transposed`), columns from `column` on.
 
-    `matrix` is `[E, N, K]`, or `[E, K, N]` where `transposed`. Added is `low.rows[r]` times
-    `low.matrix[e]`, which lies alike. `scale` is that of the epilogue SCALED.
+    `matrix` is `[E, N, K]`, or `[E, K, N]` where `transposed`, as `as_it_lies` gives it. Added is
+    `low.rows[r]` times `low.matrix[e]`, which lies alike, both without gaps. `scale` is that of the
+    epilogue SCALED.
     """
+    if not matrix.is_contiguous():
+        matrix, transposed = matrix.mT, not transposed
     rows, beside = (None, None) if low is None else (low.rows, low.matrix)
     E, R, N, K = matrix.shape[0], where.weights.shape[0], out.shape[1], a.shape[1]
     even = K % tiles.k == 0
@@ -190,8 +199,10 @@ def weights_product(
 ) -> None:
     """`out[e] = a_e^T b_e`; a or b may be read by token, what is not is read by row.
 
-    Where `live`, rows whose weight is nothing are left out.
+    `out` lies as `as_it_lies` has it. Where `live`, rows whose weight is nothing are left out.
     """
+    if not out.is_contiguous():
+        a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
     E, M, N = out.shape
     grid = (E * triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)
     last = _last_width(N, tiles)

@@ -39,6 +39,14 @@ class Outputs(NamedTuple):
     table: Tensor
 
 
+def _place_alike(stack: Tensor, wanted: bool) -> Tensor:
+    """Where the gradient of a stack is written to, which lies as the stack does: otherwise whoever
+    holds the parameter would copy it."""
+    if not wanted or stack.is_contiguous() or not stack.mT.is_contiguous():
+        return place_for(stack, wanted)
+    return place_for(stack.mT, wanted).mT
+
+
 def _outputs(a: Arguments) -> Outputs:
     E, F, _ = a.up.shape
     R = a.indices.shape[0] * a.indices.shape[1]
@@ -50,7 +58,8 @@ def _outputs(a: Arguments) -> Outputs:
 def _forward(*args) -> Outputs:
     a = Arguments(*args)
     o, plan = _outputs(a), Plan.of(a.x.dtype)
-    up, down, weights = a.up.contiguous(), a.down.contiguous(), a.weights.contiguous()
+    up, down = launch.as_it_lies(a.up), launch.as_it_lies(a.down)
+    weights = a.weights.contiguous()
     where = launch.Sorted.of(o.table, o.sorted_weights, up.shape[0])
     launch.sort_rows(a.indices.contiguous(), weights, plan.tile, where)
     launch.up_rows(plan, where, unit_stride(a.x), up, o.hidden)
@@ -86,14 +95,15 @@ class DownGradients(NamedTuple):
 
 def _down_gradients(a: DownArguments) -> DownGradients:
     dweights = torch.empty(a.dy.shape[0], a.choices, dtype=torch.float32, device=a.dy.device)
-    return DownGradients(empty_like(a.hidden), dweights, place_for(a.down, a.wanted))
+    return DownGradients(empty_like(a.hidden), dweights, _place_alike(a.down, a.wanted))
 
 
 def _backward_down(*args) -> DownGradients:
     a = DownArguments(*args)
     g, plan, dy = _down_gradients(a), Plan.of(a.dy.dtype), unit_stride(a.dy)
     where = launch.Sorted.of(a.table, a.sorted_weights, a.down.shape[0])
-    launch.down_backward_rows(plan, where, dy, a.hidden, a.down.contiguous(), g.dweights, g.du)
+    down = launch.as_it_lies(a.down)
+    launch.down_backward_rows(plan, where, dy, a.hidden, down, g.dweights, g.du)
     if a.wanted:
         launch.weights_product(plan.weights, where, dy, a.hidden, g.ddown, gather_a=True, live=True)
     return g
@@ -122,7 +132,7 @@ class UpGradients(NamedTuple):
 
 
 def _up_gradients(a: UpArguments) -> UpGradients:
-    return UpGradients(place_for(a.x, a.x_wanted), place_for(a.up, a.up_wanted))
+    return UpGradients(place_for(a.x, a.x_wanted), _place_alike(a.up, a.up_wanted))
 
 
 def _backward_up(*args) -> UpGradients:
@@ -134,7 +144,8 @@ def _backward_up(*args) -> UpGradients:
         launch.weights_product(plan.weights, where, a.du, x, g.dup, gather_b=True)
     if a.x_wanted:
         launch.join_products(
-            *(plan.up_backward, where, a.du, a.up.contiguous(), a.weights.contiguous(), g.dx),
+            *(plan.up_backward, where, a.du, launch.as_it_lies(a.up)),
+            *(a.weights.contiguous(), g.dx),
             transposed=True,
             live=False,
         )
