@@ -54,7 +54,7 @@ from nemotron_v3.train.run import train
 PROMPT = 'class Queue:\n    """'
 SAMPLE_TOKENS = 200
 # What comes after training, beside measuring the held-out files: saving, loading, the sample.
-AFTERWARDS_SECONDS = 6.0
+AFTERWARDS_SECONDS = 8.0
 # Tokens of a pack of whole files; one that is longer is a pack of its own.
 MEASURING_TOKENS = 4096
 AT_ONCE = 2  # packs that are measured side by side

@@ -56,7 +56,7 @@ class ModelSizes:
 class DemoOptions:
     """What to train, for how long, and where to put it."""
 
-    minutes: float = 3.85
+    minutes: float = 3.7
     """time for the whole demo, from the corpus to the sample"""
     steps: int | None = None
     """train exactly this many steps instead: the same steps and seed give the same model"""
