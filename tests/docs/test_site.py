@@ -16,7 +16,17 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 
 import nemotron_v3
-from nemotron_v3 import adapters, checkpoint, evaluation, generation, hf, layers, nemo, parallel
+from nemotron_v3 import (
+    adapters,
+    checkpoint,
+    data,
+    evaluation,
+    generation,
+    hf,
+    layers,
+    nemo,
+    parallel,
+)
 from tests.browser import CHROMIUM, need
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +117,18 @@ def test_the_reference_has_every_public_name(site):
         "open_checkpoint",
     }
     left_out |= {"NEWEST", "OLDEST", "check_version"}
-    rooms = (nemotron_v3, adapters, checkpoint, evaluation, generation, hf, layers, nemo, parallel)
+    rooms = (
+        nemotron_v3,
+        adapters,
+        checkpoint,
+        data,
+        evaluation,
+        generation,
+        hf,
+        layers,
+        nemo,
+        parallel,
+    )
     for room in rooms:
         names = {name for name in room.__all__ if f"{name}</" in text or f".{name}" in text}
         assert set(room.__all__) - names <= left_out, room.__name__

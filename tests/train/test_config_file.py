@@ -1,10 +1,13 @@
 """The configuration's file: read with every mistake named, written whole."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from nemotron_v3.train.build import read_model_config
 from nemotron_v3.train.config_file import config_text, read_config
 from nemotron_v3.train.options import (
     LogOptions,
@@ -102,3 +105,11 @@ def test_every_mistake_is_named_with_the_nearest_key(tmp_path):
 def test_what_is_no_configuration_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_config(written(tmp_path, text), TrainOptions)
+
+
+def test_the_file_on_the_page_of_training_is_one(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    options = read_config(written(tmp_path, text), TrainOptions)
+    options.check()
+    assert read_model_config(options.model, torch.device("cpu")).hybrid_override_pattern == "ME*-"
