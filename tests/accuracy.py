@@ -168,12 +168,16 @@ class Report:
         return self.rows[name].measured.relative_to(self._size(name))
 
     def allowed(self, name: str) -> float:
-        """`factor` times plain's error and one unit roundoff; integers have to be equal."""
+        """`factor` times plain's error and one unit roundoff; integers have to be equal.
+
+        Of a zero that is the difference of two sums: the roundoffs of both.
+        """
         row = self.rows[name]
         if not row.dtype.is_floating_point:
             return 0.0
+        roundoffs = 1 if row.measured.size else 2
         roundoff = torch.finfo(row.dtype).eps / 2
-        return self.factor * row.plain.relative_to(self._size(name)) + roundoff
+        return self.factor * row.plain.relative_to(self._size(name)) + roundoffs * roundoff
 
     def _size(self, name: str) -> float:
         """The squared norm a tensor's error is relative to.

@@ -15,7 +15,7 @@ from tests.kernels.holding import hold, results
 from tests.kernels.isolation import SPOILT, hold_isolation
 
 pytest.importorskip("triton")
-from nemotron_v3.ops.experts.kernels import launch  # noqa: E402
+from nemotron_v3.ops.experts.kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them compiled")
 
