@@ -17,6 +17,7 @@ import tyro
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 _APPEND = get_args(tyro.conf.UseAppendAction[tuple[int, ...]])[1]
 _OMIT_PREFIXES = get_args(tyro.conf.OmitArgPrefixes[int])[1]
+_SUPPRESS = get_args(tyro.conf.Suppress[int])[1]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 def _of_field(field: Any, hint: Any, help_text: str, prefix: str, plain: bool) -> Iterator[Option]:
     marks, inner = _unwrap(hint)
+    if _SUPPRESS in marks:
+        return
     name = prefix + field.name.replace("_", "-")
     if isinstance(inner, type) and dataclasses.is_dataclass(inner):
         if _is_sequence(hint):
