@@ -340,8 +340,9 @@ class _Run:
             raise
         finally:
             if self.page is not None:
-                # A disk that is full now has failed the run already.
-                with suppress(OSError):
+                # A disk that is full now has failed the run already, and no word on how it ended is
+                # worth what it has trained.
+                with suppress(OSError, ValueError):
                     write_outcome(self.options.out, outcome)
                 if page := self.page.end():
                     self.display.say(f"page: {page}")
