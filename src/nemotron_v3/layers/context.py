@@ -104,9 +104,8 @@ class ForwardContext:
                 )
             return cls(*_shared(shape, device, kwargs, group))
         if attention_mask is None and not kwargs:
-            if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
-                layout = cache.one_token_layout(shape)
-            else:
+            layout = None if cache is None else cache.one_token_layout(shape, device)
+            if layout is None:
                 layout = SequenceLayout.of_rows(shape, device)
         elif attention_mask is None and _is_ready(kwargs, shape, device):
             layout = kwargs["layout"]
@@ -124,7 +123,7 @@ class ForwardContext:
         if self.cache is None:
             return nullcontext()
         layout = self.layout if self.mask is None else _whole_rows(self.layout)
-        self.step = self.cache.step(layout)
+        self.step = Transaction(self.cache, layout)
         return self.step
 
     def packed(self) -> "ForwardContext":
