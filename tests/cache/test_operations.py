@@ -250,10 +250,12 @@ def test_a_pass_that_failed_half_way_is_noticed_and_a_snapshot_mends_it(place):
     assert torch.isfinite(MODEL(tokens(2, 1), past_key_values=cache).logits).all()
 
 
-def test_what_is_refused_before_the_first_layer_does_not_withhold_the_cache():
+@pytest.mark.parametrize("block", range(4))
+def test_what_is_refused_before_the_first_layer_does_not_withhold_the_cache(block):
+    """Of a block behind layers with a state as well."""
     cache = filled()
     before = cache.snapshot()
-    MODEL.gradient_checkpointing_enable()
+    MODEL.gradient_checkpointing_enable(blocks=[block])
     try:
         with pytest.raises(ValueError, match="cannot be recomputed"):
             MODEL(tokens(2, 1), past_key_values=cache)
