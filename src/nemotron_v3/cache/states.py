@@ -292,6 +292,11 @@ class MambaState(LayerState):
         return write
 
 
+def unknown_state(layer: int, state: LayerState) -> TypeError:
+    """What to raise where a kind of state has no branch of its own, so that none is left out."""
+    return TypeError(f"layer {layer} has a {type(state).__name__}, which is not known here")
+
+
 def join(states: Sequence[LayerState]) -> LayerState:
     """States of several batches as one, row after row."""
     buffers = [state for state in states if isinstance(state, KeyValueState)]

@@ -3,14 +3,14 @@
 import torch
 
 from nemotron_v3.cache.cache import NemotronHybridCache
-from nemotron_v3.cache.states import MambaState
+from nemotron_v3.cache.states import KeyValueState
 
 
 class WayBack:
     """What `go` returns a cache to: what it holds now, while nothing but new tokens reaches it.
 
-    Keys and values of earlier tokens are not copied, since new tokens leave them alone; the states
-    of mamba layers are. So it costs one more copy of those, however long the rows are.
+    Keys and values of earlier tokens are not copied, since new tokens leave them alone; other
+    states are. So it costs one more copy of those, however long the rows are.
 
     Args:
         cache: in no pass.
@@ -28,7 +28,7 @@ class WayBack:
         self._states = {
             layer: state.map(torch.clone)
             for layer, state in cache.states.items()
-            if isinstance(state, MambaState)
+            if not isinstance(state, KeyValueState)
         }
 
     @torch.no_grad()
