@@ -22,6 +22,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3 import ops
 from nemotron_v3.config import canonical_block_type
+from nemotron_v3.config.blocks import unknown_block_type
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.classes import takes_place_of
 from nemotron_v3.hf.context import TheirContext
@@ -362,8 +363,10 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
                 y, _ = self.mixer(x, cache=cache, context=context)
             case "moe":
                 y = self.mixer(x, context=context, layer_idx=self.layer_idx)
-            case _:
+            case "mlp":
                 y = self.mixer(x, context=context)
+            case _:
+                raise unknown_block_type(kind)
         return hidden_states + y
 
 

@@ -119,14 +119,19 @@ def check_labels(
         raise ValueError(f"{name} are on {labels.device}, the tokens on {device}: move one of them")
 
 
-def check_kept(logits_to_keep: Any) -> None:
-    """Raises ValueError or TypeError unless `logits_to_keep` is a number or a list of places."""
+def check_kept(logits_to_keep: Any, seq_len: int) -> None:
+    """Raises ValueError or TypeError unless `logits_to_keep` is a number or a list of places.
+
+    Args:
+        seq_len: places that the call has.
+    """
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dtype not in ID_DTYPES or logits_to_keep.dim() > 1:
             raise TypeError(
                 f"logits_to_keep is {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}: "
                 "give positions as integers (n,), or how many of the last"
             )
+        check_places(logits_to_keep, 0, seq_len)
     elif not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
         raise TypeError(
             f"logits_to_keep is {logits_to_keep!r}: give how many of the last positions (0 for "
@@ -134,3 +139,19 @@ def check_kept(logits_to_keep: Any) -> None:
         )
     elif logits_to_keep < 0:
         raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}")
+
+
+def check_places(places: Tensor, least: int, end: int) -> None:
+    """Raises ValueError for a position in `logits_to_keep` that is not in `least ... end - 1`.
+
+    They are read on a CPU alone: a GPU would have to be waited for.
+    """
+    readable = type(places) is Tensor and not torch.compiler.is_compiling()
+    if not (readable and places.is_cpu and places.numel()):
+        return
+    wrong = places[(places < least) | (places >= end)]
+    if wrong.numel():
+        raise ValueError(
+            f"logits_to_keep holds the position {int(wrong.flatten()[0])}, and the call has {end} "
+            f"places: give positions from {least} to {end - 1}"
+        )

@@ -115,6 +115,13 @@ class NemotronV3Model(nn.Module):
                     output_hidden_states=output_hidden_states,
                     context=context,
                 )
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        recomputed = self.recomputed if recomputes else ()
+        if recomputed and context.cache is not None:
+            raise ValueError(
+                "a cache is updated in place and cannot be recomputed: disable gradient "
+                "checkpointing, or leave the cache out"
+            )
         if inputs_embeds is not None:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
         else:
@@ -128,9 +135,8 @@ class NemotronV3Model(nn.Module):
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
         streams = [hidden]
-        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if recomputes and block.layer_idx in self.recomputed:
+            if block.layer_idx in recomputed:
                 hidden = _recomputed(block, hidden, context)
             else:
                 hidden = block(hidden, context=context)
@@ -253,7 +259,7 @@ class NemotronV3ForCausalLM(nn.Module):
         if labels is not None:
             check_labels(labels, shape, device)
         if type(logits_to_keep) is not int or logits_to_keep < 0:
-            check_kept(logits_to_keep)
+            check_kept(logits_to_keep, shape[-1])
         if num_items_in_batch is not None:
             check_items(num_items_in_batch)
         for name, said in (("layout", layout), ("position_ids", position_ids)):
@@ -448,11 +454,6 @@ class NemotronV3ForCausalLM(nn.Module):
 
 def _recomputed(block: nn.Module, hidden: Tensor, context: ForwardContext) -> Tensor:
     """What a block makes of the stream, of which the backward pass computes the rest again."""
-    if context.cache is not None:
-        raise ValueError(
-            "a cache is updated in place and cannot be recomputed: disable gradient "
-            "checkpointing, or leave the cache out"
-        )
     # A compiler takes a checkpoint without contexts better: only where something watches.
     routes = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
     contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if routes else {}
@@ -469,5 +470,5 @@ def _may_read(labels: Tensor, made_here: bool) -> bool:
 def _keep(x: Tensor, positions: int | Tensor) -> Tensor:
     """The last `positions` places of the sequence (all for 0), or the places a tensor lists."""
     if isinstance(positions, Tensor):
-        return x.index_select(-2, positions)
+        return x.index_select(-2, positions.to(x.device))
     return x[..., -positions:, :] if positions else x

@@ -108,9 +108,10 @@ class _Core(torch.autograd.Function):
         y = y.flatten(-2)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states),
+            *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states),
             *(xBC, y, *kept),
         )
+        ctx.initial_dtype = None if ssm_states is None else ssm_states.dtype
         ctx.settings = settings
         out = gated.normalise(y, z, norm_weight, sizes.H * sizes.P // sizes.G, eps)
         return out, final
@@ -119,8 +120,8 @@ class _Core(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint hands them out one time
-        inputs, (xBC, y, *kept) = saved[:9], saved[9:]
-        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states = inputs
+        inputs, (xBC, y, *kept) = saved[:8], saved[8:]
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states = inputs
         sizes, borders, tiles, dt_limit, eps, _ = ctx.settings
         z, conv_inputs, dt = sizes.split(zxbcdt)
         dzxbcdt = torch.empty_like(zxbcdt, memory_format=torch.contiguous_format)
@@ -137,7 +138,7 @@ class _Core(torch.autograd.Function):
         x, B, C = sizes.by_head(xBC)
         dxBC = torch.empty_like(xBC)
         dsteps, dA, dD, dssm = ssd_gradients.backward(
-            *(x, steps.detach(), A, B, C, D, ssm_states),
+            *(x, steps.detach(), A, B, C, D, ctx.initial_dtype),
             kept,
             tiles,
             dy.unflatten(-1, (sizes.H, sizes.P)),
