@@ -93,7 +93,7 @@ class Choice:
             seen: bool `[rows, V]`, updated, where a penalty is.
         """
         rows = len(logits)
-        numbers: Any = {name: tensor[:rows] for name, tensor in self._numbers.items()}
+        numbers: dict[str, Any] = {name: tensor[:rows] for name, tensor in self._numbers.items()}
         ops.sample(
             logits,
             self._nothing[:, :rows] if uniform is None else uniform,
