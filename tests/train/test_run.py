@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from nemotron_v3 import from_pretrained
 from nemotron_v3.data.options import Source
 from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.train import run
 from nemotron_v3.train.build import build_model
 from nemotron_v3.train.checkpoints import FOLDER, Checkpoints, saved_steps
@@ -290,6 +292,60 @@ def test_a_full_disk_leaves_the_saves_before(options, monkeypatch, told, backgro
     assert refused.value.filename
     assert saved_steps(asked.out) == [2]
     assert [path.name for path in (asked.out / FOLDER).iterdir()] == ["step-00000002"]
+
+
+class HeldOutBeyond(MadeUp):
+    """Rows whose held-out part has a token that a model of 300 tokens lacks."""
+
+    def __init__(self, options, *rest):
+        super().__init__(options, *rest)
+        if options.sources[0].path == "held out":
+            self.largest_token = 300
+
+
+def test_a_held_out_token_that_the_model_lacks_is_refused_before_anything_is_written(options):
+    asked = options(validation=ValidationOptions(sources=(Source("held out"),)))
+    with pytest.raises(ValueError, match="gives token 300, and the model has 300"):
+        train(asked, **SILENT | {"make_data": HeldOutBeyond})
+    assert not asked.out.exists()
+
+
+def test_the_checkpoint_has_the_tokenizer_and_template_that_it_was_trained_with(
+    options, base, tmp_path
+):
+    given = tmp_path / "tokenizer"
+    given.mkdir()
+    Tokenizer.train(["other words than those of the base"] * 3, 270).save(given)
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    model = ModelOptions(path=base, tokenizer=given, device="cpu")
+    data = made_up_options(chat_template=str(template))
+    asked = options(model=model, data=data, schedule=ScheduleOptions(steps=1))
+    train(asked, **SILENT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (asked.out / name).read_bytes() == (given / name).read_bytes()
+    assert (asked.out / "chat_template.jinja").read_text() == template.read_text()
+    assert (base / "tokenizer.json").read_bytes() != (given / "tokenizer.json").read_bytes()
+
+
+def test_a_template_takes_the_place_of_all_that_the_checkpoint_had(options, base, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    (own / "chat_template.jinja").write_text("old")
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "tool_use.jinja").write_text("old, with tools")
+    (own / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    model = ModelOptions(path=own, device="cpu")
+    asked = options(
+        model=model,
+        data=made_up_options(chat_template="{{ messages[0].content }}"),
+        schedule=ScheduleOptions(steps=1),
+    )
+    train(asked, **SILENT)
+    assert (asked.out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert not (asked.out / "additional_chat_templates").exists()
+    assert from_pretrained(asked.out).generation_config == {"eos_token_id": [0]}
+    assert (asked.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -123,7 +123,8 @@ class NemotronHybridCache(OutsideView, Rows):
                 f"the cache holds {self.dtype}, the model is {dtype}: make the cache with the "
                 "model's dtype"
             )
-        self._settle()
+        if self.withheld is not None or self._step is not None:
+            self._settle()
         check_rows(layout, self._lengths, self.positions.device, self.max_length)
 
     def step(self, layout: SequenceLayout) -> Transaction:
@@ -137,9 +138,14 @@ class NemotronHybridCache(OutsideView, Rows):
         """
         return Transaction(self, layout)
 
-    def one_token_layout(self, shape: tuple[int, ...]) -> SequenceLayout:
-        """The layout of one token a row on a grid `(rows, 1)`, the same one step after step."""
-        layout, device = self._one_token, self.positions.device
+    def one_token_layout(
+        self, shape: tuple[int, ...], device: torch.device
+    ) -> SequenceLayout | None:
+        """The layout of one token a row on a grid `(rows, 1)`, the same one step after step; None
+        for other tokens, or tokens elsewhere than the cache."""
+        positions, layout = self.positions, self._one_token
+        if shape != (positions.shape[0], 1) or device != positions.device:
+            return None
         if layout is not None and layout.shape == shape and layout.device == device:
             return layout
         layout = SequenceLayout.of_rows(shape, device)

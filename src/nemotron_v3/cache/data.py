@@ -57,7 +57,7 @@ class CacheData:
         moved = step.layout.uniform_length
         moved = step.layout.cu_seqlens.diff() if moved is None else moved
         behind = self._behind
-        if any(step.lengths):
+        if any(step.layout.lengths):
             behind = behind | (self.states.keys() - self._updated)
         withheld, self.withheld = self.withheld, self.withheld or HALF_WAY
         self.positions.add_(moved)

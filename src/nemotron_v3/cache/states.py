@@ -205,16 +205,16 @@ class MambaState(LayerState):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.conv, self.ssm
 
-    @property
-    def is_one_token(self) -> bool:
-        return self.step.layout.uniform_length == 1
-
-    def in_place(self) -> tuple[Tensor, Tensor]:
-        """Both states, for an op that overwrites them with the next ones."""
-        if self.step.window:
-            self.remember(self.step.layout.seq_idx.long(), self.step.positions)
+    def for_one_token(self) -> tuple[Tensor, Tensor] | None:
+        """Both states, for an op that overwrites them with the next ones; None unless each row gets
+        one token, and no graph needs what it holds."""
+        step, conv, ssm = self.step, self.conv, self.ssm
+        if step.layout.uniform_length != 1 or conv.requires_grad or ssm.requires_grad:
+            return None
+        if step.window:
+            self.remember(step.layout.seq_idx.long(), step.positions)
         self.overwritten = True
-        return self.conv, self.ssm
+        return conv, ssm
 
     def pieces(self) -> Iterator[tuple[Tensor | None, SequenceLayout]]:
         """The new tokens to scan one after the other: their places (None: all), and how they lie.

@@ -41,7 +41,7 @@ class Step:
     @cached_property
     def uniform(self) -> tuple[int, int] | None:
         """`(start, length)` where all rows share them, else None."""
-        pairs = set(zip(self.starts, self.lengths, strict=True))
+        pairs = set(zip(self.starts, self.layout.lengths, strict=True))
         return next(iter(pairs)) if len(pairs) == 1 else None
 
     @cached_property

@@ -79,6 +79,15 @@ class ChatTemplate:
             )
         return cls(sources, read_special_tokens(folder), name)
 
+    def with_special_tokens(self, special_tokens: Mapping[str, str]) -> Self:
+        """The same with these special tokens in the place of those of the same names."""
+        return type(self)(self._sources, self._special_tokens | dict(special_tokens))
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `load` reads it from, by their names in a checkpoint's folder."""
+        names = {n: f"{MORE_TEMPLATES}/{n}.jinja" for n in self._sources} | {DEFAULT: TEMPLATE_FILE}
+        return {names[name]: source.encode() for name, source in self._sources.items()}
+
     @property
     def marks_assistant(self) -> bool:
         """Whether it has a `generation` tag, around what the assistant wrote."""

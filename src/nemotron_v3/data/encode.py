@@ -6,7 +6,7 @@ document and its targets are one list of numbers.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -28,6 +28,9 @@ class DataTokenizer(Protocol):
 
     @property
     def backend(self) -> tokenizers.Tokenizer: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
 
     def frame(self) -> tuple[list[int], list[int]]: ...
 
@@ -79,7 +82,8 @@ class Encoder:
         chat_template: str | None = None,
         train_on: TrainOn = "assistant",
     ) -> Self:
-        """With a template by its folder, its file or itself.
+        """With a template by its folder, its file or itself, and the tokenizer's special tokens in
+        it, whatever the folder that it lies in calls them.
 
         Raises:
             TypeError: no such tokenizer.
@@ -91,12 +95,15 @@ class Encoder:
                 "PretrainedTokenizer.load or Tokenizer.load reads from a folder"
             )
         before, behind = tokenizer.frame()
+        template = None
+        if chat_template is not None:
+            template = read_template(chat_template, tokenizer.special_tokens)
         return cls(
             tokenizer.backend,
             tokenizer.backend.encode_special_tokens,
             tuple(before),
             tuple(behind),
-            None if chat_template is None else _template(chat_template),
+            template,
             train_on,
         )
 
@@ -262,15 +269,23 @@ def _document(record: dict[str, Any], field: str) -> str | list[Any]:
     raise _BadRecord(f"the field {key!r} is {value!r:.60}: neither text nor a list of messages")
 
 
-def _template(told: str) -> ChatTemplate:
-    """A template by its folder, its file or itself."""
+def read_template(told: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """A template by its folder, its file or itself.
+
+    Args:
+        told: the path, or the template.
+        special_tokens: the tokenizer's, which count over those that the folder names.
+
+    Raises:
+        ValueError: there is none.
+    """
     if "{%" in told or "{{" in told:
-        return ChatTemplate(told)
+        return ChatTemplate(told, special_tokens)
     path = Path(told)
     if path.is_dir():
-        return ChatTemplate.load(path)
+        return ChatTemplate.load(path).with_special_tokens(special_tokens)
     if not path.exists():
         raise ValueError(
             f"chat_template is {told!r}: give a template's file, a folder that has one, or its text"
         )
-    return ChatTemplate(read_text(path), read_special_tokens(path.parent))
+    return ChatTemplate(read_text(path), read_special_tokens(path.parent) | dict(special_tokens))

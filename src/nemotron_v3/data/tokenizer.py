@@ -5,7 +5,7 @@ and bits per byte are the same measurement in two units.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -31,15 +31,22 @@ PIECES = (
 FILE = "tokenizer.json"
 
 
+_NAMES = ("bos_token", "eos_token", "pad_token")
+
+
 class Tokenizer:
     """Text to token ids and back; token `SEPARATOR_ID` separates documents.
 
     Attributes:
         backend: the tokeniser.
         eos_token_id: the separator.
+        special_tokens: by the names that a chat template knows them by: all are the separator.
     """
 
     eos_token_id = SEPARATOR_ID
+    special_tokens: Mapping[str, str] = dict.fromkeys(
+        ("bos_token", "eos_token", "pad_token"), SEPARATOR
+    )
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.token_to_id(SEPARATOR) != SEPARATOR_ID:
@@ -89,18 +96,22 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_file(str(folder / FILE)))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, and beside it the few lines by which transformers' AutoTokenizer
-        knows what to make of it."""
-        self.backend.save(str(folder / FILE))
+        """Write its files (see `texts`)."""
+        for name, text in self.texts().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """`tokenizer.json`, and beside it the few lines by which transformers' AutoTokenizer knows
+        what to make of it, by name."""
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": SEPARATOR,
-            "eos_token": SEPARATOR,
-            "pad_token": SEPARATOR,
+            **self.special_tokens,
             "clean_up_tokenization_spaces": False,
         }
-        text = json.dumps(about, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return {
+            FILE: self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(about, indent=2) + "\n",
+        }
 
     @property
     def vocab_size(self) -> int:

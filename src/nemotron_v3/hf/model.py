@@ -23,7 +23,7 @@ from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.hf.swap import install_as_built
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_kept, check_labels, check_places, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, check_places, refuse_ids, token_grid
 from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 
@@ -107,7 +107,11 @@ class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
             hidden = inputs_embeds
         else:
             assert input_ids is not None  # `enter` takes one of the two
-            hidden = look_up(self.embeddings, input_ids)
+            try:
+                hidden = self.embeddings(input_ids)
+            except IndexError:
+                refuse_ids(self.embeddings, input_ids)
+                raise
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
         # Padding would otherwise contribute to the norm weights' gradients.
         hidden = _without_padding(hidden, context)

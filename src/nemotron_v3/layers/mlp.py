@@ -10,7 +10,7 @@ from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import MLPWeights, Projection
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.inputs import check_floats, check_size
+from nemotron_v3.layers.inputs import check_size, refuse_other_than_floats
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import relu2
@@ -84,7 +84,8 @@ class NemotronV3MLP(ContextParallelLayer):
             ValueError: another hidden size.
             TypeError: no tensor of floats, or one of another dtype than the layer's.
         """
-        check_floats(hidden_states)
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            refuse_other_than_floats(hidden_states)
         if hidden_states.shape[-1:] != (self.hidden_size,):
             raise ValueError(
                 f"hidden size {hidden_states.shape[-1:].numel()} does not match the layer's "

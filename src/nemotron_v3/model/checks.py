@@ -33,7 +33,7 @@ def enter(
     context = ForwardContext.enter(
         shape, device, attention_mask, past_key_values, layout_kwargs, who="the model"
     )
-    if device.type == "meta" != embeddings.device.type:
+    if device.type == "meta" and not embeddings.is_meta:
         raise ValueError(
             f"the tokens are on the meta device, the model on {embeddings.device}: move one of them"
         )
@@ -81,19 +81,14 @@ def token_grid(
     return tuple(shape), tokens.device
 
 
-def look_up(embeddings: nn.Embedding, input_ids: Tensor) -> Tensor:
-    """The embeddings of token ids.
+def refuse_ids(embeddings: nn.Embedding, input_ids: Tensor) -> None:
+    """Raises IndexError where a look-up failed at an id outside the vocabulary, by its number.
 
-    Raises:
-        IndexError: an id outside the vocabulary, by its number on a CPU; a GPU says so in its way.
+    So it does on a CPU; a GPU says so in its way.
     """
-    try:
-        return embeddings(input_ids)
-    except IndexError:
-        rows = embeddings.weight.shape[0]
-        wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
-        if not wrong.numel():
-            raise
+    rows = embeddings.weight.shape[0]
+    wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
+    if wrong.numel():
         raise IndexError(
             f"token id {int(wrong[0])} is outside the vocabulary of {rows}: give ids of the "
             "model's own tokenizer"

@@ -23,7 +23,7 @@ from nemotron_v3.layers.moe.router import checkpoint_contexts, observed
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
-from nemotron_v3.model.checks import check_kept, check_labels, enter, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, enter, refuse_ids, token_grid
 from nemotron_v3.model.head import TiedHead, plain_weight
 from nemotron_v3.model.loss import (
     check_items,
@@ -97,27 +97,24 @@ class NemotronV3Model(nn.Module):
                 not fit, a cache of another config, batch or dtype.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        context = layout_kwargs.get("context")
-        if context is not None:
-            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
-        context = enter(
-            self.config,
-            self.embeddings.weight,
-            *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
-            attention_mask,
-            past_key_values,
-            layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
-        )
-        with context.writing():
-            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
-
-    def _run(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        context: ForwardContext,
-        output_hidden_states: bool,
-    ) -> ModelOutput:
+        context: ForwardContext | None = layout_kwargs.get("context")
+        if context is None:
+            context = enter(
+                self.config,
+                self.embeddings.weight,
+                *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
+                attention_mask,
+                past_key_values,
+                layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
+            )
+            with context.writing():
+                return NemotronV3Model.forward(
+                    self,
+                    input_ids,
+                    inputs_embeds=inputs_embeds,
+                    output_hidden_states=output_hidden_states,
+                    context=context,
+                )
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         recomputed = self.recomputed if recomputes else ()
         if recomputed and context.cache is not None:
@@ -129,7 +126,11 @@ class NemotronV3Model(nn.Module):
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
         else:
             assert input_ids is not None  # `token_grid` takes one of the two
-            hidden = look_up(self.embeddings, input_ids)
+            try:
+                hidden = self.embeddings(input_ids)
+            except IndexError:
+                refuse_ids(self.embeddings, input_ids)
+                raise
         whole, restore = context.layout, None
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
@@ -288,9 +289,15 @@ class NemotronV3ForCausalLM(nn.Module):
                 context=context,
             )
             # The head too: want of memory for the logits of a long prompt withholds the cache.
-            loss, logits = self._head(
-                out.last_hidden_state, labels, context.layout, logits_to_keep, num_items_in_batch
-            )
+            hidden, loss = out.last_hidden_state, None
+            if labels is not None:
+                loss, logits = self._loss(
+                    hidden, labels, context.layout, logits_to_keep, num_items_in_batch
+                )
+            elif type(logits_to_keep) is int and not logits_to_keep:
+                logits = self.lm_head(hidden)
+            else:
+                logits = self.lm_head(_keep(hidden, logits_to_keep))
             return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
 
     def _of_targets(
@@ -314,19 +321,15 @@ class NemotronV3ForCausalLM(nn.Module):
         mean, _ = self._mean(hidden, targets, context.layout, 0)
         return CausalLMOutput(per_item(mean, targets, items))
 
-    def _head(
+    def _loss(
         self,
         hidden: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         layout: SequenceLayout,
         logits_to_keep: int | Tensor,
         items: int | Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | LazyLogits]:
-        """The loss, None without labels, and the logits."""
-        if labels is None:
-            if type(logits_to_keep) is not int or logits_to_keep:
-                hidden = _keep(hidden, logits_to_keep)
-            return None, self.lm_head(hidden)
+    ) -> tuple[Tensor, Tensor | LazyLogits]:
+        """The loss and the logits."""
         targets = targets_of(labels, layout)
         mean, logits = self._mean(hidden, targets, layout, logits_to_keep)
         loss = per_item(mean, targets, items)

@@ -10,13 +10,14 @@ step's name is whole. What a kill has left is removed by the next run.
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from nemotron_v3.config.files import read_object
+from nemotron_v3.config.typed import from_object
 from nemotron_v3.train.loop import Progress
 from nemotron_v3.train.options import SaveOptions
 from nemotron_v3.train.processes import World
@@ -46,7 +49,8 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps that the run in a folder can be gone on from, rising."""
     if not (folder / FOLDER).is_dir():
         return []
-    found = (_STEP.fullmatch(path.name) for path in (folder / FOLDER).iterdir())
+    saves = (path for path in (folder / FOLDER).iterdir() if path.is_dir())
+    found = (_STEP.fullmatch(path.name) for path in saves)
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -171,7 +175,8 @@ class Checkpoints:
         """Bring model and optimiser to the last save; None where there is none.
 
         Raises:
-            ValueError: it is the save of another model or of other data.
+            ValueError: it is the save of another model or of other data, or it is not as it was
+                written.
         """
         if self.world.first:
             for left in (self.folder / FOLDER).glob(".*-step-*"):
@@ -180,10 +185,11 @@ class Checkpoints:
         if not steps:
             return None
         place = self._path(steps[-1])
-        content = json.loads((place / STATE).read_text(encoding="utf-8"))
-        self._check(place, content["identity"])
+        with self._whole(steps):
+            content = read_state(place / STATE, steps[-1])
+        self._check(place, content.identity)
         state = self._state()
-        with _quiet():
+        with _quiet(), self._whole(steps):
             state_dict_loader.load(
                 state,
                 storage_reader=FileSystemReader(place),
@@ -197,9 +203,26 @@ class Checkpoints:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        names = {field.name for field in fields(Progress)}
         self._last = steps[-1]
-        return Progress(**{k: v for k, v in content["progress"].items() if k in names})
+        return content.progress
+
+    @contextlib.contextmanager
+    def _whole(self, steps: list[int]) -> Iterator[None]:
+        """Say which of the saves cannot be read, and what the run goes on from without it."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # which is none of the former
+            disk = _disk_error(error)
+            if disk is not None and not isinstance(disk, FileNotFoundError):
+                raise disk from error
+            reasons = _within(error)
+            if any(isinstance(each, MemoryError | torch.OutOfMemoryError) for each in reasons):
+                raise
+            before = f"from step {steps[-2]}" if len(steps) > 1 else "from its beginning"
+            raise ValueError(
+                f"{self._path(steps[-1])} cannot be gone on from ({_first_line(reasons[-1])}): "
+                f"move it away, and the run goes on {before}"
+            ) from error
 
     def _check(self, place: Path, identity: dict[str, str]) -> None:
         other = [
@@ -223,20 +246,60 @@ class Checkpoints:
         return self.folder / FOLDER / f"{before}step-{step:08d}"
 
 
+@dataclass(frozen=True)
+class State:
+    """What state.json holds."""
+
+    progress: Progress
+    identity: dict[str, str]
+
+
+def read_state(path: Path, step: int) -> State:
+    """The state of the save behind a step.
+
+    Raises:
+        ValueError: no such state, or one of another step, or with a value that none can have.
+        OSError: it cannot be read.
+    """
+    told = read_object(path)
+    if isinstance(given := told.get("progress"), dict):  # an earlier version may have had fewer
+        told["progress"] = asdict(Progress()) | given
+    state = from_object(State, told, path.name)
+    found = state.progress
+    if found.step != step:
+        raise ValueError(f"{path.name} is of step {found.step}")
+    if found.tokens < 0 or not 0 <= found.seconds < math.inf:
+        raise ValueError(f"{path.name} counts {found.tokens} tokens, {found.seconds} seconds")
+    for name in ("best_step", "validated"):
+        if not 0 <= (getattr(found, name) or 0) <= step:
+            raise ValueError(f"{path.name} has {name} {getattr(found, name)}")
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _disk_error(error: BaseException) -> OSError | None:
     """The operating system's word in an error, or in those that it holds or that led to it."""
-    seen: list[BaseException] = [error]
-    for each in seen:
+    for each in _within(error):
         if isinstance(each, OSError):
             return each
-        held = getattr(each, "failures", None) or {}
-        inner = [pair[0] if isinstance(pair, tuple) else pair for pair in held.values()]
-        inner += [each.__cause__, each.__context__]
-        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
     told = str(error)
     if "inline_container" in told or "PytorchStreamWriter" in told:  # torch's writer of files
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
+
+
+def _within(error: BaseException) -> list[BaseException]:
+    """An error, those that it holds, and those that led to it."""
+    seen: list[BaseException] = [error]
+    for each in seen:
+        held = getattr(each, "failures", None) or {}
+        inner = [pair[0] if isinstance(pair, tuple) else pair for pair in held.values()]
+        inner += [each.__cause__, each.__context__]
+        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
+    return seen
 
 
 def _sync(path: Path) -> None:

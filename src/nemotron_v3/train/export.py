@@ -1,20 +1,26 @@
 """The end of a run: a checkpoint that everybody loads, or an adapter; read again, as a proof."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from nemotron_v3.chat.template import MORE_TEMPLATES, TEMPLATE_FILE
 from nemotron_v3.checkpoint import audit, save_pretrained
+from nemotron_v3.checkpoint.names import CheckpointOrigin
+from nemotron_v3.checkpoint.side_files import GENERATION_CONFIG
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.data.tokenizer import FILE
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
-from nemotron_v3.train.tokenizer import save_tokenizer
+from nemotron_v3.train.tokenizer import files_of
 
 
 def export(
@@ -26,8 +32,8 @@ def export(
 ) -> None:
     """Write to the run's folder what was trained; every process has to call it.
 
-    The whole model with its tokeniser, chat template and generation config; or, of LoRA, the
-    adapters alone.
+    The whole model with the tokeniser and chat template that it was trained with, and the
+    checkpoint's generation config; or, of LoRA, the adapters alone.
 
     Raises:
         ValueError: LoRA, and nobody who saves adapters.
@@ -43,9 +49,12 @@ def export(
             trained = model if state is None else Gathered(model.config, state)
             adapters.save(trained, options.lora, options.out, base)
         else:
-            if options.model.path is None:
-                save_tokenizer(tokenizer, options)
+            files = files_of(tokenizer, options)
             whole = model if state is None else _whole(model, state)
+            if whole.checkpoint_origin is None:
+                _write(files, options.out)
+            else:
+                whole.checkpoint_origin = _with_files(whole.checkpoint_origin, files)
             save_pretrained(whole, options.out)
             audit(whole, options.out)
     world.wait()
@@ -62,6 +71,28 @@ def _gathered(
     )
     # torch's type allows for modules with a state of another kind, which this model has none of.
     return cast(dict[str, Tensor], get_model_state_dict(model, options=gather))
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with atomic_file(folder / name) as path:
+            path.write_bytes(raw)
+
+
+def _with_files(origin: CheckpointOrigin, files: Mapping[str, bytes]) -> CheckpointOrigin:
+    """The origin with a tokenizer's files in the place of its own, or those of a chat template."""
+
+    def stays(name: str) -> bool:
+        if name == GENERATION_CONFIG:
+            return True
+        if FILE in files:
+            return False
+        return not (TEMPLATE_FILE in files and name.startswith(MORE_TEMPLATES))
+
+    kept = {name: raw for name, raw in origin.side_files.items() if stays(name)}
+    new = {name: raw for name, raw in files.items() if name != GENERATION_CONFIG}
+    return replace(origin, side_files=kept | new)
 
 
 def _whole(model: NemotronV3ForCausalLM, state: Mapping[str, Tensor]) -> NemotronV3ForCausalLM:

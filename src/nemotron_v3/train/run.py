@@ -69,6 +69,14 @@ class Length:
         return self.seconds
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are not trained on, by pass, and the largest token of their sources."""
+
+    passes: list[list[PackedRow]]
+    largest_token: int
+
+
 def train(
     options: TrainOptions,
     *,
@@ -140,21 +148,22 @@ def train(
 
 def _validation(
     options: TrainOptions, tokenizer: Any, make_data: MakeData, rank: int, size: int
-) -> list[list[PackedRow]]:
+) -> HeldOut:
     """The rows of this process, by passes that all processes make together."""
     asked = options.validation
     if not asked.sources:
-        return []
+        return HeldOut([], -1)
     rows = min(options.data.rows, asked.rows)
     held_out = replace(options.data, sources=asked.sources, epochs=1.0, rows=rows)
     steps: list[list[PackedRow]] = []
-    for step in make_data(held_out, tokenizer, rank, size):
+    data = make_data(held_out, tokenizer, rank, size)
+    for step in data:
         steps.append(step)
         if len(steps) * rows >= asked.rows:
             break
     if not steps:
         raise ValueError("validation.sources hold nothing to measure")
-    return steps
+    return HeldOut(steps, data.largest_token)
 
 
 def length_of(options: TrainOptions, data: Data | None) -> Length:
@@ -190,7 +199,7 @@ class _Run:
         options: TrainOptions,
         world: World,
         data: Data,
-        held_out: list[list[PackedRow]],
+        held_out: HeldOut,
         length: Length,
         display: Display,
         adapters: Adapters | None,
@@ -206,9 +215,10 @@ class _Run:
         """Model, optimiser and what was saved."""
         options, world = self.options, self.world
         model, called = build_model(options, world, self.adapters)
-        if self.data.largest_token >= model.config.vocab_size:
+        largest = max(self.data.largest_token, self.held_out.largest_token)
+        if largest >= model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {self.data.largest_token}, and the model has "
+                f"the tokenizer gives token {largest}, and the model has "
                 f"{model.config.vocab_size}: they do not belong together"
             )
         optimizer = make_optimizer(model, options.optimizer, options.seed)
@@ -340,8 +350,9 @@ class _Run:
             raise
         finally:
             if self.page is not None:
-                # A disk that is full now has failed the run already.
-                with suppress(OSError):
+                # A disk that is full now has failed the run already, and no word on how it ended is
+                # worth what it has trained.
+                with suppress(OSError, ValueError):
                     write_outcome(self.options.out, outcome)
                 if page := self.page.end():
                     self.display.say(f"page: {page}")
@@ -380,10 +391,10 @@ class _Run:
 
     def _validate(self) -> None:
         progress = self.trainer.progress
-        if not self.held_out or progress.validated == progress.step:
+        if not self.held_out.passes or progress.validated == progress.step:
             return
         rows = self.options.memory.rows_per_pass
-        loss = validation_loss(self.trainer.model, self.held_out, rows, self.world)
+        loss = validation_loss(self.trainer.model, self.held_out.passes, rows, self.world)
         progress.validated = progress.step
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, progress.step

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from nemotron_v3.chat import ChatTemplate
-from nemotron_v3.checkpoint.side_files import MAX_BYTES, names_in
-from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.checkpoint.side_files import MAX_BYTES, MORE_TEMPLATES, names_in
 from nemotron_v3.config.files import read_bytes
+from nemotron_v3.data.encode import read_template
 from nemotron_v3.data.pretrained import PretrainedTokenizer
 from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.data.train_tokenizer import train_tokenizer
@@ -29,22 +29,27 @@ def read_tokenizer(options: TrainOptions) -> PretrainedTokenizer | Tokenizer:
     return train_tokenizer(options.data.sources, config.vocab_size)
 
 
-def save_tokenizer(tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions) -> None:
-    """Write what belongs to a fresh model's tokeniser into the run's folder.
+def files_of(tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions) -> dict[str, bytes]:
+    """What stands beside the weights that were trained: the files of a tokenizer that was given
+    or made, and a chat template that was given; nothing of what the checkpoint itself has.
 
     Raises:
         ValueError: a tokeniser of another kind than our own, and no folder that holds it.
+        OSError: one cannot be read.
     """
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(options.out)
-        return
-    folder = options.model.tokenizer
-    if folder is None:
-        raise ValueError("a tokenizer is saved from its folder: give model.tokenizer")
-    for name in names_in(folder):
-        (options.out / name).parent.mkdir(exist_ok=True)
-        with atomic_file(options.out / name) as path:
-            path.write_bytes(read_bytes(folder / name, MAX_BYTES))
+    folder, files = options.model.tokenizer, dict[str, bytes]()
+    if folder is not None:
+        files |= {name: read_bytes(folder / name, MAX_BYTES) for name in names_in(folder)}
+    elif options.model.path is None:
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError("a tokenizer is saved from its folder: give model.tokenizer")
+        files |= {name: text.encode() for name, text in tokenizer.texts().items()}
+    template = options.data.chat_template
+    if template is not None and template != str(folder or options.model.path):
+        # The others of a folder would be taken where there are tools.
+        files = {n: raw for n, raw in files.items() if not n.startswith(MORE_TEMPLATES)}
+        files |= read_template(template, tokenizer.special_tokens).files()
+    return files
 
 
 def with_template(options: TrainOptions) -> TrainOptions:

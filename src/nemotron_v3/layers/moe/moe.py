@@ -118,7 +118,9 @@ class NemotronV3MoE(ContextParallelLayer):
                 is_stateless=True,
                 group=self.token_group,
             )
-        layout = context.on(hidden_states.device)
+        layout = context.layout
+        if layout.device != hidden_states.device:
+            layout = context.on(hidden_states.device)
 
         def route(x: Tensor) -> tuple[Tensor, Tensor]:
             return self.gate(x, layout)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.relu2.portable import relu2
 
@@ -35,7 +35,7 @@ def experts(
     x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     K, E = indices.shape[1], up_proj.shape[0]
-    dtype = wide(x.dtype)
+    dtype = WIDE[x.dtype]
     few = 0 < indices.numel() <= ROWS_ALONE * E and x.device.type == "cpu"
     if few and not needs_grad(x, weights, up_proj, down_proj):
         y = _row_by_row(x, indices.flatten().tolist(), up_proj, down_proj).unflatten(0, (-1, K))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d import portable as conv
 from nemotron_v3.ops.causal_conv1d import portable_backward as conv_gradients
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.gated_rms_norm import portable as gated
 from nemotron_v3.ops.ssd import portable as ssd
@@ -48,7 +48,7 @@ def mamba2(
     _, xBC, _ = sizes.split(zxbcdt)
     borders = conv.borders_of(layout, conv_weight.shape[1])
     tiles = ssd.tiles_of(layout, sizes.by_head(xBC)[0], chunk_size)
-    A = -torch.exp(A_log.to(wide(A_log.dtype)))
+    A = -torch.exp(A_log.to(WIDE[A_log.dtype]))
     tensors = zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states
     settings = _Settings(sizes, borders, tiles, dt_limit, eps, needs_grad(*tensors))
     y, final_ssm = _Core.apply(*tensors, settings)
@@ -66,12 +66,12 @@ class _Sizes(NamedTuple):
     def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
         """z `[T, H*P]`, xBC `[T, conv_dim]` and dt `[T, H]`, views."""
         H, P, G, N = self
-        return zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
+        return zxbcdt.split_with_sizes([H * P, H * P + 2 * G * N, H], -1)
 
     def by_head(self, xBC: Tensor) -> list[Tensor]:
         """x `[T, H, P]`, B and C `[T, G, N]`, views."""
         H, P, G, N = self
-        x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+        x, B, C = xBC.split_with_sizes([H * P, G * N, G * N], -1)
         return [x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed, refuse_state
-from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE, as_promised, without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssd import exchanged, portable, reference
@@ -116,7 +116,7 @@ def ssd(
         initial_states=initial_states,
         return_final_states=return_final_states,
     )
-    return as_promised(results, x.dtype, wide(x.dtype))
+    return as_promised(results, x.dtype, WIDE[x.dtype])
 
 
 def _check(

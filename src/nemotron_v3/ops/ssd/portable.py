@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.blocks import Workspace, block_elements
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.ssd.portable_backward import backward
 from nemotron_v3.ops.ssd.slab import (
@@ -59,7 +59,7 @@ def ssd(
     return_final_states: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     tiles = tiles_of(layout, x, chunk_size)
-    dt = step_sizes(dt, dt_bias, dt_limit).to(wide(x.dtype))
+    dt = step_sizes(dt, dt_bias, dt_limit).to(WIDE[x.dtype])
     keep = needs_grad(x, dt, A, B, C, D, initial_states)
     y, final = _Scan.apply(x, dt, A, B, C, D, initial_states, tiles, keep)
     return y, final if return_final_states else None
@@ -124,7 +124,7 @@ def scan(
     That is, for each slab, the states that its tiles meet, `[n, H, P, N]`, `S_in C_i`, `[n*G, q,
     R*P]`, and `C_i . B_j`, `[n*G, q, q]`; without `keep` the list is empty.
     """
-    sizes, dtype = Sizes(x, B), wide(x.dtype)
+    sizes, dtype = Sizes(x, B), WIDE[x.dtype]
     state = x.new_zeros(tiles.documents, sizes.H, sizes.P, sizes.N, dtype=dtype)
     if initial_states is not None:
         state.copy_(initial_states)
