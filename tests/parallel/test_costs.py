@@ -12,12 +12,12 @@ from nemotron_v3.cli import main as cli
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.parallel import Plan, collectives, parallelize
 from nemotron_v3.parallel.costs import (
-    all_to_all_over_heads,
     gathered_keys,
     mixer_bytes,
     plan_costs,
 )
 from tests.models import tiny_model
+from tests.parallel.heads import all_to_all_over_heads
 from tests.parallel.processes import run
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ class Step:
         layout: of the new tokens, packed.
         starts: tokens each row held before, on the host.
         positions: int64 `[rows]`, the same on the device.
-        window: the last so many tokens of each row go one by one, so that the states before each
-            of them can be kept.
+        window: how many of each row's last tokens go one by one, so that the states before each of
+            them can be kept.
     """
 
     layout: SequenceLayout

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import tyro
 
-from nemotron_v3.config.atomic import settle
-
 
 @dataclass(frozen=True)
 class Report:
@@ -23,6 +21,8 @@ class Report:
     and of several report.html in the working directory"""
 
     def run(self) -> None:
+        from nemotron_v3.config.atomic import settle
+
         for path in self.paths:
             if not path.exists():
                 settle(path)  # a whole run may have been moved aside

@@ -28,14 +28,6 @@ def canonical_block_type(name: str) -> str:
     )
 
 
-def unknown_block_type(block_type: str) -> ValueError:
-    """What to raise where a block type has no branch of its own, so that it is taken for none."""
-    return ValueError(
-        f"a block of type {block_type!r} is not known here, where {', '.join(BLOCK_TYPES)} are: "
-        "run the model without nemotron_v3's acceleration"
-    )
-
-
 # Letters of Megatron-LM's hybrid models that no release has used, and what they stand for.
 NEWER = {
     "G": "a Gated DeltaNet block",

@@ -22,7 +22,6 @@ from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
 from nemotron_v3 import ops
 from nemotron_v3.config import canonical_block_type
-from nemotron_v3.config.blocks import unknown_block_type
 from nemotron_v3.hf import opaque
 from nemotron_v3.hf.classes import takes_place_of
 from nemotron_v3.hf.context import TheirContext
@@ -32,6 +31,7 @@ from nemotron_v3.hf.states import MambaStates, layer_holds_tokens, one_cache
 from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_mixer, moe_mixer
 from nemotron_v3.layers.hooks import is_observed, must_call
+from nemotron_v3.layers.inputs import unknown_block_type
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.long_attention import without_plans

@@ -18,7 +18,7 @@ from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
+from nemotron_v3.layers.context_parallel import ContextParallelLayer, refuse
 from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
 from nemotron_v3.layers.functional import attention_mixer
 from nemotron_v3.layers.init import init_module, on_meta
@@ -29,7 +29,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.cached_attention.masked import check_mask
 
 
-class NemotronV3Attention(RefusesContextParallel):
+class NemotronV3Attention(ContextParallelLayer):
     """Causal grouped-query attention (Ainslie et al. 2023) without rotary embedding.
 
     Args:
@@ -199,7 +199,7 @@ class NemotronV3Attention(RefusesContextParallel):
         )
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
-        """Raises ValueError: the layer cannot share a document's tokens with other processes."""
+        """Raises ValueError: tokens are shared by `nemotron_v3.parallel`, not by this call."""
         refuse("setup_cp_attention", type(self).__name__)
 
     def init_weights(

@@ -1,7 +1,7 @@
-"""What the layers of one forward pass know about their tokens, read once, where these enter.
+"""The context of one forward pass: layout, mask and cache, read once by the outermost module.
 
-A model, or a layer that is called alone, enters: it reads masks, offsets and the cache. Layers
-further in are handed its context and read nothing again.
+That is a model, or a layer that is called alone. The modules within are given its context, and read
+no argument again.
 """
 
 import functools

@@ -4,6 +4,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from nemotron_v3.config import BLOCK_TYPES
+
 
 def grid_of(hidden_states: Any, width: int) -> tuple[int, ...]:
     """The grid `(B, S)` or `(T,)` of hidden states `[B, S, width]` or `[T, width]`.
@@ -42,3 +44,14 @@ def check_size(name: str, size: Any) -> None:
         raise TypeError(f"{name} is {size!r}: give an int")
     if size < 1:
         raise ValueError(f"{name} is {size}: give at least 1")
+
+
+def unknown_block_type(block_type: str) -> ValueError:
+    """What to raise where a block type has no branch of its own, so that it is taken for no other.
+
+    Of another project's block, which runs as it was once the layers are not put in its place.
+    """
+    return ValueError(
+        f"a block of type {block_type!r} is not known here, where {', '.join(BLOCK_TYPES)} are: "
+        "run the model without nemotron_v3's layers"
+    )

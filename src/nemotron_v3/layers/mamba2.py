@@ -14,7 +14,7 @@ from nemotron_v3.cache.checks import check_states
 from nemotron_v3.cache.states import MambaState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import Mamba2Weights, Projection
 from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
 from nemotron_v3.layers.functional import Mamba2Sizes, mamba2_mixer
@@ -25,7 +25,7 @@ from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
 
 
-class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
+class NemotronV3Mamba2Mixer(ContextParallelLayer, KeepsFp32):
     """Projection, causal convolution, state-space scan, gated norm, projection (arXiv 2405.21060).
 
     `A_log`, `D` and `dt_bias` are parameters of the mixer itself and stay fp32 or wider whatever

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import MLPWeights, Projection
 from nemotron_v3.layers.init import init_module, on_meta
 from nemotron_v3.layers.inputs import check_size, refuse_other_than_floats
@@ -16,7 +16,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import relu2
 
 
-class NemotronV3MLP(RefusesContextParallel):
+class NemotronV3MLP(ContextParallelLayer):
     """`down_proj(relu(up_proj(x))^2)`, no gate (So et al. 2021, Primer).
 
     Args:

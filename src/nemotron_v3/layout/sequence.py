@@ -4,8 +4,8 @@ Letters: B batch rows, S sequence length, T real tokens. Documents have none: `n
 
 The *grid* is the shape the caller holds: `(B, S)`, or `(T,)` without a batch dimension. The
 *packed* form is the real tokens alone, `[T, ...]`, document after document in grid order. Every op
-works on the packed form, so padding costs nothing and cannot leak, and a padded batch, a pack and a
-plain batch are one case.
+works on the packed form, so padding costs it nothing and cannot leak, and a padded batch, a pack
+and a plain batch are one case.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -248,11 +248,11 @@ class SequenceLayout:
             max_seqlen: an upper bound of the document lengths; checked, not needed.
             max_seqlen_q, max_seqlen_kv: other names of it.
             qkv_format: `"thd"` (packed) or `"bshd"`; checked, not needed.
-            position_ids: of the grid's shape, or one row for all. There is no positional term:
-                they count documents. Where they start anew, at 0 or 1, within what the other
-                arguments call one document (of a mask or of nothing: a row), another one begins;
-                numbers that break off elsewhere are no such count, and say nothing.
-            cp_size, cp_rank: 1 and 0, or None: no layer shares a document with other processes.
+            position_ids: of the grid's shape, or one row for all. Only restarts matter: within a
+                document of the other arguments (by default a row) a restart at 0 or 1 begins a new
+                document. Position ids with any other break are ignored.
+            cp_size, cp_rank: 1 and 0, or None. A layer with a context-parallel group takes larger
+                ones, and reads them before.
 
         Raises:
             ValueError: arguments that contradict each other or the shape.

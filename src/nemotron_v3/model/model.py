@@ -228,23 +228,23 @@ class NemotronV3ForCausalLM(nn.Module):
             attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
             labels: int64 of `input_ids`' shape, usually the same tensor: the shift by one happens
                 here and never crosses a document's border; -100 does not count. A label at padding
-                counts right behind a real token, and has to be -100 elsewhere in a row that holds
-                one.
+                is a target only if its position directly follows a real token. Every other label
+                at padding has to be -100, unless the row has no real token.
             layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
             past_key_values: a `NemotronHybridCache` with one row a document: the tokens follow what
                 it holds, and it is updated in place.
             inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
-            position_ids: of `input_ids`' shape, or one row for all: a document starts where they
-                start anew, also beside a mask. The model has no positional term: nothing else of
-                them counts.
+            position_ids: of `input_ids`' shape, or one row for all. A new document begins where
+                they restart at 0 or 1, with or without a mask. They have no other effect: the model
+                has no positional encoding.
             use_cache: True makes a fresh cache where none is given; it comes back in the output.
             output_hidden_states: keep the stream after each block.
-            logits_to_keep: logits of the last so many positions only (0: of all), or of the
-                positions in a tensor. The loss always counts all of them. With labels and 0, logits
-                are computed when the output's are first read, and otherwise never.
-            num_items_in_batch: what the sum over the targets is divided by, in place of their
-                number here: the number of targets of all the parts whose gradients are added up. A
-                tensor is not read.
+            logits_to_keep: logits of the last so many columns only (0: of all), padding included,
+                or of the columns in a tensor. The loss always counts all of them. With labels and
+                0, logits are computed when the output's are first read, and otherwise never.
+            num_items_in_batch: divisor of the summed loss; by default the number of targets of
+                this call. For gradient accumulation give the number of all micro-batches. A tensor
+                is used on its device, without a wait of the host.
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:

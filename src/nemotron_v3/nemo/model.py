@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nemotron_v3.config.blocks import unknown_block_type
+from nemotron_v3.layers.inputs import unknown_block_type
 from nemotron_v3.nemo import shared_tokens
 from nemotron_v3.nemo.classes import Accelerated, takes_place_of
 from nemotron_v3.nemo.context import NemoContext, split_mask

@@ -1,4 +1,4 @@
-"""What a run can be gone on from: tensors by torch.distributed.checkpoint, the rest as JSON.
+"""Checkpoints that a run resumes from: tensors by torch.distributed.checkpoint, the rest as JSON.
 
     checkpoints/step-00000500/            whole, by a rename
     checkpoints/.saving-step-00001000/    being written, or left by a kill

@@ -101,7 +101,8 @@ def mamba2(
         layout: where the documents start.
         conv_states: `[n_docs, conv_dim, W]`, ssm_states: `[n_docs, H, P, N]`: the states before
             each document, zeros by default.
-        return_final_states: False where they are not needed: then they cost nothing.
+        return_final_states: False where they are not needed: the SSM's then cost nothing, and the
+            conv's a copy of W columns a document.
         exchange: see `ssd`; then no final states come back.
         impl: see `nemotron_v3.ops`.
 

@@ -1,4 +1,6 @@
-"""The scan of documents whose other parts lie elsewhere, in plain PyTorch (README.md, 'Parts').
+"""The scan for context parallelism: pieces of documents exchange the states at their ends.
+
+README.md, 'Parts', has the equations.
 
 Letters: T packed tokens, n_docs pieces of documents, n tokens of one, H heads, P head width, G
 groups, N state.
