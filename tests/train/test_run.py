@@ -13,14 +13,15 @@ from rich.console import Console
 
 from nemotron_v3 import from_pretrained
 from nemotron_v3.data.options import Source
+from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.train import run
 from nemotron_v3.train.build import build_model
-from nemotron_v3.train.checkpoints import FOLDER, STATE, saved_steps
+from nemotron_v3.train.checkpoints import FOLDER, STATE, Checkpoints, saved_steps
 from nemotron_v3.train.config_file import read_config
 from nemotron_v3.train.display import Display
 from nemotron_v3.train.interrupts import Stopped
-from nemotron_v3.train.loop import NotFinite
+from nemotron_v3.train.loop import NotFinite, Progress, validation_loss
 from nemotron_v3.train.options import (
     LogOptions,
     MemoryOptions,
@@ -31,10 +32,14 @@ from nemotron_v3.train.options import (
     TrainOptions,
     ValidationOptions,
 )
+from nemotron_v3.train.processes import World
 from nemotron_v3.train.run import train
+from tests.models import tiny_model
 from tests.train.fakes import MadeUp, made_up_options
 
 SILENT = {"make_data": MadeUp, "display": Display(Console(file=open(os.devnull, "w")))}  # noqa: SIM115
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def lines(out: Path) -> list[dict]:
@@ -166,6 +171,38 @@ def test_nan_stops_with_the_module_that_made_it_after_saving_what_was_good(optio
         train(asked, **SILENT, after_step=spoil)
     assert saved_steps(asked.out) == [3]
     assert train(asked, resume=True, **SILENT).step == 8
+
+
+def test_nan_of_a_draw_is_found_again(options, monkeypatch):
+    """Of dropout, say: the passes run again with the step's own draws."""
+    models, draws = [], []
+
+    def build(*args):
+        models.append(build_model(*args)[0])
+        return models[-1], models[-1]
+
+    def draw(module, args, output):
+        draws.append(torch.rand(()).item())
+        return output * (float("nan") if draws[-1] == draws[0] else 1.0)
+
+    monkeypatch.setattr(run, "build_model", build)
+
+    def spoil(step) -> None:
+        if step.step == 3:
+            models[0].model.layers[2].mixer.v_proj.register_forward_hook(draw)
+
+    with pytest.raises(NotFinite, match=r"output of model\.layers\.2\.mixer\.v_proj"):
+        train(options(save=SaveOptions(every=0)), **SILENT, after_step=spoil)
+    assert draws.count(draws[0]) == 2
+
+
+def test_a_validation_that_fails_leaves_the_model_training():
+    model = tiny_model("-").train()
+    model.register_forward_hook(lambda *_: 1 / 0)
+    rows = [[PackedRow(torch.arange(5), torch.arange(5), [0, 5], [(0, 0)])]]
+    with pytest.raises(ZeroDivisionError):
+        validation_loss(model, rows, 1, ALONE)
+    assert model.training
 
 
 def test_accumulation_over_uneven_parts_is_one_large_batch(options, tmp_path):
@@ -309,6 +346,32 @@ def test_a_template_takes_the_place_of_all_that_the_checkpoint_had(options, base
     assert not (asked.out / "additional_chat_templates").exists()
     assert from_pretrained(asked.out).generation_config == {"eos_token_id": [0]}
     assert (asked.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("what", ["write", "rename"])
+def test_a_step_whose_save_failed_can_be_saved_again(tmp_path, monkeypatch, what, background):
+    model = tiny_model("-")
+    optimizer = torch.optim.AdamW(model.parameters())
+    saves = Checkpoints(tmp_path, model, optimizer, ALONE, SaveOptions(background=background), {})
+
+    rename = Path.rename
+
+    def full(file, *args):
+        """Of `torch.save`, or of `Path.rename` of the whole folder."""
+        if what == "rename" and not file.name.startswith(".saving-"):
+            return rename(file, *args)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(*((torch, "save") if what == "write" else (Path, "rename")), full)
+        with pytest.raises(OSError, match="No space left"):
+            saves.save(Progress(step=5))
+            saves.finish()
+    assert [*(tmp_path / FOLDER).iterdir()] == []
+    saves.save(Progress(step=5))
+    saves.finish()
+    assert saved_steps(tmp_path) == [5]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

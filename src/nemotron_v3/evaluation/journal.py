@@ -1,4 +1,4 @@
-"""What of an evaluation is on the disk before it is whole, so that it can go on after a kill.
+"""Partial results of an evaluation on the disk, from which it resumes after a kill.
 
 The folder stands beside the file that is to be written. It holds what was asked for, the result of
 every checkpoint that is complete, a line for each pass of the others, and of a long document the

@@ -1,4 +1,4 @@
-"""What a run can be gone on from: tensors by torch.distributed.checkpoint, the rest as JSON.
+"""Checkpoints that a run resumes from: tensors by torch.distributed.checkpoint, the rest as JSON.
 
     checkpoints/step-00000500/            whole, by a rename
     checkpoints/.saving-step-00001000/    being written, or left by a kill
@@ -60,8 +60,8 @@ class Checkpoints:
 
     Args:
         folder: of the run.
-        identity: what a run that goes on has to share, such as sizes of the model and the data's
-            fingerprint: text by name.
+        identity: what a run that goes on has to share, such as sizes of the model: text by name.
+            What the data has to share is in the data's own state.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self._pending: tuple[Future, int] | None = None
-        self._last: int | None = None  # step that was saved, or is being saved
+        self._last: int | None = None  # step that is saved
         # Saves in the background speak on a line of their own.
         group = dist.new_group(backend="gloo") if self.world.size > 1 else None
         if isinstance(group, int):
@@ -92,7 +92,6 @@ class Checkpoints:
         step = progress.step
         if step == self._last:
             return
-        self._last = step
         saving = self._path(step, _SAVING)
         if self.world.first:
             saving.mkdir(parents=True)
@@ -145,11 +144,17 @@ class Checkpoints:
 
     def _put_in_place(self, step: int) -> None:
         if not self.world.first:
+            self._last = step
             return
         saving, place = self._path(step, _SAVING), self._path(step)
-        _sync(saving / STATE)
-        _sync(saving)
-        saving.rename(place)
+
+        def rename() -> None:
+            _sync(saving / STATE)
+            _sync(saving)
+            saving.rename(place)
+
+        self._guard(rename, step)
+        self._last = step
         _sync(place.parent)
         self._prune(json.loads((place / STATE).read_text())["progress"]["best_step"])
 

@@ -429,7 +429,7 @@ class _Run:
         self.checkpoints.save(trainer.progress)
         self.checkpoints.finish()
         made = first_not_finite(
-            trainer.model, trainer.called, error.batches, error.items, self.world
+            trainer.model, trainer.called, error.batches, error.items, error.seed, self.world
         )
         error.args = (
             f"{error.args[0]}; the first that is not finite is {made}. Nothing was updated with "
