@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+from nemotron_v3.checkpoint.spelling import parse_size
 from nemotron_v3.cli import main as cli
 from nemotron_v3.cli.inspect import RELEASED, Inspect
 from nemotron_v3.config import PRESETS, NemotronV3Config
@@ -215,3 +216,20 @@ def test_what_a_row_takes():
     found = [rows_that_fit(config, bf16, 1024, rest + rows * each) for rows in (1, 3, 63, 64, 100)]
     assert found == [1, 2, 32, 64, 96]
     assert rows_that_fit(config, bf16, 1024, rest + each - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--memory", "x", "--memory 'x': give bytes, or text as '5GB'"),
+        ("--memory", "0", "--memory '0'"),
+        ("--plan", "gpus=8,gpus=4", "a size stands there twice"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_by_its_option(capsys, option, value, message):
+    assert cli.main(["inspect", "nemotron-3-nano-30b", option, value]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_memory_of_more_digits_than_a_float_has_is_a_number():
+    assert parse_size("1" + "0" * 400) == 10**400

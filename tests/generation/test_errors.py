@@ -62,6 +62,8 @@ TYPE_MISTAKES = {
     "an eos token of text": ({"eos_token_id": "</s>"}, "eos_token_id must be integers, got '<'"),
     "a fractional eos token": ({"eos_token_id": 1.5}, "eos_token_id must be integers, got 1.5"),
     "pad tokens": ({"pad_token_id": [0]}, r"pad_token_id must be integers, got \[0\]"),
+    "a stop string that is a number": ({"stop_strings": ["a", 5]}, "must be texts, got 5"),
+    "stop strings that are a number": ({"stop_strings": 5}, "must be texts, got 5"),
     "unknown option": ({"top_kk": 3}, "'top_kk'"),
     "float tokens": ({"input_ids": torch.ones(1, 3)}, "torch.float32"),
     "a dict": ({"input_ids": {"input_ids": [1]}}, "is a dict"),

@@ -41,6 +41,17 @@ def test_a_plan_makes_up_all_processes(plan, told):
         plan.over(8)
 
 
+def test_a_plan_for_more_processes_than_there_are_names_what_was_given():
+    with pytest.raises(ValueError, match="dp_replicate = 3 times .*, and there are 2 processes"):
+        Plan(dp_replicate=3).over(2)
+
+
+@pytest.mark.parametrize("world", [0, -2, 2.0, True, "8"])
+def test_a_number_of_processes_that_is_none_is_named(world):
+    with pytest.raises(ValueError, match="a plan is over .* processes"):
+        Plan().over(world)
+
+
 def test_rows_on_the_way():
     """Nano, 6 of 128 experts: over two processes nearly every token has experts on both."""
     assert sent_rows(128, 6, 2) == pytest.approx(0.99, abs=0.01)

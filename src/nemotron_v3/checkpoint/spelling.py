@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from typing import Any, Generic, TypeVar
 
@@ -99,12 +100,13 @@ class Spelling:
         return Files(shards, origin.metadata, origin.index_metadata)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes, from a number or from text as "5GB"; raises `CheckpointError`."""
+def parse_size(size: int | str, name: str = "max_shard_size=") -> int:
+    """Bytes, from a number or from text as "5GB"; raises `CheckpointError`, which begins with
+    `name`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", str(size), re.IGNORECASE)
-    limit = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    limit = int(Fraction(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
     if limit < 1:
-        raise CheckpointError(f"max_shard_size={size!r}: give bytes, or text as '5GB' or '500MiB'")
+        raise CheckpointError(f"{name}{size!r}: give bytes, or text as '5GB' or '500MiB'")
     return limit
 
 

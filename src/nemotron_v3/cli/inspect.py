@@ -107,7 +107,7 @@ class Inspect:
         if self.memory is not None:
             if self.device is not None:
                 raise ValueError("--device and --memory say the same thing: give one of them")
-            return parse_size(self.memory)
+            return parse_size(self.memory, "--memory ")
         if self.device is None:
             return None
         if self.device in DEVICES:

@@ -24,8 +24,10 @@ def read_plan(text: str) -> "tuple[Plan, int]":
     """
     from nemotron_v3.parallel import Plan
 
-    parts = (part.partition("=") for part in text.replace(" ", "").split(","))
+    parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
     given = {name: value for name, _, value in parts}
+    if len(given) < len(parts):
+        raise ValueError(f"--plan is {text!r}: a size stands there twice")
     if "gpus" not in given or not given.keys() <= set(_FIELDS):
         raise ValueError(
             f"--plan is {text!r}: give gpus, and ep, cp or dp_replicate beside it, such as "

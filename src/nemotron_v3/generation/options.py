@@ -1,6 +1,6 @@
 """How to generate: every option in one place, checked before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
@@ -134,6 +134,9 @@ class GenerationOptions:
             for number in () if value is None else given:
                 if isinstance(number, bool) or not isinstance(number, Integral):
                     raise TypeError(f"{name} must be integers, got {number!r}")
+        for text in self.stops:
+            if not isinstance(text, str):
+                raise TypeError(f"stop_strings must be texts, got {text!r}")
         for number in self._given_seeds:
             _check_seed(number)
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < 2**63:
@@ -187,6 +190,8 @@ class GenerationOptions:
         """The stop strings."""
         if isinstance(self.stop_strings, str):
             return (self.stop_strings,)
+        if self.stop_strings is not None and not isinstance(self.stop_strings, Iterable):
+            raise TypeError(f"stop_strings must be texts, got {self.stop_strings!r}")
         return tuple(self.stop_strings or ())
 
     def eos(self, config: NemotronV3Config) -> frozenset[int]:

@@ -66,6 +66,8 @@ class Plan:
         Raises:
             ValueError: sizes that do not make up these processes.
         """
+        if type(world) is not int or world < 1:
+            raise ValueError(f"a plan is over {world!r} processes: give an integer of at least 1")
         if self.dp_shard is None and self.cp > 1 and world % (self.dp_replicate * self.cp):
             raise ValueError(
                 f"cp = {self.cp} times dp_replicate = {self.dp_replicate} does not divide the "
@@ -74,14 +76,14 @@ class Plan:
         settled = self.dp_shard
         if settled is None:
             settled = world // (self.dp_replicate * self.cp)
-        plan = replace(self, dp_shard=settled)
         shard = "dp_shard" if self.cp == 1 else f"cp = {self.cp} times dp_shard"
-        if plan.set_size * self.dp_replicate != world:
+        if settled * self.cp * self.dp_replicate != world:
             raise ValueError(
                 f"the plan has dp_replicate = {self.dp_replicate} times {shard} = "
                 f"{self.dp_shard or 'what is left'}, and there are {world} processes: their "
                 "product must be that number"
             )
+        plan = replace(self, dp_shard=settled)
         if plan.set_size % self.ep:
             raise ValueError(
                 f"ep = {self.ep} does not divide {shard} = {settled}: the experts of a layer lie "
