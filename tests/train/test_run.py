@@ -17,7 +17,7 @@ from nemotron_v3.data.pieces import PackedRow
 from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.train import run
 from nemotron_v3.train.build import build_model
-from nemotron_v3.train.checkpoints import FOLDER, Checkpoints, saved_steps
+from nemotron_v3.train.checkpoints import FOLDER, STATE, Checkpoints, saved_steps
 from nemotron_v3.train.config_file import read_config
 from nemotron_v3.train.display import Display
 from nemotron_v3.train.interrupts import Stopped
@@ -372,3 +372,40 @@ def test_a_step_whose_save_failed_can_be_saved_again(tmp_path, monkeypatch, what
     saves.save(Progress(step=5))
     saves.finish()
     assert saved_steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_a_run_that_goes_on_asks_of_its_optimiser_counts(options, monkeypatch, kind):
+    begun = options(schedule=ScheduleOptions(steps=2), optimizer=OptimizerOptions(kind=kind))
+    train(begun, **SILENT)
+    other = OptimizerOptions(
+        kind=kind, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-3, momentum=0.7, learning_rate=0.05
+    )
+    seen = []
+    go = run._Run.go
+
+    def look(self, *args):
+        seen.extend(self.trainer.optimizer.param_groups)
+        return go(self, *args)
+
+    monkeypatch.setattr(run._Run, "go", look)
+    train(replace(begun, optimizer=other, schedule=ScheduleOptions(steps=3)), resume=True, **SILENT)
+    assert {group["weight_decay"] for group in seen} == {0.3, 0.0}
+    assert all(group["betas"] == (0.5, 0.6) and group["eps"] == 1e-3 for group in seen)
+    assert all(group["initial_lr"] == 0.05 for group in seen)
+    assert {group.get("momentum") for group in seen} == {0.7 if kind == "muon" else None}
+
+
+def test_a_best_loss_is_not_compared_with_that_of_other_held_out_rows(options):
+    def asked(steps: int, seed: int):
+        held_out = ValidationOptions(sources=(Source("held out"),), every=1, rows=4)
+        data = made_up_options(seed=seed)
+        return options(schedule=ScheduleOptions(steps=steps), validation=held_out, data=data)
+
+    train(asked(2, 0), **SILENT)
+    state = asked(2, 0).out / FOLDER / "step-00000002" / STATE
+    told = json.loads(state.read_text())
+    told["progress"] |= {"best_loss": 0.0, "best_step": 1}
+    state.write_text(json.dumps(told))
+    assert train(asked(3, 0), resume=True, **SILENT).best_step == 1
+    assert train(asked(4, 1), resume=True, **SILENT).best_step == 4

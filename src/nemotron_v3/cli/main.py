@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import nemotron_v3
 from nemotron_v3.cli.errors import in_words, status_of
+from nemotron_v3.cli.repeated import check_repeated
 from nemotron_v3.cli.terminal import one_line
 
 # A verb is the dataclass of that name in the file of the verb's name. Its fields are the options,
@@ -88,7 +89,7 @@ def parse(args: Sequence[str]) -> Verb | None:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
+            verb = tyro.cli(
                 verbs(args),
                 prog="nemotron-v3",
                 description=f"{nemotron_v3.__doc__}\n\n{MORE}",
@@ -99,6 +100,8 @@ def parse(args: Sequence[str]) -> Verb | None:
         if not stopped.code:
             return None
         raise ValueError(_plain(stderr.getvalue())) from None
+    check_repeated(verb, args)
+    return verb
 
 
 def verbs(args: Sequence[str]) -> Any:

@@ -179,9 +179,9 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
             past_key_values: a cache of transformers, updated in place.
             cache: the same, as transformers calls it since 5.24.
             inputs_embeds: `[B, S, D]` in place of `input_ids`.
-            labels: int64 `[B, S]`, shifted by one inside and never across a document's border. A
-                label at padding counts right behind a real token, and has to be -100 elsewhere in a
-                row that holds one.
+            labels: int64 or int32 `[B, S]`, shifted by one inside and never across a document's
+                border. A label at padding counts right behind a real token, and has to be -100
+                elsewhere in a row that holds one.
             use_cache: None makes a cache as the config says, but not in training nor for a pack.
             logits_to_keep: logits of the last so many positions (0: all), or of a tensor's.
             **kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`
@@ -402,8 +402,8 @@ def _packed_targets(
 
 
 def _labels(given: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]) -> Tensor:
-    """Labels on the layout's device, with -100 where none counts."""
-    given = given.to(layout.device)
+    """Labels on the layout's device in int64, with -100 where none counts."""
+    given = given.to(layout.device, torch.int64)
     ignored = kwargs.get("ignore_index", IGNORE_INDEX)
     return given if ignored == IGNORE_INDEX else given.masked_fill(given == ignored, IGNORE_INDEX)
 

@@ -109,6 +109,7 @@ class Op:
     def _first_pick(
         self, key: Hashable, impl: str, like: Tensor, dtypes: Any, sizes: tuple
     ) -> Callable[..., Any]:
+        """`pick` where nothing is remembered under `key` yet; what has passed its check is now."""
         name = self._resolve(impl, like.device, dtypes, sizes)
         if impl == "auto":
             _say_once(self.name, name)

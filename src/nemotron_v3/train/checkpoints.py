@@ -196,6 +196,7 @@ class Checkpoints:
                 process_group=self._group,
                 no_dist=self.world.size == 1,
             )
+        asked = [_settings(group) for group in self.optimizer.param_groups]
         set_state_dict(
             self.model,
             self.optimizer,
@@ -203,6 +204,9 @@ class Checkpoints:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
+        # The save has those of the run as it was begun: what is asked for now counts.
+        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(settings)
         self._last = steps[-1]
         return content.progress
 
@@ -244,6 +248,11 @@ class Checkpoints:
 
     def _path(self, step: int, before: str = "") -> Path:
         return self.folder / FOLDER / f"{before}step-{step:08d}"
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimiser was asked for of a group of parameters: rates, decay, momentum."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Progress:
     """Where a training stands: what a save holds beside the tensors.
 
     `data` is the position behind the last finished step; `seconds` are those of steps; `validated`
-    is the step that was last measured.
+    is the step that was last measured, and `held_out` tells the rows that it was measured on.
     """
 
     step: int = 0
@@ -75,6 +75,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     validated: int | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,13 @@ class HeldOut:
     passes: list[list[PackedRow]]
     largest_token: int
 
+    def digest(self) -> str:
+        """The same for the same rows."""
+        found = hashlib.blake2b(digest_size=8)
+        for row in (row for rows in self.passes for row in rows):
+            found.update(row.input_ids.numpy().tobytes() + row.labels.numpy().tobytes())
+        return found.hexdigest()
+
 
 def train(
     options: TrainOptions,
@@ -231,6 +238,7 @@ class _Run:
         progress = (self.checkpoints.load() if resume else None) or Progress()
         if progress.step:
             self.data.load_state_dict(progress.data)
+        self._compare_held_out(progress)
         if world.first:  # only now, when nothing refuses any more
             about = write_about(options, resume)
         progress.data = self.data.state_dict()
@@ -270,6 +278,17 @@ class _Run:
                 options.out, options.log, model.config, progress.step, peak, about
             )
         self._introduce(model, progress)
+
+    def _compare_held_out(self, progress: Progress) -> None:
+        """Forget the best loss where it is of other rows than those that are held out now."""
+        before, now = progress.held_out, self.world.told(self.held_out.digest())
+        progress.held_out = now
+        if before not in (None, now) and progress.best_step is not None:
+            self.display.say(
+                f"validation: other rows than before are held out; the loss of step "
+                f"{progress.best_step:,} is not compared with theirs"
+            )
+            progress.best_loss = progress.best_step = progress.validated = None
 
     def _identity(self, model: NemotronV3ForCausalLM) -> dict[str, str]:
         """What a run that goes on has to share with the one that it goes on with."""

@@ -72,5 +72,6 @@ class Workspace:
             elif array.numel() < size:
                 array = self._arrays[name] = self._like.new_empty(size, dtype=self._dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
-            view = self._views[name, shape] = array[:size].view(shape)
+            some = array[:size] if size < array.numel() else array
+            view = self._views[name, shape] = some.view(shape)
         return view
