@@ -251,7 +251,7 @@ def test_a_norm_draws_itself_anew(norm):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_object_for_context_parallelism_is_refused(kind, name, value):
     layer = block(kind).mixer
-    with pytest.raises(ValueError, match=f"{name} = a .*shard_model"):
+    with pytest.raises(ValueError, match=f"{name} = a .*share_tokens"):
         setattr(layer, name, value)
     layer.cp = None
     assert layer.cp is None and layer(x).shape == x.shape
@@ -259,7 +259,7 @@ def test_an_object_for_context_parallelism_is_refused(kind, name, value):
 
 def test_attention_refuses_to_be_set_up_for_context_parallelism():
     layer = attention()
-    with pytest.raises(ValueError, match="setup_cp_attention.*shard_model"):
+    with pytest.raises(ValueError, match="setup_cp_attention.*share_tokens"):
         layer.setup_cp_attention(object())
     assert not hasattr(layer, "attn_module")
 

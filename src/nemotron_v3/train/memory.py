@@ -210,26 +210,6 @@ def lora_parameters(config: NemotronV3Config, options: LoraOptions) -> int:
     return coverage(config, targets, rank=options.rank).adapter_parameters
 
 
-def activation_bytes(
-    config: NemotronV3Config,
-    tokens: int,
-    width: int,
-    recomputed: Collection[int],
-    rank: int = 0,
-    kernels: bool = True,
-) -> int:
-    """What the backward pass needs of the forward pass of so many tokens.
-
-    Args:
-        width: bytes of an element.
-        recomputed: numbers of the blocks that keep nothing but the stream in front of them.
-        rank: of adapters beside the projections; each keeps its input too.
-        kernels: as for `estimate`.
-    """
-    each = _sizes(config, width, rank, kernels)
-    return tokens * _held(each, _stream_bytes(config, width), recomputed)
-
-
 def _held(each: Sequence[int], stream: int, recomputed: Collection[int]) -> int:
     """Bytes a token: of blocks, of the streams in front of them, and of one that is recomputed."""
     kept = sum(stream + (0 if n in recomputed else size) for n, size in enumerate(each))
