@@ -62,9 +62,20 @@ class ChatTemplate:
                 raise ValueError(f"this is no chat template: {reply['error']}")
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], name: str | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        name: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> Self:
         """The template of a checkpoint: `chat_template.jinja`, with those that are called
         `additional_chat_templates/NAME.jinja`; else `tokenizer_config.json`'s.
+
+        Args:
+            folder: of the checkpoint.
+            name: which of several templates to take.
+            special_tokens: texts by name of the tokenizer that reads what is rendered, where that
+                is another than the folder's.
 
         Raises:
             ValueError: the folder has none, or a file of it cannot be read.
@@ -77,7 +88,14 @@ class ChatTemplate:
                 f"{folder} has no chat template ({TEMPLATE_FILE}, or chat_template in "
                 f"{TOKENIZER_CONFIG_FILE}): it is no chat model; give a prompt instead"
             )
-        return cls(sources, read_special_tokens(folder), name)
+        return cls(sources, read_special_tokens(folder) | dict(special_tokens or {}), name)
+
+    def files(self) -> dict[str, str]:
+        """The files by which a checkpoint's folder has this template, with their texts."""
+        return {
+            TEMPLATE_FILE if name == DEFAULT else f"{MORE_TEMPLATES}/{name}.jinja": source
+            for name, source in self._sources.items()
+        }
 
     @property
     def marks_assistant(self) -> bool:
@@ -206,6 +224,16 @@ class ChatTemplate:
         # A template that trims messages took the blank behind the mark, and would have taken those
         # before it.
         return before if behind.startswith(" ") else before.rstrip()
+
+
+def template_folder(folder: Path, adapter: Path | None = None) -> Path:
+    """Where the chat template of a checkpoint with an adapter is: beside the adapter where there is
+    a file of one, for what it was trained with counts; else with the checkpoint.
+
+    Raises:
+        ValueError: a file of the adapter's cannot be read.
+    """
+    return adapter if adapter is not None and _files(adapter) else folder
 
 
 def read_special_tokens(folder: str | PathLike[str]) -> dict[str, str]:

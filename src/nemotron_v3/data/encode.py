@@ -6,8 +6,9 @@ document and its targets are one list of numbers.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -28,6 +29,9 @@ class DataTokenizer(Protocol):
 
     @property
     def backend(self) -> tokenizers.Tokenizer: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
 
     def frame(self) -> tuple[list[int], list[int]]: ...
 
@@ -59,7 +63,8 @@ class Encoder:
 
     Attributes:
         backend: the tokeniser.
-        literal: whether a special token's spelling in a text is text like any other.
+        literal: whether a special token's spelling in a text is text like any other; in a chat it
+            is that token, since the template writes it.
         before, behind: token ids around each document that is no chat.
         template: for chats, or None.
         train_on: which tokens of chats are targets.
@@ -91,12 +96,15 @@ class Encoder:
                 "PretrainedTokenizer.load or Tokenizer.load reads from a folder"
             )
         before, behind = tokenizer.frame()
+        template = None
+        if chat_template is not None:
+            template = read_template(chat_template, tokenizer.special_tokens)
         return cls(
             tokenizer.backend,
             tokenizer.backend.encode_special_tokens,
             tuple(before),
             tuple(behind),
-            None if chat_template is None else _template(chat_template),
+            template,
             train_on,
         )
 
@@ -157,7 +165,12 @@ class Encoder:
 
     def _checked_template(self) -> ChatTemplate:
         if self.template is None:
-            raise ValueError("it holds chats (messages), and there is no chat_template: give one")
+            raise ValueError(
+                "it holds chats (messages), and there is no chat template: put one into the "
+                "checkpoint's folder (chat_template.jinja), or give it (train --data.chat-template "
+                "FILE, eval --chat-template FILE, in Python chat_template), with {% generation %} "
+                "and {% endgeneration %} around what the assistant writes"
+            )
         if self.train_on == "assistant" and not self.template.marks_assistant:
             raise ValueError(
                 "the chat template marks no assistant's words, which alone are to be learnt: put "
@@ -184,11 +197,7 @@ class Encoder:
         """The ids of each text, none for one that is blank."""
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
-            # The fast one does not say which characters a token stands for.
-            plain = all(text.spans is None for text in batch)
-            encode = self.backend.encode_batch_fast if plain else self.backend.encode_batch
-            found = encode([text.text for text in batch], add_special_tokens=False)
-            for text, encoding in zip(batch, found, strict=True):
+            for text, encoding in zip(batch, self._encodings(batch), strict=True):
                 if not text.text.strip():
                     yield []
                 elif not text.is_chat:
@@ -197,6 +206,18 @@ class Encoder:
                     yield encoding.ids
                 else:
                     yield only_in(text.spans, encoding.ids, encoding.offsets)
+
+    def _encodings(self, batch: Sequence["_Text"]) -> Iterator[tokenizers.Encoding]:
+        # The fast one does not say which characters a token stands for.
+        plain = all(text.spans is None for text in batch)
+        encode = self.backend.encode_batch_fast if plain else self.backend.encode_batch
+        for are_chats, group in groupby(batch, lambda text: text.is_chat):
+            self.backend.encode_special_tokens = self.literal and not are_chats
+            try:
+                found = encode([text.text for text in group], add_special_tokens=False)
+            finally:
+                self.backend.encode_special_tokens = self.literal
+            yield from found
 
 
 @dataclass(frozen=True)
@@ -262,15 +283,25 @@ def _document(record: dict[str, Any], field: str) -> str | list[Any]:
     raise _BadRecord(f"the field {key!r} is {value!r:.60}: neither text nor a list of messages")
 
 
-def _template(told: str) -> ChatTemplate:
-    """A template by its folder, its file or itself."""
+def read_template(told: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """A template by its folder, its file or itself.
+
+    Args:
+        told: the folder, the file or the text.
+        special_tokens: texts by name of the tokenizer that reads what is rendered: what it does not
+            name is as the folder says.
+
+    Raises:
+        ValueError: no template.
+    """
     if "{%" in told or "{{" in told:
-        return ChatTemplate(told)
+        return ChatTemplate(told, special_tokens)
     path = Path(told)
     if path.is_dir():
-        return ChatTemplate.load(path)
+        return ChatTemplate.load(path, special_tokens=special_tokens)
     if not path.exists():
         raise ValueError(
             f"chat_template is {told!r}: give a template's file, a folder that has one, or its text"
         )
-    return ChatTemplate(read_text(path), read_special_tokens(path.parent))
+    names = read_special_tokens(path.parent) | dict(special_tokens)
+    return ChatTemplate(read_text(path), names)

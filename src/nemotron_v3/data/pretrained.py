@@ -1,6 +1,6 @@
 """The tokeniser of any checkpoint that has a `tokenizer.json`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,10 +26,12 @@ class PretrainedTokenizer:
             token; not for text, like a chat template's, that has them already.
         keep: texts of special tokens that are not left out, such as the tags of an answer.
         eos_token_id: the token that ends a document in training, or None.
+        special_tokens: texts by the names that chat templates call them, such as `bos_token`.
 
     Attributes:
         backend: the tokeniser.
         eos_token_id: as given.
+        special_tokens: as given.
     """
 
     def __init__(
@@ -38,17 +40,19 @@ class PretrainedTokenizer:
         add_special_tokens: bool = True,
         keep: Iterable[str] = (),
         eos_token_id: int | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ):
         self.backend = backend
         self.eos_token_id = eos_token_id
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self._add_special_tokens = add_special_tokens
         kept, added = frozenset(keep), backend.get_added_tokens_decoder()
         self._left_out = {n for n, t in added.items() if t.special and t.content not in kept}
 
     @classmethod
     def load(cls, folder: Path, add_special_tokens: bool = True, keep: Iterable[str] = ()) -> Self:
-        """Read the `tokenizer.json` of a folder, and which token ends a document there: the
-        `eos_token` of `tokenizer_config.json` or `special_tokens_map.json`.
+        """Read the `tokenizer.json` of a folder, and the names of its special tokens in
+        `tokenizer_config.json` or `special_tokens_map.json`, of which `eos_token` ends a document.
 
         Raises:
             ValueError: there is none, or something else than a tokeniser's file.
@@ -58,9 +62,10 @@ class PretrainedTokenizer:
             missing = f"{folder} has no {FILE}: give a checkpoint that has one"
             raise ValueError(instead_of_a_model(folder) or missing)
         backend = read_backend(path)
-        eos = read_special_tokens(folder).get("eos_token")
+        names = read_special_tokens(folder)
+        eos = names.get("eos_token")
         number = None if eos is None else backend.token_to_id(eos)
-        return cls(backend, add_special_tokens, keep, number)
+        return cls(backend, add_special_tokens, keep, number, names)
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens before and behind a document in training: those that the file puts around

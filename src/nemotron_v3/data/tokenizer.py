@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 # a document's first token, and predicting it ends the document.
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0
+NAMES = ("bos_token", "eos_token", "pad_token")  # what others call it
 
 # No token crosses the border of two of these pieces. A line break takes the indentation after it
 # along: in source code they are predicted together. Words keep the one character that introduces
@@ -37,6 +38,8 @@ class Tokenizer:
     Attributes:
         backend: the tokeniser.
         eos_token_id: the separator.
+        special_tokens: texts by the names that chat templates call them, such as `eos_token`: each
+            is the separator's.
     """
 
     eos_token_id = SEPARATOR_ID
@@ -50,6 +53,7 @@ class Tokenizer:
         # A document that contains the separator's spelling is text like any other.
         backend.encode_special_tokens = True
         self.backend = backend
+        self.special_tokens = dict.fromkeys(NAMES, SEPARATOR)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -94,9 +98,7 @@ class Tokenizer:
         self.backend.save(str(folder / FILE))
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": SEPARATOR,
-            "eos_token": SEPARATOR,
-            "pad_token": SEPARATOR,
+            **self.special_tokens,
             "clean_up_tokenization_spaces": False,
         }
         text = json.dumps(about, indent=2) + "\n"
