@@ -14,7 +14,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
-from nemotron_v3.train.tokenizer import save_tokenizer
+from nemotron_v3.train.tokenizer import save_tokenizer, trained_templates, write_atomically
 
 
 def export(
@@ -27,7 +27,7 @@ def export(
     """Write to the run's folder what was trained; every process has to call it.
 
     The whole model with its tokeniser, chat template and generation config; or, of LoRA, the
-    adapters alone.
+    adapters, with the chat template where that is not the base's.
 
     Raises:
         ValueError: LoRA, and nobody who saves adapters.
@@ -41,6 +41,7 @@ def export(
                 raise ValueError(f"lora.rank is {options.lora.rank}, and nobody saves adapters")
             base = None if options.model.path is None else str(options.model.path.resolve())
             trained = model if state is None else Gathered(model.config, state)
+            write_atomically(options.out, trained_templates(tokenizer, options))
             adapters.save(trained, options.lora, options.out, base)
         else:
             if options.model.path is None:

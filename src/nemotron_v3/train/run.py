@@ -16,14 +16,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.packed import PackedData
 from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.pretrained import PretrainedTokenizer
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.cost import parameters
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.pages.live import LiveReport
-from nemotron_v3.train.build import Adapters, build_model
+from nemotron_v3.train.build import Adapters, build_model, read_model_config
 from nemotron_v3.train.checkpoints import Checkpoints
 from nemotron_v3.train.details import look
 from nemotron_v3.train.display import Display
+from nemotron_v3.train.ends import Ends, settle_ends
 from nemotron_v3.train.export import export
 from nemotron_v3.train.finite import first_not_finite
 from nemotron_v3.train.folder import check_folder, write_about, write_outcome
@@ -38,7 +41,7 @@ from nemotron_v3.train.processes import World, processes, rows_of
 from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
 from nemotron_v3.train.threads import thread_choice
-from nemotron_v3.train.tokenizer import read_tokenizer, with_template
+from nemotron_v3.train.tokenizer import exchanged, read_tokenizer, with_template
 
 MakeData = Callable[[DataOptions, Any, int, int], Data]
 
@@ -113,6 +116,10 @@ def train(
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
+    ends = None
+    if isinstance(tokenizer, Tokenizer | PretrainedTokenizer):
+        config = read_model_config(options.model, torch.device("cpu"))
+        ends = settle_ends(options, config, tokenizer)
     # Before the processes meet: the first one tokenises, which may take longer than they wait.
     data = make_data(options.data, tokenizer, *part)
     held_out = _validation(options, tokenizer, make_data, *part)
@@ -121,6 +128,7 @@ def train(
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
+        run.tokenizer, run.ends = tokenizer, ends
         if options.log.samples and write_on is not None:
             run.samples = Samples(
                 options.out, options.log, write_on, tokenizer, display.say, world.first
@@ -201,6 +209,8 @@ class _Run:
         self._saved = time.monotonic()
         self.page: LiveReport | None = None  # until the folder is this run's
         self.samples: Samples | None = None
+        self.tokenizer: Any = None
+        self.ends: Ends | None = None
 
     def prepare(self, resume: bool, signal: Callable[[], int]) -> None:
         """Model, optimiser and what was saved."""
@@ -218,6 +228,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             options.out, model, optimizer, world, options.save, self._identity(model)
         )
+        self._take_tokenizer(model)
         progress = (self.checkpoints.load() if resume else None) or Progress()
         if progress.step:
             self.data.load_state_dict(progress.data)
@@ -261,6 +272,21 @@ class _Run:
             )
         self._introduce(model, progress)
 
+    def _take_tokenizer(self, model: NemotronV3ForCausalLM) -> None:
+        """Tell the model which tokens end its texts, and what is saved with it."""
+        if self.ends is None:
+            return
+        before, config = model.config, model.config.replace(**self.ends.config)
+        for module in (model, model.model):
+            assert module.config is before, "a model and its body share a config"
+            module.config = config
+        said = self.ends.generation_config
+        model.generation_config = None if said is None else dict(said)
+        origin = model.checkpoint_origin
+        if origin is not None:
+            files = exchanged(origin.side_files, self.tokenizer, self.options)
+            model.checkpoint_origin = replace(origin, side_files=files)
+
     def _identity(self, model: NemotronV3ForCausalLM) -> dict[str, str]:
         """What a run that goes on has to share with the one that it goes on with."""
         sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
@@ -279,6 +305,8 @@ class _Run:
         count = parameters(model.config)
         trained = sum(parameter.numel() for parameter in _trained(model))
         say = self.display.say
+        for warning in () if self.ends is None else self.ends.warnings:
+            say(f"warning  {warning}")
         for line in self.data.report().lines():
             say(f"data     {line}")
         say(f"model    {count.total:,} parameters, {count.active:,} a token, {trained:,} trained")
