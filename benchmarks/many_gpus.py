@@ -33,7 +33,7 @@ from benchmarks.table import Row, render
 from nemotron_v3 import NemotronV3Config, NemotronV3ForCausalLM
 from nemotron_v3.parallel import Plan, halo, state_exchange
 from nemotron_v3.parallel.costs import plan_costs
-from nemotron_v3.train.optimizer import make_optimizer
+from nemotron_v3.train.optimizers import make_optimizer
 from nemotron_v3.train.options import LoraOptions, OptimizerOptions
 
 NANO = "nemotron-3-nano-30b"

@@ -23,18 +23,14 @@ def rooms(names: str) -> frozenset[str]:
 
 
 ROOMS = rooms(
-    "config layout cache ops layers model checkpoint chat generation data adapters parallel verify "
+    "config layout cache ops layers model checkpoint chat generation data adapters parallel "
     "pages train evaluation hf nemo recipes cli"
 )
-
-# Rooms and packages of the table that nothing stands in yet: their rules come before their code.
-PLANNED = rooms("verify")
-PLANNED_PACKAGES: frozenset[str] = frozenset()
 
 # A room may import these and itself. "" is the package's own `__init__.py`, which only hands on
 # public names; a room imports the room that has a name.
 MAY_IMPORT: dict[str, frozenset[str]] = {
-    "": rooms("config layout cache ops layers model checkpoint verify"),
+    "": rooms("config layout cache ops layers model checkpoint"),
     "config": rooms(""),
     "layout": rooms(""),
     "cache": rooms("config layout"),
@@ -52,15 +48,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "data": rooms("config layout chat"),
     "adapters": rooms("layers model ops config"),
     "parallel": rooms("model layers ops layout cache config"),
-    "verify": rooms("model layers ops layout cache checkpoint generation config data"),
     # Files in, a file out: what a page shows is read from the folder that it is of, so that a run
     # of last year has one too. (`nemotron_v3.report` is a function of the model room.)
     "pages": rooms("config"),
     # layers: the loads of experts and their balance, which a step moves. Adapters that PEFT puts on
     # are handed in by the command line. pages: a run writes the page that shows it.
-    "train": rooms(
-        "model layers parallel checkpoint data adapters verify layout config ops chat pages"
-    ),
+    "train": rooms("model layers parallel checkpoint data adapters layout config ops chat pages"),
     # generation: a score's log-probabilities, and answers of tasks. train: the processes that
     # torchrun has made, and the signals that ask them to end. pages: what a page is made of.
     "evaluation": rooms("model layout cache checkpoint generation data config chat train pages"),
@@ -94,7 +87,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ANYWHERE,
     "safetensors": ("cache/file.py", "hf/adapter_files.py"),  # the latter names its errors
     "tokenizers": ("data/*",),
-    "rich": ("recipes/*", "train/*", "verify/*", "cli/*", "adapters/*"),
+    "rich": ("recipes/*", "train/*", "cli/*", "adapters/*"),
     "tyro": ("cli/*",),
     "tomli_w": ("train/config_file.py",),
     "jinja2": ("chat/worker.py",),
@@ -253,10 +246,8 @@ def source_of(path: str) -> str:
     return (PACKAGE / path).read_text(encoding="utf-8")
 
 
-def test_every_room_of_the_table_is_there_or_planned():
-    there = {room_of(path) for path in FILES if "/" in path}
-    assert there | PLANNED == ROOMS
-    assert there & PLANNED == set(), "no longer planned: take it out of PLANNED"
+def test_every_room_of_the_table_is_there():
+    assert {room_of(path) for path in FILES if "/" in path} == ROOMS
     assert set(MAY_IMPORT) == ROOMS | {"", "__main__"}
 
 
@@ -271,11 +262,9 @@ def test_every_place_of_a_package_is_one():
         (package, pattern)
         for package, patterns in PACKAGES.items()
         for pattern in patterns
-        if package not in PLANNED_PACKAGES and pattern.split("/")[0] not in PLANNED
         if not any(name == package and fnmatch(path, pattern) for name, path in used)
     ]
     assert stale == []
-    assert {package for package, _ in used} & PLANNED_PACKAGES == set(), "no longer planned"
 
 
 @pytest.mark.parametrize("path", FILES)

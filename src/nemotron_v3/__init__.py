@@ -1,4 +1,4 @@
-"""NVIDIA's Nemotron-3 hybrid Mamba-2 / attention / mixture-of-experts models, in plain PyTorch."""
+"""NVIDIA's Nemotron-H and Nemotron-3 hybrid models in PyTorch, with Triton kernels on a GPU."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

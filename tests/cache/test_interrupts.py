@@ -62,6 +62,21 @@ class AtOperation(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class WithoutMemory(TorchDispatchMode):
+    """Raises MemoryError in place of the n-th tensor operation that makes a new tensor."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(made.alias_info is None for made in function._schema.returns):
+            if self.left == 0:
+                raise MemoryError
+            self.left -= 1
+        return function(*args, **kwargs or {})
+
+
 def filled(model=MODEL, **options) -> NemotronHybridCache:
     cache = NemotronHybridCache(model.config, 2, rollback_window=2, **options)
     mask = torch.ones(2, 7)
@@ -187,6 +202,25 @@ def test_an_interrupt_at_any_point(name, way, path):
     assert stopped >= (5 if way is AtLine and name != "finish" else 0)
     if name == "save":
         assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+ASK_FIRST = ["restore", "rollback", "rollback of all", "crop", "clear", "reorder"]
+
+
+@pytest.mark.parametrize("name", ASK_FIRST)
+@torch.no_grad()
+def test_want_of_memory_leaves_the_cache_as_it_was(name, path):
+    cache, asked = filled(), 0
+    before = content(cache)
+    while True:
+        try:
+            with WithoutMemory(asked):
+                OPERATIONS[name](cache, path)
+            break
+        except MemoryError:
+            asked += 1
+        assert cache.withheld is None and same(content(cache), before), f"at {asked - 1}"
+    assert asked >= 2 and cache.withheld is None
 
 
 @pytest.mark.parametrize("name", STEPS)

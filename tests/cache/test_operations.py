@@ -240,8 +240,20 @@ def test_a_pass_that_failed_half_way_is_noticed_and_a_snapshot_mends_it(place):
         lambda: MODEL.model.layers[0].mixer(torch.randn(2, 1, 48), past_key_values=cache),
         lambda: cache.rollback(1),
         cache.snapshot,
+        cache.detach,
         lambda: cache.select([0]),
+        lambda: cache.crop(1),
+        lambda: cache.clear(0),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.to("meta"),
+        lambda: copy.copy(cache),
+        lambda: NemotronHybridCache.cat([cache]),
+        lambda: cache.update(*(torch.ones(2, 2, 1, 20),) * 2, 1),
+        lambda: cache.update_conv_state(0, cache.conv_states[0]),
+        lambda: cache.conv_states.update({0: cache.conv_states[0]}),
+        lambda: cache.ssm_states.update({0: cache.ssm_states[0]}),
     ]
+    assert cache.get_seq_length() == 11 and cache.key_cache[1].isfinite().all()
     for use in uses:
         with pytest.raises(RuntimeError, match="a forward pass failed half-way"), torch.no_grad():
             use()
@@ -250,10 +262,12 @@ def test_a_pass_that_failed_half_way_is_noticed_and_a_snapshot_mends_it(place):
     assert torch.isfinite(MODEL(tokens(2, 1), past_key_values=cache).logits).all()
 
 
-def test_what_is_refused_before_the_first_layer_does_not_withhold_the_cache():
+@pytest.mark.parametrize("block", range(4))
+def test_what_is_refused_before_the_first_layer_does_not_withhold_the_cache(block):
+    """Of a block behind layers with a state as well."""
     cache = filled()
     before = cache.snapshot()
-    MODEL.gradient_checkpointing_enable()
+    MODEL.gradient_checkpointing_enable(blocks=[block])
     try:
         with pytest.raises(ValueError, match="cannot be recomputed"):
             MODEL(tokens(2, 1), past_key_values=cache)

@@ -212,3 +212,28 @@ def test_every_file_of_a_verb_has_its_class():
     assert set(cli.VERBS) <= files
     for verb in cli.VERBS:
         assert read_verb(verb).summary.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (("convert", "a", "b", "--adapter", "c", "--adapter", "d"), "adapter"),
+        (("generate", "a", "--adapter=c", "--adapter", "d", "--prompt", "x"), "adapter"),
+        (("eval", "a", "--data", "b", "--data", "c"), "data"),
+        (("eval", "a", "--tasks", "b", "--tasks=c"), "tasks"),
+        (("train", "--files", "a", "--log.samples", "b", "--log.samples", "c"), "log.samples"),
+        (("train", "--files", "a", "--lora.groups", "b", "--lora.groups", "c"), "lora.groups"),
+    ],
+)
+def test_an_option_of_several_values_that_stands_there_twice_drops_none(args, name):
+    with pytest.raises(ValueError, match=f"--{name} stands there 2 times"):
+        cli.parse(args)
+
+
+def test_an_option_that_adds_up_may_stand_there_twice():
+    verb = cli.parse(["generate", "a", "--prompt", "x", "--prompt", "y"])
+    assert verb is not None and verb.prompt == ("x", "y")
+    verb = cli.parse(["eval", "a", "--data", "d", "--adapter", "x", "--adapter", "y"])
+    assert verb is not None and [path.name for path in verb.adapter] == ["x", "y"]
+    verb = cli.parse(["eval", "a", "--data", "d", "--device", "cpu", "--device", "cuda"])
+    assert verb is not None and verb.device == "cuda"

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -110,11 +111,49 @@ def test_a_kill_at_any_operation_leaves_one_side_whole(tmp_path, write):
         # Between the two renames of a folder nothing stands there; the old one is put back.
         before = texts(place) if place.exists() else {"first"}
         assert before in ({"first"}, {"second"})
+        left = tmp_path / f"{count} written again" / "x"
+        shutil.copytree(place.parent, left.parent)
         settle(place)
         assert texts(place) == before
-        assert [p.name for p in place.parent.iterdir()] == ["x"]
+        write(left, "third")
+        assert texts(left) == {"third"}
+        for parent in (place.parent, left.parent):
+            assert [p.name for p in parent.iterdir()] == ["x"]
         seen |= before
         if not killed:
             break
         count += 1
     assert count > 3 and seen == {"first", "second"}
+
+
+def test_a_name_that_looks_like_a_pattern_is_settled_by_itself(tmp_path):
+    for name in ("[ab]", "a"):
+        (tmp_path / f".{name}.01234567.tmp").write_text("left")
+    settle(tmp_path / "[ab]")
+    assert [p.name for p in tmp_path.iterdir()] == [".a.01234567.tmp"]
+
+
+@WRITERS
+def test_what_a_living_writer_writes_is_left_alone(tmp_path, write):
+    """By one that writes the same place, by one that settles it, and by its own end."""
+    place = tmp_path / "x"
+    atomic = atomic_file if write is write_file else atomic_folder
+    with atomic(place) as mine:
+        (mine if write is write_file else mine / "a").write_text("mine")
+        with atomic(place) as other:
+            assert other != mine
+            (other if write is write_file else other / "a").write_text("other")
+            settle(place)
+        assert texts(place) == {"other"}
+        settle(place)
+    assert texts(place) == {"mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_that_a_writer_left_is_written_over_from_its_beginning(tmp_path):
+    left = tmp_path / ".x.00000000.tmp"
+    left.write_text("a long text that was left")
+    with atomic_file(tmp_path / "x") as path, path.open("a") as file:
+        file.write("new")
+    assert (tmp_path / "x").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -154,3 +154,16 @@ def test_tools_and_variables_of_a_row_reach_the_template():
     row = {**chat("hi"), "tools": tools, "chat_template_kwargs": {"mood": "calm"}}
     found = encoded(row, template=ChatTemplate(source))
     assert byte_tokenizer().decode(split(found.ids[0])[0]) == "weather calm!"
+
+
+@pytest.mark.parametrize("how", ["text", "file", "folder"])
+def test_a_template_is_given_the_tokenizer_s_special_tokens_wherever_it_lies(tmp_path, how):
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "of another tokenizer"}')
+    told = {"text": template, "file": str(tmp_path / "chat_template.jinja")}.get(how)
+    tokenizer = byte_tokenizer()
+    tokenizer.special_tokens = {"bos_token": "<start>"}
+    encoder = Encoder.of(tokenizer, told or str(tmp_path), "all")
+    found = encoder.documents(iter([Record(1, {"messages": [{"content": "a"}]})]), "text")
+    assert found.ids == [tokenizer.encode("<start>a")] and len(found.ids[0]) == 2

@@ -280,3 +280,43 @@ def test_what_is_ready_ahead_changes_nothing(tmp_path):
         with pytest.raises(StopIteration):
             next(data)
         assert EOS in rows[0].input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row": -3}, "'row': -3"),
+        ({"window": -1}, "'window': -1"),
+        ({"epoch": -1}, "'epoch': -1"),
+        ({"row": 10**6, "rows": 10**6}, "the window has .* rows"),
+        ({"window": 7}, "the epoch has 1 windows"),
+        ({"epoch": 9}, "in epoch 9 of 1"),
+        ({"rows": 0}, "rows counts"),
+        ({"row": "2"}, r"position\.row is '2'"),
+        ({"row": None}, r"position\.row is None"),
+    ],
+)
+def test_a_position_that_the_rows_do_not_have_is_refused(folder, change, message):
+    path = texts_of(folder, ["some text", "and more of it"] * 4, "positions.jsonl")
+    with packed(folder, path, tokens_per_row=T, rows=2) as data:
+        next(data)
+        state = data.state_dict()
+        told = json.loads(json.dumps(state))
+        told["position"] |= change
+        with pytest.raises(ValueError, match=message):
+            data.load_state_dict(told)
+        assert data.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": None}, {"epochs": "1"}, {"data": {"seed": 0}}, {"position": [0]}]
+)
+def test_a_state_of_another_shape_is_refused(folder, change):
+    path = texts_of(folder, ["some text", "and more of it"], "states.jsonl")
+    with packed(folder, path, tokens_per_row=T, rows=2) as data:
+        with pytest.raises(ValueError, match="the data's state"):
+            data.load_state_dict(data.state_dict() | change)
+        told = json.loads(json.dumps(data.state_dict()))
+        told["data"]["sources"][0]["files"][0].append("x")
+        with pytest.raises(ValueError, match="a name and a hash"):
+            data.load_state_dict(told)

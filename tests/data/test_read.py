@@ -172,3 +172,15 @@ def test_what_is_left_out_of_a_folder_is_counted(tree):
         "pipes, sockets or devices": 1,
     }
     assert "same.txt" in names(Source(str(tree)))
+
+
+@pytest.mark.parametrize("twice", ["text", "tools"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, twice):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array(["one"]), pyarrow.array(["two"]), pyarrow.array(["three"])]
+    parquet.write_table(
+        pyarrow.table(columns, names=["text", twice, twice]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=f"columns '{twice}': give one"):
+        units_of(file_of(tmp_path / "a.parquet"), "text")

@@ -165,3 +165,11 @@ def test_the_command_takes_runs_or_evaluations(tmp_path, capsys):
     ):
         assert cli.main(["report", *map(str, given)]) == cli.WRONG_CALL
         assert told in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_interrupted_has_a_page_without_its_time(tmp_path):
+    resumed = checkpoint("one", [text_of([60.0])])
+    resumed.seconds = None
+    path = write(tmp_path / "e.json", resumed)
+    assert cli.main(["report", str(path)]) == 0
+    assert "seconds" in (tmp_path / "e.html").read_text()

@@ -191,5 +191,6 @@ def test_a_text_of_a_megabyte_takes_linear_time_and_bounded_memory(folder, tmp_p
         open_store(Source(str(path)), encoder, 0, cache_folder())[0].close()
     quarter, whole = (measured(folder, paths[0], path) for path in paths[1:])
     assert (quarter[0], whole[0]) == (2**18, 2**20)
-    assert whole[1] / quarter[1] < 1.25 * 4
+    # Four times the text; a quadratic cost would be 16. Beside other work caches make it dearer.
+    assert whole[1] / quarter[1] < 2 * 4
     assert whole[2] - quarter[2] < 16

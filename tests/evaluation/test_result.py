@@ -69,12 +69,49 @@ def test_a_number_that_is_not_finite_is_null(tmp_path, nats):
     [
         ("{}", "format is None"),
         ('{"format": "nemotron-v3 evaluation", "version": 99}', "version is 99"),
-        ('{"format": "nemotron-v3 evaluation", "version": 1}', "missing"),
+        ('{"format": "nemotron-v3 evaluation", "version": 1}', "lacks sources"),
         ("[", "e.json"),
     ],
 )
 def test_a_foreign_file_is_refused_by_name(tmp_path, text, message):
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
+        Evaluation.read(tmp_path / "e.json")
+    assert "e.json" in str(error.value)
+
+
+PLACES = {
+    "name of a checkpoint": (("checkpoints", 0, "name"), 5),
+    "parameters": (("checkpoints", 0, "parameters"), "x"),
+    "source beyond those there are": (("checkpoints", 0, "texts", 0, "source"), 1),
+    "source below 0": (("checkpoints", 0, "texts", 0, "source"), -1),
+    "documents": (("checkpoints", 0, "texts", 0, "documents"), 3),
+    "a list that is text": (("checkpoints", 0, "texts", 0, "bad"), "no"),
+    "a column that is text": (("checkpoints", 0, "texts", 0, "per_document", "file"), "xy"),
+    "a column with text": (("checkpoints", 0, "texts", 0, "per_document", "bytes"), ["x", 1]),
+    "a short column": (("checkpoints", 0, "texts", 0, "per_document", "nats"), [1.0]),
+    "a file that is not there": (("checkpoints", 0, "texts", 0, "per_document", "file"), [0, 1]),
+    "places that do not rise": (("checkpoints", 0, "texts", 0, "per_place", "starts"), [2, 1]),
+    "a place below 0": (("checkpoints", 0, "texts", 0, "per_place", "starts"), [0, 1]),
+    "value": (("checkpoints", 0, "tasks", 0, "value"), "high"),
+    "higher_is_better": (("checkpoints", 0, "tasks", 0, "higher_is_better"), 1),
+    "checkpoints": (("checkpoints",), []),
+    "sources": (("sources",), ["a.txt"]),
+    "options": (("options",), None),
+    "versions": (("versions",), {"torch": 2}),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_value_that_none_can_have_is_refused_with_its_place(tmp_path, name):
+    evaluation().write(tmp_path / "e.json")
+    told = json.loads((tmp_path / "e.json").read_text())
+    (*path, last), value = PLACES[name]
+    place = told
+    for key in path:
+        place = place[key]
+    place[last] = value
+    (tmp_path / "e.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=str(last)) as error:
         Evaluation.read(tmp_path / "e.json")
     assert "e.json" in str(error.value)

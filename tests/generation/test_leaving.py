@@ -1,6 +1,7 @@
 """What a cache holds when a stream is left, and in which modes of autograd it can go on."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_an_interrupted_step_withholds_the_cache_until_a_snapshot_is_restored(
 
     def interrupted(self, logits):
         calls.append(logits)
-        if len(calls) == 3:
+        if len(calls) == steps + 2:  # behind the first token that was given
             raise KeyboardInterrupt
         return sample(self, logits)
 
@@ -156,6 +157,89 @@ def test_an_interrupted_step_withholds_the_cache_until_a_snapshot_is_restored(
     cache.restore(snapshot)
     out = generate(model, tokens(6), past_key_values=cache, max_new_tokens=8, **NO_EOS)
     assert out.new_tokens == generate(model, tokens(6), max_new_tokens=8, **NO_EOS).new_tokens
+
+
+class WantOfMemory(RuntimeError):
+    """Stands for an accelerator's."""
+
+
+def fails(*args, **kwargs):
+    raise WantOfMemory
+
+
+def nth(n, function):
+    """`function`, whose n-th call from now on fails."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        return fails() if len(calls) == n else function(*args, **kwargs)
+
+    return call
+
+
+cat = torch.cat
+
+
+def no_logits(tensors, **kwargs):
+    """`torch.cat`, which fails for tensors as wide as the vocabulary."""
+    return fails() if tensors[0].shape[-1:] == (97,) else cat(tensors, **kwargs)
+
+
+# What fails before the first token is given, and the tokens that the cache then holds of a prompt
+# of 11 whose first 2 it held, fed in pieces of 4.
+BEFORE_THE_FIRST = {
+    "a layer in the second piece": (
+        lambda m, model: m.setattr(
+            model.model.layers[4].mixer, "forward", nth(2, model.model.layers[4].mixer.forward)
+        ),
+        6,
+    ),
+    "logits of all pieces": (lambda m, model: m.setattr(torch, "cat", no_logits), 10),
+    "what decodes": (lambda m, model: m.setattr(engine._Run, "_make_step", fails), 10),
+    "the first choice": (lambda m, model: m.setattr(engine.Sampler, "__call__", fails), 10),
+    "samples": (lambda m, model: m.setattr(NemotronHybridCache, "repeat", fails), 10),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_THE_FIRST)
+@pytest.mark.parametrize("window", [0, 3])
+def test_what_fails_before_the_first_token_leaves_the_cache_before_the_piece(
+    model, monkeypatch, name, window
+):
+    plant, held = BEFORE_THE_FIRST[name]
+    prompt = tokens(11)
+    cache = NemotronHybridCache(model.config, 1, rollback_window=window)
+    with torch.no_grad():
+        model(prompt[None, :2], past_key_values=cache)
+    number = 2 if name == "samples" else 1
+    options = {"max_new_tokens": 5, "num_return_sequences": number, "prefill_chunk": 4, **NO_EOS}
+    with monkeypatch.context() as patches:
+        plant(patches, model)
+        with pytest.raises(WantOfMemory):
+            generate(model, prompt, past_key_values=cache, **options)
+    assert cache.lengths == (held,) and cache.withheld is None
+    assert_holds(model, copy.copy(cache), [prompt[:held].tolist()])
+    out = generate(model, prompt, past_key_values=cache, **options)
+    assert out.new_tokens == generate(model, prompt, **options).new_tokens
+    if window and number == 1:
+        cache.rollback(3)
+
+
+@pytest.mark.parametrize("name", ["cat", "snapshot", "restore"])
+def test_an_end_that_fails_says_so_in_the_cache(model, monkeypatch, name):
+    """No stream is open any more that could be closed."""
+    rows, eos, _ = rows_that_end(model, number=3, new=12)
+    cache = NemotronHybridCache(model.config, 3)
+    snapshot = cache.snapshot()
+    with monkeypatch.context() as patches:
+        patches.setattr(NemotronHybridCache, name, fails)
+        with pytest.raises(WantOfMemory):
+            generate(model, rows, past_key_values=cache, max_new_tokens=12, eos_token_id=eos)
+    with pytest.raises(RuntimeError, match="could not be put into the cache"):
+        cache.select([0])
+    cache.restore(snapshot)
+    assert cache.lengths == (0, 0, 0)
 
 
 # --- modes of autograd --------------------------------------------------------------------------

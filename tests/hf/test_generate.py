@@ -242,7 +242,17 @@ def test_a_cache_has_two_names(pair, of):
         run(x, **{old: caches[0], "cache": caches[1]})
 
 
-@pytest.mark.parametrize("kept, error", [(-1, ValueError), (True, TypeError), ("all", TypeError)])
+@pytest.mark.parametrize(
+    "kept, error",
+    [
+        (-1, ValueError),
+        (True, TypeError),
+        ("all", TypeError),
+        (torch.tensor([0, 4]), ValueError),
+        (torch.tensor(-5), ValueError),
+        (torch.tensor([True, False, True]), ValueError),
+    ],
+)
 def test_logits_that_cannot_be_kept_leave_the_cache_alone(pair, kept, error):
     _, ours = pair
     cache = DynamicCache(config=ours.config)

@@ -120,3 +120,18 @@ def test_adapters_get_zeros_from_a_batch_of_padding_alone(ids):
     assert any("experts" in n for n in trained)
     missing = [n for n, p in trained.items() if p.grad is None or torch.count_nonzero(p.grad)]
     assert not missing, missing
+
+
+@pytest.mark.parametrize("loss", FORMS)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_labels_in_32_bits_are_those_in_64(loss, shifted):
+    model = accelerated(transformers_model(), loss=loss).train()
+    labels = BATCH["labels"]
+    if shifted:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    name = "shift_labels" if shifted else "labels"
+    batch = {"input_ids": BATCH["input_ids"], "attention_mask": BATCH["attention_mask"]}
+    expected = step(model, **batch, **{name: labels})
+    found = step(model, **batch, **{name: labels.int()})
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n]) for n in expected)

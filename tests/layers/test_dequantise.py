@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_v3.layers.dequantise import FP4_VALUES, dequantise, unpack_fp4
+from nemotron_v3.layers.dequantise import dequantise, unpack_fp4
 
 FP8 = torch.float8_e4m3fn
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -26,6 +26,10 @@ def by_definition(
     rows = torch.arange(N) // (N // n)
     columns = torch.arange(K) // (K // k)
     return (values * factor[..., rows, :][..., columns]).float().to(dtype)
+
+
+# What the eight codes of e2m1 without a sign stand for, by the format's definition.
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def fp4_values(codes: Tensor) -> Tensor:

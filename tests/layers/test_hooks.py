@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 from torch.nn.utils import prune
 
 from nemotron_v3 import NemotronHybridCache, ops
-from nemotron_v3.layers import NemotronV3Mamba2Mixer
+from nemotron_v3.layers import NemotronV3Mamba2Mixer, NemotronV3MLP
 from nemotron_v3.layers.hooks import must_call
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules
 from nemotron_v3.ops.mamba2 import cases as mamba2_cases
@@ -252,3 +252,32 @@ def test_hooks_on_all_modules_see_the_head_in_training():
     with seen(register_module_full_backward_hook) as calls:
         model(IDS, labels=IDS).loss.backward()
     assert {calls[m] for m in (model.lm_head, mixers(model)[0].conv1d)} == {1}
+
+
+def test_a_hook_that_casts_is_given_what_the_layer_alone_refuses():
+    mlp = NemotronV3MLP(48, 32)
+    x = torch.randn(3, 48, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"hidden states are torch\.float64, the layer's weights"):
+        mlp(x)
+    mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    assert torch.equal(mlp(x), mlp(x.float()))
+
+
+@pytest.mark.parametrize("kind", ["M", "*", "E", "-", "model"])
+def test_what_a_subclass_adds_is_done_once_where_it_is_called_alone(kind):
+    """Called alone it enters, and goes on with a context: past the subclass, not through it."""
+    model = tiny_model("M" if kind == "model" else kind).model
+    part = model if kind == "model" else model.layers[0]
+    x = IDS if kind == "model" else torch.randn(2, 9, 48)
+    for module in (part,) if kind == "model" else (part, part.mixer):
+        before, calls, base = module(x), [], type(module)
+
+        def forward(self, *args, base=base, calls=calls, **kwargs):
+            calls.append(1)
+            return base.forward(self, *args, **kwargs)
+
+        module.__class__ = type("Counting", (base,), {"forward": forward})
+        after = module(x)
+        if kind == "model":
+            before, after = before.last_hidden_state, after.last_hidden_state
+        assert torch.equal(after, before) and calls == [1]

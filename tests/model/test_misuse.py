@@ -117,6 +117,8 @@ CALLS = [
     ({"logits_to_keep": [1]}, TypeError, r"logits_to_keep is \[1\]"),
     ({"logits_to_keep": torch.ones(7)}, TypeError, r"is torch.float32 of shape \(7,\)"),
     ({"logits_to_keep": IDS > 3}, TypeError, r"is torch.bool of shape \(2, 7\)"),
+    ({"logits_to_keep": torch.tensor([6, 7])}, ValueError, "the position 7, .* has 7 places: give"),
+    ({"logits_to_keep": torch.tensor(-1)}, ValueError, "the position -1, .* positions from 0 to 6"),
     ({"output_attentions": True}, TypeError, "'output_attentions': the model takes layout, cu_seq"),
     ({"attention_mask": torch.ones(2, 1, 7, 7)}, ValueError, "only an attention layer takes a 4-D"),
     ({"attention_mask": [[1] * 7] * 2}, TypeError, "attention_mask is a list"),

@@ -34,3 +34,18 @@ def test_the_rest_is_the_same_bit_by_bit(op, impl):
         gradients = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
         found.append([y, *gradients])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_initial_states_of_the_scan_are_not_kept_for_the_backward_pass(op):
+    """Of them it needs to know that they are there."""
+    cases, case = CASES[op]
+    inputs = cases.make_inputs(case, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    leaves = {k: t.detach().requires_grad_() for k, t in inputs.tensors.items()}
+    states = leaves["initial_states" if op == "ssd" else "ssm_states"]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = getattr(ops, op)(**leaves, **inputs.options, impl="portable")[0]
+    assert kept and states.data_ptr() not in [t.data_ptr() for t in kept]
+    (gradient,) = torch.autograd.grad(y, states, torch.ones_like(y))
+    assert gradient.shape == states.shape and gradient.dtype == states.dtype and gradient.any()

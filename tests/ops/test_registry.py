@@ -2,6 +2,7 @@
 
 import inspect
 from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -58,13 +59,23 @@ def norm(impl: str = "auto", dtype: torch.dtype = torch.float32, width: int = 8)
 
 
 def test_a_choice_is_worked_out_once(monkeypatch):
-    for impl in ("auto", "portable", "reference"):
-        norm(impl)
+    impls, dtypes = ("auto", "portable", "reference"), (torch.float32, torch.bfloat16)
+    for impl, dtype in product(impls, dtypes):
+        norm(impl, dtype)
     seen = counted(monkeypatch)
-    for impl in ("auto", "portable", "reference"):
-        for dtype, width in ((torch.float32, 8), (torch.bfloat16, 12), (torch.float64, 16)):
-            norm(impl, dtype, width)
+    for impl, dtype in product(impls, dtypes):
+        norm(impl, dtype, width=12)
     assert seen == []
+
+
+def test_what_is_picked_runs_outside_autocast():
+    """The operands would be rounded to 16 bits inside."""
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    op = Op("products", lambda x, weight: x @ weight, lambda x, weight: x @ weight)
+    for impl in ("portable", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (x @ weight).dtype == torch.bfloat16
+            assert op.pick(impl, (x, weight))(x, weight).dtype == torch.float32
 
 
 def test_without_a_gpu_nobody_asks_what_kernels_refuse(monkeypatch):

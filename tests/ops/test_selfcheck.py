@@ -5,8 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemotron_v3.ops.common import selfcheck
-from nemotron_v3.ops.common.selfcheck import SelfChecked
-from nemotron_v3.ops.registry import OPS
+from nemotron_v3.ops.registry import OPS, Op
 from nemotron_v3.ops.rms_norm import portable, reference
 from tests.models import tiny_model
 
@@ -40,11 +39,11 @@ def test_a_wrong_form_raises_at_every_call_instead_of_computing(wrong, dtype):
     def broken(*args, **kwargs):
         return WRONG[wrong](portable.rms_norm(*args, **kwargs))
 
-    checked = SelfChecked(OPS["rms_norm"], "triton", broken)
+    op = fresh(broken)
     x, weight = torch.randn(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="rms_norm: the triton form computes wrong numbers"):
-            checked(x, weight)
+        with pytest.raises(RuntimeError, match="rms_norm: the portable form computes wrong number"):
+            op.pick("auto", (x, weight), 8)
 
 
 def counted(monkeypatch) -> list[torch.dtype]:
@@ -60,32 +59,38 @@ def counted(monkeypatch) -> list[torch.dtype]:
     return seen
 
 
-def fresh() -> SelfChecked:
-    return SelfChecked(OPS["rms_norm"], "portable", portable.rms_norm)
+def fresh(form=portable.rms_norm) -> Op:
+    return Op("rms_norm", reference.rms_norm, form, check=OPS["rms_norm"].check)
+
+
+def called(op: Op, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return op.pick("auto", (x, weight), len(weight))(x, weight)
 
 
 def test_each_dtype_is_checked_once(monkeypatch):
-    seen, checked = counted(monkeypatch), fresh()
+    seen, op = counted(monkeypatch), fresh()
     for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
         x, weight = torch.randn(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)
-        assert torch.equal(checked(x, weight), portable.rms_norm(x, weight))
+        assert torch.equal(called(op, x, weight), portable.rms_norm(x, weight))
     assert seen == [torch.float32, torch.bfloat16]
 
 
-def test_the_same_form_is_one_object_so_that_it_is_checked_once_a_process():
-    op, given = OPS["rms_norm"], (torch.ones(2, 8), torch.ones(8))
-    chosen = [op.pick(impl, given, 8) for impl in ("auto", "portable", "auto")]
-    assert chosen[0] is chosen[1] is chosen[2]
+def test_a_form_is_checked_once_by_whatever_name_it_is_asked_for(monkeypatch):
+    seen, op = counted(monkeypatch), fresh()
+    given = torch.ones(2, 8), torch.ones(8)
+    for impl in ("auto", "portable", "auto"):
+        assert op.pick(impl, given, 8) is portable.rms_norm
     assert op.pick("reference", given, 8) is reference.rms_norm  # the truth itself
+    assert seen == [torch.float32]
 
 
 def test_where_nothing_can_be_measured_the_check_waits(monkeypatch):
-    seen, checked = counted(monkeypatch), fresh()
-    assert checked(torch.empty(2, 8, device="meta"), torch.empty(8, device="meta")).is_meta
+    seen, op = counted(monkeypatch), fresh()
+    assert called(op, torch.empty(2, 8, device="meta"), torch.empty(8, device="meta")).is_meta
     with FakeTensorMode():
-        checked(torch.empty(2, 8), torch.empty(8))
+        called(op, torch.empty(2, 8), torch.empty(8))
     assert seen == []
-    checked(torch.randn(2, 8), torch.ones(8))
+    called(op, torch.randn(2, 8), torch.ones(8))
     assert seen == [torch.float32]
 
 
@@ -99,9 +104,9 @@ def test_a_check_sees_nothing_of_the_caller_and_leaves_nothing_behind(monkeypatc
         torch.autocast("cpu", torch.bfloat16),
         torch.device("meta"),
     ):
-        fresh()(x, weight)
+        called(fresh(), x, weight)
     with torch.inference_mode():
-        fresh()(x, weight)
+        called(fresh(), x, weight)
     assert len(seen) == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert {shape[-1] for shape in saved} <= {1, 8}

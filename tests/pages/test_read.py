@@ -86,3 +86,13 @@ def test_missing_files_and_columns_are_told(tmp_path):
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         read_run(tmp_path)
+
+
+def test_integers_beyond_64_bits_are_told_wherever_they_stand(tmp_path):
+    lines = [line_of(step) for step in range(1, 13)]
+    lines[9]["experts/load"]["3"][0] = 10**400
+    lines.append({"bits": {"a": 10**400, "b": 10**30}})
+    run = read_run(write_run(tmp_path / "run", lines))
+    assert run.metrics.loads["3"].loads[-1][0] == math.inf
+    assert run.metrics.whole["bits"] == {"a": math.inf, "b": 1e30}
+    run_page(run)

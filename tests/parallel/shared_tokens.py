@@ -18,10 +18,11 @@ from nemotron_v3.parallel import Plan, collectives, parallelize
 from nemotron_v3.parallel.agreement import Disagreement
 from nemotron_v3.parallel.context import context_parallel
 from nemotron_v3.parallel.context_carry import ContextCarry
-from nemotron_v3.parallel.costs import all_to_all_over_heads, gathered_keys, mixer_bytes
+from nemotron_v3.parallel.costs import gathered_keys, mixer_bytes
 from nemotron_v3.parallel.shares import Shares
 from nemotron_v3.parallel.token_group import share_tokens
 from tests.models import tiny_model, tokens
+from tests.parallel.heads import all_to_all_over_heads
 
 EXACT = 1e-12  # of each tensor's largest entry, in fp64
 # Whole documents; one that begins where another's segment ends; one-token documents and one over

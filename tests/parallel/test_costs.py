@@ -12,12 +12,12 @@ from nemotron_v3.cli import main as cli
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.parallel import Plan, collectives, parallelize
 from nemotron_v3.parallel.costs import (
-    all_to_all_over_heads,
     gathered_keys,
     mixer_bytes,
     plan_costs,
 )
 from tests.models import tiny_model
+from tests.parallel.heads import all_to_all_over_heads
 from tests.parallel.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,17 @@ def test_nano_on_two_gpus():
     assert whole.experts == 0 and whole.dense > 15 * costs.dense
     with pytest.raises(ValueError, match="ep = 3 does not divide the 128 experts"):
         plan_costs(config, Plan(ep=3).over(3), tokens=1)
+
+
+def test_weights_that_stay_gathered_travel_once_less(monkeypatch):
+    """Two processes: each sends half of what is gathered, for the weights and for the sums."""
+    config = NemotronV3Config.preset(NANO)
+    kept = plan_costs(config, Plan(ep=2).over(2), tokens=8192)
+    assert kept.dense == pytest.approx(kept.gathered, rel=1e-5)  # but for the final norm
+    monkeypatch.setattr("nemotron_v3.parallel.costs.KEPT_BYTES", 0)
+    again = plan_costs(config, Plan(ep=2).over(2), tokens=8192)
+    head = 2 * config.vocab_size * config.hidden_size  # which stays in either case
+    assert again.dense - kept.dense == pytest.approx((kept.gathered - head) / 2, rel=1e-5)
 
 
 def test_the_table_of_what_a_layer_sends_is_counted():

@@ -1,7 +1,11 @@
+import contextlib
 from pathlib import Path
 
 import pytest
 
+from nemotron_v3.checkpoint.errors import CheckpointError
+from nemotron_v3.checkpoint.replace import whole_copy
+from nemotron_v3.cli.report import Report
 from nemotron_v3.recipes.run_folder import CHECKPOINT, METRICS, atomic_run_folder, interrupted
 
 
@@ -61,6 +65,25 @@ def test_an_interrupted_run_without_a_checkpoint_leaves_nothing(out):
         (folder / METRICS).write_text("")
         raise KeyboardInterrupt
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_run_that_a_kill_moved_aside_comes_back_for_writers_and_readers(out, capsys):
+    aside = out.with_name(f".{out.name}.01234567.old")
+
+    def kill() -> None:
+        out.rename(aside)
+
+    kill()
+    with pytest.raises(ZeroDivisionError), atomic_run_folder(out):
+        raise ZeroDivisionError
+    assert set(contents(out).values()) == {"earlier"}
+    kill()
+    with contextlib.suppress(CheckpointError):
+        whole_copy(out)
+    assert set(contents(out).values()) == {"earlier"}
+    kill()
+    Report((out,)).run()
+    assert set(contents(out).values()) >= {"earlier"} and not aside.exists()
 
 
 def test_a_rename_that_fails_puts_the_earlier_run_back(out, monkeypatch):

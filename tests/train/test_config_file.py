@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.train.build import read_model_config
 from nemotron_v3.train.config_file import config_text, read_config
 from nemotron_v3.train.options import (
@@ -113,3 +114,36 @@ def test_the_file_on_the_page_of_training_is_one(tmp_path):
     options = read_config(written(tmp_path, text), TrainOptions)
     options.check()
     assert read_model_config(options.model, torch.device("cpu")).hybrid_override_pattern == "ME*-"
+
+
+@pytest.mark.parametrize("text", ["data = 5", "data = []", 'data = "x"'])
+def test_a_table_that_is_none_is_told_also_where_the_command_line_writes_into_it(tmp_path, text):
+    over = {"data": {"sources": [{"path": "a.txt"}]}}
+    with pytest.raises(ValueError, match="data is .*: a table is needed"):
+        read_config(written(tmp_path, text), TrainOptions, over)
+
+
+def test_a_file_of_brackets_is_told(tmp_path):
+    with pytest.raises(ValueError, match="is no TOML"):
+        read_config(written(tmp_path, "a = " + "[" * 5000 + "]" * 5000), TrainOptions)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_of_a_fresh_model_is_said_once(key, tmp_path):
+    config = {"hidden_size": 64, key: "bfloat16"}
+    model = ModelOptions(preset="nemotron-3-nano-4b", config=config)
+    assert read_model_config(model, torch.device("cpu")).dtype == torch.bfloat16
+    twice = replace(OPTIONS, model=replace(model, dtype="float32"))
+    with pytest.raises(ValueError, match=r"model\.dtype and a dtype in model\.config"):
+        twice.check()
+
+
+def test_a_misspelt_field_beside_a_preset_names_the_nearest(tmp_path):
+    for preset in ("nemotron-3-nano-4b", str(tmp_path / "config.json")):
+        if preset.endswith("json"):
+            NemotronV3Config.preset("nemotron-3-nano-4b").to_json(tmp_path / "config.json")
+        model = ModelOptions(preset=preset, config={"hiden_size": 64})
+        with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
+            read_model_config(model, torch.device("cpu"))
+        model = ModelOptions(preset=preset, config={"hybrid_override_pattern": "M*"})
+        assert read_model_config(model, torch.device("cpu")).num_hidden_layers == 2

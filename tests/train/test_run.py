@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from rich.console import Console
 
 from nemotron_v3 import from_pretrained
 from nemotron_v3.data.options import Source
+from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.train import run
 from nemotron_v3.train.build import build_model
-from nemotron_v3.train.checkpoints import FOLDER, saved_steps
+from nemotron_v3.train.checkpoints import FOLDER, STATE, Checkpoints, saved_steps
 from nemotron_v3.train.config_file import read_config
 from nemotron_v3.train.display import Display
 from nemotron_v3.train.interrupts import Stopped
-from nemotron_v3.train.loop import NotFinite
+from nemotron_v3.train.loop import NotFinite, Progress, validation_loss
 from nemotron_v3.train.options import (
     LogOptions,
     MemoryOptions,
@@ -29,10 +32,14 @@ from nemotron_v3.train.options import (
     TrainOptions,
     ValidationOptions,
 )
+from nemotron_v3.train.processes import World
 from nemotron_v3.train.run import train
+from tests.models import tiny_model
 from tests.train.fakes import MadeUp, made_up_options
 
 SILENT = {"make_data": MadeUp, "display": Display(Console(file=open(os.devnull, "w")))}  # noqa: SIM115
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def lines(out: Path) -> list[dict]:
@@ -166,6 +173,38 @@ def test_nan_stops_with_the_module_that_made_it_after_saving_what_was_good(optio
     assert train(asked, resume=True, **SILENT).step == 8
 
 
+def test_nan_of_a_draw_is_found_again(options, monkeypatch):
+    """Of dropout, say: the passes run again with the step's own draws."""
+    models, draws = [], []
+
+    def build(*args):
+        models.append(build_model(*args)[0])
+        return models[-1], models[-1]
+
+    def draw(module, args, output):
+        draws.append(torch.rand(()).item())
+        return output * (float("nan") if draws[-1] == draws[0] else 1.0)
+
+    monkeypatch.setattr(run, "build_model", build)
+
+    def spoil(step) -> None:
+        if step.step == 3:
+            models[0].model.layers[2].mixer.v_proj.register_forward_hook(draw)
+
+    with pytest.raises(NotFinite, match=r"output of model\.layers\.2\.mixer\.v_proj"):
+        train(options(save=SaveOptions(every=0)), **SILENT, after_step=spoil)
+    assert draws.count(draws[0]) == 2
+
+
+def test_a_validation_that_fails_leaves_the_model_training():
+    model = tiny_model("-").train()
+    model.register_forward_hook(lambda *_: 1 / 0)
+    rows = [[PackedRow(torch.arange(5), torch.arange(5), [0, 5], [(0, 0)])]]
+    with pytest.raises(ZeroDivisionError):
+        validation_loss(model, rows, 1, ALONE)
+    assert model.training
+
+
 def test_accumulation_over_uneven_parts_is_one_large_batch(options, tmp_path):
     told = {}
     for rows in (1, 3, 4):
@@ -225,7 +264,7 @@ def test_another_model_or_a_folder_in_use_is_refused_and_nothing_changes(options
         ({"schedule": ScheduleOptions(steps=50), "data": made_up_options(epochs=1.0)}, "ends aft"),
         ({"model": ModelOptions()}, "there is no model"),
         ({"optimizer": OptimizerOptions(learning_rate=0.0)}, "learning_rate is 0.0"),
-        ({"model": ModelOptions(path="x", device="cuda:7")}, "tokenizer.json|nothing can be"),
+        ({"model": ModelOptions(path="x", device="cuda:7")}, "x does not exist|nothing can be"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(options, changes, message):
@@ -253,3 +292,120 @@ def test_a_full_disk_leaves_the_saves_before(options, monkeypatch, told, backgro
     assert refused.value.filename
     assert saved_steps(asked.out) == [2]
     assert [path.name for path in (asked.out / FOLDER).iterdir()] == ["step-00000002"]
+
+
+class HeldOutBeyond(MadeUp):
+    """Rows whose held-out part has a token that a model of 300 tokens lacks."""
+
+    def __init__(self, options, *rest):
+        super().__init__(options, *rest)
+        if options.sources[0].path == "held out":
+            self.largest_token = 300
+
+
+def test_a_held_out_token_that_the_model_lacks_is_refused_before_anything_is_written(options):
+    asked = options(validation=ValidationOptions(sources=(Source("held out"),)))
+    with pytest.raises(ValueError, match="gives token 300, and the model has 300"):
+        train(asked, **SILENT | {"make_data": HeldOutBeyond})
+    assert not asked.out.exists()
+
+
+def test_the_checkpoint_has_the_tokenizer_and_template_that_it_was_trained_with(
+    options, base, tmp_path
+):
+    given = tmp_path / "tokenizer"
+    given.mkdir()
+    Tokenizer.train(["other words than those of the base"] * 3, 270).save(given)
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    model = ModelOptions(path=base, tokenizer=given, device="cpu")
+    data = made_up_options(chat_template=str(template))
+    asked = options(model=model, data=data, schedule=ScheduleOptions(steps=1))
+    train(asked, **SILENT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (asked.out / name).read_bytes() == (given / name).read_bytes()
+    assert (asked.out / "chat_template.jinja").read_text() == template.read_text()
+    assert (base / "tokenizer.json").read_bytes() != (given / "tokenizer.json").read_bytes()
+
+
+def test_a_template_takes_the_place_of_all_that_the_checkpoint_had(options, base, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    (own / "chat_template.jinja").write_text("old")
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "tool_use.jinja").write_text("old, with tools")
+    (own / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    model = ModelOptions(path=own, device="cpu")
+    asked = options(
+        model=model,
+        data=made_up_options(chat_template="{{ messages[0].content }}"),
+        schedule=ScheduleOptions(steps=1),
+    )
+    train(asked, **SILENT)
+    assert (asked.out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert not (asked.out / "additional_chat_templates").exists()
+    assert from_pretrained(asked.out).generation_config == {"eos_token_id": [0]}
+    assert (asked.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("what", ["write", "rename"])
+def test_a_step_whose_save_failed_can_be_saved_again(tmp_path, monkeypatch, what, background):
+    model = tiny_model("-")
+    optimizer = torch.optim.AdamW(model.parameters())
+    saves = Checkpoints(tmp_path, model, optimizer, ALONE, SaveOptions(background=background), {})
+
+    rename = Path.rename
+
+    def full(file, *args):
+        """Of `torch.save`, or of `Path.rename` of the whole folder."""
+        if what == "rename" and not file.name.startswith(".saving-"):
+            return rename(file, *args)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(*((torch, "save") if what == "write" else (Path, "rename")), full)
+        with pytest.raises(OSError, match="No space left"):
+            saves.save(Progress(step=5))
+            saves.finish()
+    assert [*(tmp_path / FOLDER).iterdir()] == []
+    saves.save(Progress(step=5))
+    saves.finish()
+    assert saved_steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_a_run_that_goes_on_asks_of_its_optimiser_counts(options, monkeypatch, kind):
+    begun = options(schedule=ScheduleOptions(steps=2), optimizer=OptimizerOptions(kind=kind))
+    train(begun, **SILENT)
+    other = OptimizerOptions(
+        kind=kind, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-3, momentum=0.7, learning_rate=0.05
+    )
+    seen = []
+    go = run._Run.go
+
+    def look(self, *args):
+        seen.extend(self.trainer.optimizer.param_groups)
+        return go(self, *args)
+
+    monkeypatch.setattr(run._Run, "go", look)
+    train(replace(begun, optimizer=other, schedule=ScheduleOptions(steps=3)), resume=True, **SILENT)
+    assert {group["weight_decay"] for group in seen} == {0.3, 0.0}
+    assert all(group["betas"] == (0.5, 0.6) and group["eps"] == 1e-3 for group in seen)
+    assert all(group["initial_lr"] == 0.05 for group in seen)
+    assert {group.get("momentum") for group in seen} == {0.7 if kind == "muon" else None}
+
+
+def test_a_best_loss_is_not_compared_with_that_of_other_held_out_rows(options):
+    def asked(steps: int, seed: int):
+        held_out = ValidationOptions(sources=(Source("held out"),), every=1, rows=4)
+        data = made_up_options(seed=seed)
+        return options(schedule=ScheduleOptions(steps=steps), validation=held_out, data=data)
+
+    train(asked(2, 0), **SILENT)
+    state = asked(2, 0).out / FOLDER / "step-00000002" / STATE
+    told = json.loads(state.read_text())
+    told["progress"] |= {"best_loss": 0.0, "best_step": 1}
+    state.write_text(json.dumps(told))
+    assert train(asked(3, 0), resume=True, **SILENT).best_step == 1
+    assert train(asked(4, 1), resume=True, **SILENT).best_step == 4

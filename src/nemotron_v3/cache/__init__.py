@@ -4,5 +4,6 @@ from nemotron_v3.cache.cache import NemotronHybridCache
 from nemotron_v3.cache.outside import held_by
 from nemotron_v3.cache.step import Transaction
 from nemotron_v3.cache.tokens import Step
+from nemotron_v3.cache.way_back import WayBack
 
-__all__ = ["NemotronHybridCache", "Step", "Transaction", "held_by"]
+__all__ = ["NemotronHybridCache", "Step", "Transaction", "WayBack", "held_by"]

@@ -54,7 +54,7 @@ class NemotronHybridCache(OutsideView, Rows):
             states; attention layers can be taken back any number.
 
     Attributes:
-        withheld: why it refuses to be used, until `restore`; None where it does not.
+        withheld: why it is not to be used (`withhold`), until `restore`; None where it is.
 
     Raises:
         ValueError: fewer than one row, a negative window, a length below 1.
@@ -123,7 +123,8 @@ class NemotronHybridCache(OutsideView, Rows):
                 f"the cache holds {self.dtype}, the model is {dtype}: make the cache with the "
                 "model's dtype"
             )
-        self._settle()
+        if self.withheld is not None or self._step is not None:
+            self._settle()
         check_rows(layout, self._lengths, self.positions.device, self.max_length)
 
     def step(self, layout: SequenceLayout) -> Transaction:
@@ -137,9 +138,14 @@ class NemotronHybridCache(OutsideView, Rows):
         """
         return Transaction(self, layout)
 
-    def one_token_layout(self, shape: tuple[int, ...]) -> SequenceLayout:
-        """The layout of one token a row on a grid `(rows, 1)`, the same one step after step."""
-        layout, device = self._one_token, self.positions.device
+    def one_token_layout(
+        self, shape: tuple[int, ...], device: torch.device
+    ) -> SequenceLayout | None:
+        """The layout of one token a row on a grid `(rows, 1)`, the same one step after step; None
+        for other tokens, or tokens elsewhere than the cache."""
+        positions, layout = self.positions, self._one_token
+        if shape != (positions.shape[0], 1) or device != positions.device:
+            return None
         if layout is not None and layout.shape == shape and layout.device == device:
             return layout
         layout = SequenceLayout.of_rows(shape, device)
@@ -149,7 +155,11 @@ class NemotronHybridCache(OutsideView, Rows):
         return layout
 
     def withhold(self, reason: str) -> None:
-        """Refuse every use, with a `RuntimeError` that says `reason`, until `restore`."""
+        """Mark the cache as invalid until `restore`.
+
+        Forward passes, copies, operations on rows and assignments to states raise a `RuntimeError`
+        that says `reason`. Lengths, positions and views of the tensors can still be read.
+        """
         self.withheld = reason
 
     def update(
@@ -176,7 +186,9 @@ class NemotronHybridCache(OutsideView, Rows):
 
         Raises:
             ValueError: a layer without a conv state, or a tensor of another shape.
+            RuntimeError: the cache is withheld.
         """
+        self._refuse_withheld()
         check_conv(self.states.get(layer_idx), layer_idx, new_conv_state)
         state = self.states[layer_idx]
         assert isinstance(state, MambaState)
@@ -212,12 +224,9 @@ class NemotronHybridCache(OutsideView, Rows):
         with self._writing(states):
             for layer, state in states.items():
                 state.load(snapshot.states[layer], length)
-            self._step = None
-            self._updated.clear()
-            self._set_lengths(snapshot.lengths)
-            self._floors = list(snapshot.floors)
-            self._behind = snapshot.behind
+            self._set_present(snapshot.lengths, snapshot.floors, snapshot.behind)
 
+    @torch.no_grad()
     def rollback(self, tokens: int | Sequence[int]) -> None:
         """Take back the last tokens of every row: as many each, or as many as a list says.
 
@@ -242,10 +251,10 @@ class NemotronHybridCache(OutsideView, Rows):
         back = [row for row in moved if lengths[row]]
         rows, positions = self._index(back), self._index([lengths[row] for row in back])
         states = self._without_graph()
-        with torch.no_grad(), self._writing(states):
-            for state in states.values():
-                state.clear(fresh)
-                state.take_back(rows, positions)
+        writes = [state.taking_back(fresh, rows, positions) for state in states.values()]
+        with self._writing(states):
+            for write in writes:
+                write()
             self._set_lengths(lengths)
             self._floors = [min(f, n) for f, n in zip(self._floors, lengths, strict=True)]
 
@@ -267,7 +276,12 @@ class NemotronHybridCache(OutsideView, Rows):
         self.rollback([held if r == row else 0 for r, held in enumerate(self._lengths)])
 
     def detach(self) -> None:
-        """Cut the states from the graph that made them: truncated backpropagation through time."""
+        """Cut the states from the graph that made them: truncated backpropagation through time.
+
+        Raises:
+            RuntimeError: the cache is withheld.
+        """
+        self._refuse_withheld()
         self.states.update(self._map(Tensor.detach))
 
     @torch.no_grad()
@@ -347,6 +361,15 @@ class NemotronHybridCache(OutsideView, Rows):
             "dtype": str(self.dtype).removeprefix("torch."),
             "rollback_window": self.rollback_window,
         }
+
+    def _set_present(
+        self, lengths: Sequence[int], floors: Sequence[int], behind: frozenset[int]
+    ) -> None:
+        """Be between two passes, at these positions."""
+        self._step = None
+        self._updated.clear()
+        self._set_lengths(lengths)
+        self._floors, self._behind = list(floors), behind
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)

@@ -57,7 +57,7 @@ class CacheData:
         moved = step.layout.uniform_length
         moved = step.layout.cu_seqlens.diff() if moved is None else moved
         behind = self._behind
-        if any(step.lengths):
+        if any(step.layout.lengths):
             behind = behind | (self.states.keys() - self._updated)
         withheld, self.withheld = self.withheld, self.withheld or HALF_WAY
         self.positions.add_(moved)
@@ -66,10 +66,13 @@ class CacheData:
         self._updated.clear()
         self.withheld = withheld
 
-    def _settle(self) -> None:
-        """Close a forward pass that is complete; one that is not cannot be read."""
+    def _refuse_withheld(self) -> None:
         if self.withheld is not None:
             raise RuntimeError(self.withheld)
+
+    def _settle(self) -> None:
+        """Close a forward pass that is complete; one that is not cannot be read."""
+        self._refuse_withheld()
         if self._step is not None and len(self._updated) < len(self.states):
             raise RuntimeError(
                 f"the cache is in the middle of a forward pass ({len(self._updated)} of "

@@ -102,7 +102,9 @@ class MambaStates(_ByLayer, MutableMapping[int, Tensor]):
     kind = MambaState
 
     def __setitem__(self, layer: int, value: Tensor) -> None:
-        """Raises KeyError for a layer without the state, ValueError for another shape."""
+        """Raises KeyError for a layer without the state, ValueError for another shape, RuntimeError
+        where the cache is withheld."""
+        self._cache._refuse_withheld()
         state = self._state(layer)
         assert isinstance(state, MambaState)
         mine = getattr(state, self._name)

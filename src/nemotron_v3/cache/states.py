@@ -75,11 +75,13 @@ class LayerState:
         """
         raise NotImplementedError
 
-    def clear(self, rows: Tensor) -> None:
-        """Make `rows` (int64 `[n]`) fresh."""
+    def taking_back(self, fresh: Tensor, rows: Tensor, positions: Tensor) -> Callable[[], None]:
+        """What makes rows `fresh` (int64 `[m]`), and returns `rows` to what they held at
+        `positions` (int64 `[n]` each, above 0), once it is called.
 
-    def take_back(self, rows: Tensor, positions: Tensor) -> None:
-        """Return `rows` to what they held at `positions` (int64 `[n]` each), all above 0."""
+        The memory for it is asked for here, so that the call does not fail half-way for want of it.
+        """
+        raise NotImplementedError
 
 
 @dataclass
@@ -131,14 +133,17 @@ class KeyValueState(LayerState):
                 tensor.masked_fill_(new, 0)
         return True
 
-    def clear(self, rows: Tensor) -> None:
-        self.take_back(rows, torch.zeros_like(rows))
-
-    def take_back(self, rows: Tensor, positions: Tensor) -> None:
+    def taking_back(self, fresh: Tensor, rows: Tensor, positions: Tensor) -> Callable[[], None]:
+        ends = positions.new_full(self.keys.shape[:1], self.capacity)
+        ends.index_fill_(0, fresh, 0).index_copy_(0, rows, positions)
         places = torch.arange(self.capacity, device=rows.device)
-        gone = (places >= positions[:, None])[:, None, :, None]  # [n, 1, capacity, 1]
-        for tensor in self.tensors().values():
-            tensor[rows] = tensor[rows].masked_fill(gone, 0)
+        gone = (places >= ends[:, None])[:, None, :, None]  # [rows, 1, capacity, 1]
+
+        def write() -> None:
+            for tensor in self.tensors().values():
+                tensor.masked_fill_(gone, 0)
+
+        return write
 
     def append(self, k: Tensor, v: Tensor, in_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Store packed keys and values `[T, J, P]`; all that is held, `[rows, J, L, P]` each.
@@ -200,16 +205,16 @@ class MambaState(LayerState):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.conv, self.ssm
 
-    @property
-    def is_one_token(self) -> bool:
-        return self.step.layout.uniform_length == 1
-
-    def in_place(self) -> tuple[Tensor, Tensor]:
-        """Both states, for an op that overwrites them with the next ones."""
-        if self.step.window:
-            self.remember(self.step.layout.seq_idx.long(), self.step.positions)
+    def for_one_token(self) -> tuple[Tensor, Tensor] | None:
+        """Both states, for an op that overwrites them with the next ones; None unless each row gets
+        one token, and no graph needs what it holds."""
+        step, conv, ssm = self.step, self.conv, self.ssm
+        if step.layout.uniform_length != 1 or conv.requires_grad or ssm.requires_grad:
+            return None
+        if step.window:
+            self.remember(step.layout.seq_idx.long(), step.positions)
         self.overwritten = True
-        return self.conv, self.ssm
+        return conv, ssm
 
     def pieces(self) -> Iterator[tuple[Tensor | None, SequenceLayout]]:
         """The new tokens to scan one after the other: their places (None: all), and how they lie.
@@ -271,15 +276,25 @@ class MambaState(LayerState):
         self.conv, self.ssm = before
         return True
 
-    def clear(self, rows: Tensor) -> None:
-        self.conv.index_fill_(0, rows, 0)
-        self.ssm.index_fill_(0, rows, 0)
-
-    def take_back(self, rows: Tensor, positions: Tensor) -> None:
+    def taking_back(self, fresh: Tensor, rows: Tensor, positions: Tensor) -> Callable[[], None]:
+        back = None
         if rows.numel():
             place = positions % self.window
-            self.conv[rows] = self.past_conv[rows, place]
-            self.ssm[rows] = self.past_ssm[rows, place]
+            back = self.past_conv[rows, place], self.past_ssm[rows, place]
+
+        def write() -> None:
+            for tensor in (self.conv, self.ssm):
+                tensor.index_fill_(0, fresh, 0)
+            if back is not None:
+                self.conv.index_copy_(0, rows, back[0])
+                self.ssm.index_copy_(0, rows, back[1])
+
+        return write
+
+
+def unknown_state(layer: int, state: LayerState) -> TypeError:
+    """What to raise where a kind of state has no branch of its own, so that none is left out."""
+    return TypeError(f"layer {layer} has a {type(state).__name__}, which is not known here")
 
 
 def join(states: Sequence[LayerState]) -> LayerState:

@@ -56,7 +56,10 @@ class Transaction:
             check_no_step_missed(layer_idx, cache._behind, cache.lengths)
         step = cache._step
         if step is None:
-            step = self._new_step()
+            lengths, positions = tuple(cache._lengths), cache.positions
+            check_rows(self._layout, lengths, positions.device, cache.max_length)
+            positions = kept(positions.clone())
+            step = Step(self._layout.packed, lengths, positions, cache.rollback_window)
         elif step is not self._step and step.lengths != self._layout.lengths:
             raise ValueError(
                 f"layer {layer_idx} gets {list(self._layout.lengths)} tokens, the layers before it "
@@ -90,13 +93,6 @@ class Transaction:
             self._cache.withheld = None
         elif not self._has_layers:
             self._undo()
-
-    def _new_step(self) -> Step:
-        cache = self._cache
-        lengths = cache.lengths
-        check_rows(self._layout, lengths, cache.positions.device, cache.max_length)
-        positions = kept(cache.positions.clone())
-        return Step(self._layout.packed, lengths, positions, cache.rollback_window)
 
     @torch.no_grad()
     def _undo(self) -> None:

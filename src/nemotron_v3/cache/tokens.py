@@ -19,8 +19,8 @@ class Step:
         layout: of the new tokens, packed.
         starts: tokens each row held before, on the host.
         positions: int64 `[rows]`, the same on the device.
-        window: the last so many tokens of each row go one by one, so that the states before each
-            of them can be kept.
+        window: how many of each row's last tokens go one by one, so that the states before each of
+            them can be kept.
     """
 
     layout: SequenceLayout
@@ -41,7 +41,7 @@ class Step:
     @cached_property
     def uniform(self) -> tuple[int, int] | None:
         """`(start, length)` where all rows share them, else None."""
-        pairs = set(zip(self.starts, self.lengths, strict=True))
+        pairs = set(zip(self.starts, self.layout.lengths, strict=True))
         return next(iter(pairs)) if len(pairs) == 1 else None
 
     @cached_property

@@ -62,20 +62,9 @@ class ChatTemplate:
                 raise ValueError(f"this is no chat template: {reply['error']}")
 
     @classmethod
-    def load(
-        cls,
-        folder: str | PathLike[str],
-        name: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-    ) -> Self:
+    def load(cls, folder: str | PathLike[str], name: str | None = None) -> Self:
         """The template of a checkpoint: `chat_template.jinja`, with those that are called
         `additional_chat_templates/NAME.jinja`; else `tokenizer_config.json`'s.
-
-        Args:
-            folder: of the checkpoint.
-            name: which of several templates to take.
-            special_tokens: texts by name of the tokenizer that reads what is rendered, where that
-                is another than the folder's.
 
         Raises:
             ValueError: the folder has none, or a file of it cannot be read.
@@ -88,14 +77,16 @@ class ChatTemplate:
                 f"{folder} has no chat template ({TEMPLATE_FILE}, or chat_template in "
                 f"{TOKENIZER_CONFIG_FILE}): it is no chat model; give a prompt instead"
             )
-        return cls(sources, read_special_tokens(folder) | dict(special_tokens or {}), name)
+        return cls(sources, read_special_tokens(folder), name)
 
-    def files(self) -> dict[str, str]:
-        """The files by which a checkpoint's folder has this template, with their texts."""
-        return {
-            TEMPLATE_FILE if name == DEFAULT else f"{MORE_TEMPLATES}/{name}.jinja": source
-            for name, source in self._sources.items()
-        }
+    def with_special_tokens(self, special_tokens: Mapping[str, str]) -> Self:
+        """The same with these special tokens in the place of those of the same names."""
+        return type(self)(self._sources, self._special_tokens | dict(special_tokens))
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `load` reads it from, by their names in a checkpoint's folder."""
+        names = {n: f"{MORE_TEMPLATES}/{n}.jinja" for n in self._sources} | {DEFAULT: TEMPLATE_FILE}
+        return {names[name]: source.encode() for name, source in self._sources.items()}
 
     @property
     def marks_assistant(self) -> bool:

@@ -51,8 +51,8 @@ def from_pretrained(
             model and its config then are those of the smaller model.
         narrow: whether weights that the file holds in 8 or 4 bits stay so in memory: frozen
             `nemotron_v3.layers.narrow.NarrowWeight`s, which have their values, in `dtype`, one
-            layer at a time as they are used. A stack whose experts are of several layouts is
-            loaded wide all the same; `checkpoint_origin.report.casts` tells.
+            layer at a time as they are used. A stack whose experts have several layouts is given
+            its values at once all the same, and `checkpoint_origin.report.casts` lists it.
 
     Raises:
         CheckpointError (a ValueError): nothing there, or a truncated, foreign or pickled file;

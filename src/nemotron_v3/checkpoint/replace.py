@@ -31,7 +31,7 @@ except ImportError:  # Windows: there, nothing keeps two processes from saving t
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
 from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
-from nemotron_v3.config.atomic import sync
+from nemotron_v3.config.atomic import settle, sync
 from nemotron_v3.config.missing import no_config
 
 CONFIG = "config.json"
@@ -58,6 +58,8 @@ def whole_copy(directory: Path) -> Path:
 
     Raises `CheckpointError` where there is none.
     """
+    if not directory.exists():
+        settle(directory)  # a whole run may have been moved aside
     if (directory / CONFIG).exists():
         return directory
     whole = [path for path in directory.glob(f"{_WHOLE}*") if (path / CONFIG).exists()]

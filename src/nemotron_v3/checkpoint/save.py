@@ -45,10 +45,10 @@ def save_pretrained(
     What was there is replaced once the new checkpoint is whole; a save that is killed or fails
     leaves it, and other files in the directory are never touched. A model that was loaded is
     written in the spelling it was read with, its `mtp` tensors included: loaded and saved
-    unchanged, the files are the same to the byte. So are tokenizer, chat template and generation
-    config that it was loaded with, unless others stand in the directory already, which stay, with a
-    warning; a `model.generation_config` that was changed is written. Beside the model it takes the
-    memory of one block of 16 million elements.
+    unchanged, the files are the same to the byte. Tokenizer, chat template and generation config
+    that it was loaded with are copied too. Files of these names that are in the directory already
+    are kept, with a warning; a `model.generation_config` that was changed is written. Beside the
+    model it takes the memory of one block of 16 million elements.
 
     Args:
         model: on any device.

@@ -85,7 +85,7 @@ def survives(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def write_safetensors(path: Path, pieces: Sequence[Writable], metadata: Mapping[str, str]) -> None:
-    """Write `pieces` to a new file in the order given, with `metadata` as the file's notes.
+    """Write `pieces` to a file in the order given, with `metadata` as the file's notes.
 
     Beside what `pieces` hold already it takes the memory of one block; the caller waits for the
     disk. Raises `OSError` when that refuses, a full one included.
@@ -101,7 +101,7 @@ def write_safetensors(path: Path, pieces: Sequence[Writable], metadata: Mapping[
         position += nbytes(piece)
     header = json.dumps(listing, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)  # so that the tensors start aligned
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for piece in pieces:

@@ -54,7 +54,7 @@ class Conversation:
 
         tokenizer = PretrainedTokenizer.load(path, add_special_tokens=False, keep=MARKUP)
         names = tokenizer.special_tokens
-        template = ChatTemplate.load(template_folder(path, adapter), special_tokens=names)
+        template = ChatTemplate.load(template_folder(path, adapter)).with_special_tokens(names)
         self.chat: Chat = Chat(model, tokenizer, template, system, **arguments)
 
     def hold(self, first: str | None = None) -> None:

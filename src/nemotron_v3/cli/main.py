@@ -11,22 +11,9 @@ from typing import Any, Protocol
 
 import nemotron_v3
 from nemotron_v3.cli.errors import in_words, status_of
+from nemotron_v3.cli.repeated import check_repeated
 from nemotron_v3.cli.terminal import told_lines
-
-# A verb is the dataclass of that name in the file of the verb's name. Its fields are the options,
-# its docstring is the help text, and `run` does the work. These files import neither torch nor a
-# room before `run`, so that help and completion come at once.
-VERBS = {
-    "convert": "Convert",
-    "demo": "Demo",
-    "eval": "Eval",
-    "generate": "Generate",
-    "inspect": "Inspect",
-    "report": "Report",
-    "train": "Train",
-    "warm": "Warm",
-    "completion": "Completion",
-}
+from nemotron_v3.cli.verbs import VERBS
 
 MORE = "nemotron-v3 VERB --help shows the options of a verb, nemotron-v3 --version the version."
 
@@ -88,7 +75,7 @@ def parse(args: Sequence[str]) -> Verb | None:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
+            verb = tyro.cli(
                 verbs(args),
                 prog="nemotron-v3",
                 description=f"{nemotron_v3.__doc__}\n\n{MORE}",
@@ -100,6 +87,8 @@ def parse(args: Sequence[str]) -> Verb | None:
             return None
         told = _plain(stderr.getvalue())
         raise ValueError(_of_unknown_option(told, args) or told) from None
+    check_repeated(verb, args)
+    return verb
 
 
 def verbs(args: Sequence[str]) -> Any:

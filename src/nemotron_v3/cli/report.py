@@ -21,6 +21,11 @@ class Report:
     and of several report.html in the working directory"""
 
     def run(self) -> None:
+        from nemotron_v3.config.atomic import settle
+
+        for path in self.paths:
+            if not path.exists():
+                settle(path)  # a whole run may have been moved aside
         missing = [str(path) for path in self.paths if not path.exists()]
         if missing:
             raise ValueError(f"{', '.join(missing)}: no such file or folder")

@@ -18,7 +18,7 @@ from nemotron_v3.config.spelling import (
 
 @settings_class
 class BackendConfig:
-    """Who computes attention, projections and norms, and which form of our ops runs.
+    """Which library computes attention, projections and norms, and which form of our ops runs.
 
     `te` is Transformer Engine; `impl` goes to every op of `nemotron_v3.ops`.
 

@@ -53,7 +53,7 @@ INERT_MOE_FIELDS = {
 # The same of its BackendConfig: how its own modules compute what is the same here.
 INERT_BACKEND_FIELDS = {
     "experts": "which of its kernels multiplies",
-    "dispatcher": "how tokens reach experts of other processes",
+    "dispatcher": "how tokens reach experts of other processes; Plan(dispatcher=...) says so here",
     "dispatcher_num_sms": "of such a dispatcher",
     "enable_deepep": "an older name of such a dispatcher",
     "rope_fusion": "there is no rotary embedding",

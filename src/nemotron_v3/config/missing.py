@@ -1,4 +1,4 @@
-"""What a folder without a model's config is, in words, and what to give in its place."""
+"""Error texts for a folder without a model's config: what it is, and what to give instead."""
 
 import os
 from pathlib import Path

@@ -44,7 +44,7 @@ class MoEConfig:
             and bias, not by the score alone.
     """
 
-    dim: int = required(_COUNT)  # hidden size; the model's unless moe_latent_size narrows it
+    dim: int = required(_COUNT)  # hidden size of the model; experts see moe_latent_size, if set
     n_routed_experts: int = required(_COUNT)
     n_activated_experts: int = required(_COUNT)
     moe_inter_dim: int = required(_COUNT)

@@ -84,7 +84,8 @@ class Encoder:
         chat_template: str | None = None,
         train_on: TrainOn = "assistant",
     ) -> Self:
-        """With a template by its folder, its file or itself.
+        """With a template by its folder, its file or itself, and the tokenizer's special tokens in
+        it, whatever the folder that it lies in calls them.
 
         Raises:
             TypeError: no such tokenizer.
@@ -287,21 +288,19 @@ def read_template(told: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
     """A template by its folder, its file or itself.
 
     Args:
-        told: the folder, the file or the text.
-        special_tokens: texts by name of the tokenizer that reads what is rendered: what it does not
-            name is as the folder says.
+        told: the path, or the template.
+        special_tokens: the tokenizer's, which count over those that the folder names.
 
     Raises:
-        ValueError: no template.
+        ValueError: there is none.
     """
     if "{%" in told or "{{" in told:
         return ChatTemplate(told, special_tokens)
     path = Path(told)
     if path.is_dir():
-        return ChatTemplate.load(path, special_tokens=special_tokens)
+        return ChatTemplate.load(path).with_special_tokens(special_tokens)
     if not path.exists():
         raise ValueError(
             f"chat_template is {told!r}: give a template's file, a folder that has one, or its text"
         )
-    names = read_special_tokens(path.parent) | dict(special_tokens)
-    return ChatTemplate(read_text(path), names)
+    return ChatTemplate(read_text(path), read_special_tokens(path.parent) | dict(special_tokens))

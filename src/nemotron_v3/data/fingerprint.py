@@ -1,12 +1,38 @@
 """What decides about the token ids of every row, and how two of these differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.store import TokenStore
 
 NAMED = 5  # differences that are told one by one
+
+
+@dataclass(frozen=True)
+class FilesOfSource:
+    """A source's weight, and the name of each of its files with a hash of its token ids.
+
+    Raises:
+        ValueError: a file that is no such pair.
+    """
+
+    weight: float
+    files: list[list[str]]
+
+    def __post_init__(self) -> None:
+        if odd := [file for file in self.files if len(file) != 2]:
+            raise ValueError(f"a file of the data is {odd[0]}: a name and a hash are needed")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What `fingerprint` gives, as it is read again."""
+
+    tokens_per_row: int
+    seed: int
+    sources: list[FilesOfSource]
 
 
 def fingerprint(options: DataOptions, stores: Sequence[TokenStore]) -> dict[str, Any]:

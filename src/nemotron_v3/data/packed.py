@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
+from nemotron_v3.config.typed import from_object
 from nemotron_v3.data.encode import DataTokenizer, Encoder
 from nemotron_v3.data.find import Found
-from nemotron_v3.data.fingerprint import differences, fingerprint
+from nemotron_v3.data.fingerprint import Fingerprint, differences, fingerprint
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.pieces import PackedRow, Pieces
 from nemotron_v3.data.plan import Position, RowPlan
@@ -135,13 +137,15 @@ class PackedData:
         The number of ranks, rows of a step, workers and epochs may be others than then.
 
         Raises:
-            ValueError: a state of other data, which is named; nothing is changed then.
+            ValueError: a state of other data, which is named, or none that `state_dict` gave;
+                nothing is changed then.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"a data position of version {state.get('version')!r} is not known")
-        position = Position(**state["position"])
-        found = differences(state["data"], self.fingerprint())
-        epochs = state["epochs"], self.options.epochs
+        told = from_object(_State, state, "the data's state")
+        position = told.position
+        found = differences(asdict(told.data), self.fingerprint())
+        epochs = told.epochs, self.options.epochs
         if epochs[0] != epochs[1] and any(_is_partial(position.epoch, e) for e in epochs):
             found.append(
                 f"epochs was {epochs[0]}, is {epochs[1]}, and the run stands in the part of an "
@@ -151,6 +155,9 @@ class PackedData:
             raise ValueError(
                 "\n  - ".join(["the run was trained on other data than these:", *found])
             )
+        if position.rows and told.epochs is not None and position.epoch >= told.epochs:
+            raise ValueError(f"the position is in epoch {position.epoch} of {told.epochs:g}")
+        self._plan.check(position)
         self._ahead = None
         self._position = position
 
@@ -214,6 +221,15 @@ class PackedData:
         mine = rows[self._rank :: self._world_size]
         mine += [[]] * (ceil(self.options.rows / self._world_size) - len(mine))
         return [self._pieces.row(pieces) for pieces in mine], behind
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `state_dict` gives, beside its version."""
+
+    position: Position
+    epochs: float | None
+    data: Fingerprint
 
 
 def _is_partial(epoch: int, epochs: float | None) -> bool:

@@ -113,6 +113,20 @@ class RowPlan:
         # Of the last row that was taken: where the sequence ends, an epoch more may follow later.
         return taken, behind
 
+    def check(self, position: Position) -> None:
+        """Raise ValueError for a position that `take` gave for no sequence of these rows."""
+        here = f"the position is {position.to_dict()}"
+        if min(position.to_dict().values()) < 0 or position.rows < position.row:
+            raise ValueError(f"{here}: all counts are 0 or more, and rows counts this window's too")
+        if position.rows == 0 or self._is_over(position.epoch):
+            return
+        windows = len(self._windows(position.epoch))
+        if position.window >= windows:
+            raise ValueError(f"{here}, and the epoch has {windows} windows")
+        rows = len(self._rows(position.epoch, position.window))
+        if position.row > rows:
+            raise ValueError(f"{here}, and the window has {rows} rows")
+
     def total_rows(self, at_most: int | None = None) -> int | None:
         """Rows of the whole sequence, None where it is endless; packs all of it to know, or as much
         of it as holds `at_most` rows, and gives that number then."""

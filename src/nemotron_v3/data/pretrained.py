@@ -26,7 +26,8 @@ class PretrainedTokenizer:
             token; not for text, like a chat template's, that has them already.
         keep: texts of special tokens that are not left out, such as the tags of an answer.
         eos_token_id: the token that ends a document in training, or None.
-        special_tokens: texts by the names that chat templates call them, such as `bos_token`.
+        special_tokens: texts of special tokens that a chat template may ask for by name, such as
+            `bos_token`.
 
     Attributes:
         backend: the tokeniser.
@@ -51,8 +52,8 @@ class PretrainedTokenizer:
 
     @classmethod
     def load(cls, folder: Path, add_special_tokens: bool = True, keep: Iterable[str] = ()) -> Self:
-        """Read the `tokenizer.json` of a folder, and the names of its special tokens in
-        `tokenizer_config.json` or `special_tokens_map.json`, of which `eos_token` ends a document.
+        """Read the `tokenizer.json` of a folder, and which token ends a document there: the
+        `eos_token` of `tokenizer_config.json` or `special_tokens_map.json`.
 
         Raises:
             ValueError: there is none, or something else than a tokeniser's file.
@@ -62,10 +63,10 @@ class PretrainedTokenizer:
             missing = f"{folder} has no {FILE}: give a checkpoint that has one"
             raise ValueError(instead_of_a_model(folder) or missing)
         backend = read_backend(path)
-        names = read_special_tokens(folder)
-        eos = names.get("eos_token")
+        special_tokens = read_special_tokens(folder)
+        eos = special_tokens.get("eos_token")
         number = None if eos is None else backend.token_to_id(eos)
-        return cls(backend, add_special_tokens, keep, number, names)
+        return cls(backend, add_special_tokens, keep, number, special_tokens)
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens before and behind a document in training: those that the file puts around

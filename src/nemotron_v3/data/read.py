@@ -228,6 +228,9 @@ def _columns(names: list[str], field: str) -> list[str]:
 
 
 def _check_columns(file: File, names: list[str], field: str) -> None:
+    for name in (column_of(names, field), *CHAT_EXTRAS):
+        if names.count(str(name)) > 1:
+            raise ValueError(f"{file.path} has {names.count(str(name))} columns {name!r}: give one")
     if column_of(names, field) is None:
         raise ValueError(
             f"{file.path} has no column {field!r}: give the field of one of {', '.join(names)}"

@@ -5,7 +5,7 @@ and bits per byte are the same measurement in two units.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 # a document's first token, and predicting it ends the document.
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0
-NAMES = ("bos_token", "eos_token", "pad_token")  # what others call it
 
 # No token crosses the border of two of these pieces. A line break takes the indentation after it
 # along: in source code they are predicted together. Words keep the one character that introduces
@@ -32,17 +31,22 @@ PIECES = (
 FILE = "tokenizer.json"
 
 
+_NAMES = ("bos_token", "eos_token", "pad_token")
+
+
 class Tokenizer:
     """Text to token ids and back; token `SEPARATOR_ID` separates documents.
 
     Attributes:
         backend: the tokeniser.
         eos_token_id: the separator.
-        special_tokens: texts by the names that chat templates call them, such as `eos_token`: each
-            is the separator's.
+        special_tokens: by the names that a chat template knows them by: all are the separator.
     """
 
     eos_token_id = SEPARATOR_ID
+    special_tokens: Mapping[str, str] = dict.fromkeys(
+        ("bos_token", "eos_token", "pad_token"), SEPARATOR
+    )
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.token_to_id(SEPARATOR) != SEPARATOR_ID:
@@ -53,7 +57,6 @@ class Tokenizer:
         # A document that contains the separator's spelling is text like any other.
         backend.encode_special_tokens = True
         self.backend = backend
-        self.special_tokens = dict.fromkeys(NAMES, SEPARATOR)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -93,16 +96,22 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_file(str(folder / FILE)))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, and beside it the few lines by which transformers' AutoTokenizer
-        knows what to make of it."""
-        self.backend.save(str(folder / FILE))
+        """Write its files (see `texts`)."""
+        for name, text in self.texts().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """`tokenizer.json`, and beside it the few lines by which transformers' AutoTokenizer knows
+        what to make of it, by name."""
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.special_tokens,
             "clean_up_tokenization_spaces": False,
         }
-        text = json.dumps(about, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return {
+            FILE: self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(about, indent=2) + "\n",
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -166,7 +166,7 @@ class NemotronV3LM(TemplateLM):
             if self._folder is None:
                 raise ValueError("a model in memory has no chat template: give one")
             where = template_folder(self._folder, self._adapter)
-            self._template = ChatTemplate.load(where, special_tokens=self.text.special_tokens)
+            self._template = ChatTemplate.load(where).with_special_tokens(self.text.special_tokens)
         return self._template
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

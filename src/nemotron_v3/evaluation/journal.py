@@ -1,4 +1,4 @@
-"""What of an evaluation is on the disk before it is whole, so that it can go on after a kill.
+"""Partial results of an evaluation on the disk, from which it resumes after a kill.
 
 The folder stands beside the file that is to be written. It holds what was asked for, the result of
 every checkpoint that is complete, a line for each pass of the others, and of a long document the
@@ -8,13 +8,15 @@ states at some place in it.
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron_v3.cache import NemotronHybridCache
 from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.config.files import read_object
+from nemotron_v3.config.typed import from_object
 from nemotron_v3.evaluation.result import MAX_BYTES, CheckpointResult
 from nemotron_v3.evaluation.tally import Partial, Tally
 
@@ -79,11 +81,12 @@ class Journal:
     # --- checkpoints that are complete ------------------------------------------------------------
 
     def finished(self, checkpoint: int) -> CheckpointResult | None:
-        """The result of a checkpoint, where it is complete."""
+        """The result of a checkpoint, where it is complete; raises `ValueError`."""
         path = self._path(f"checkpoint-{checkpoint}.json")
         if path is None or not path.exists():
             return None
-        return CheckpointResult.from_dict(read_object(path, MAX_BYTES))
+        with _of_an_evaluation(path):
+            return CheckpointResult.from_dict(read_object(path, MAX_BYTES))
 
     def finish(self, checkpoint: int, told: dict[str, Any]) -> None:
         """Keep the result of a checkpoint, as strict JSON has it."""
@@ -99,17 +102,16 @@ class Journal:
         return self.folder is not None and any(self.folder.glob(f"{checkpoint}-*"))
 
     def read(self, key: str, tally: Tally) -> None:
-        """Add to a tally what every process wrote under a key."""
+        """Add to a tally what every process wrote under a key; raises `ValueError`."""
         if self.folder is None:
             return
         for path in sorted(self.folder.glob(f"{key}.rank-*.jsonl")):
-            with path.open("rb") as file:
+            with path.open("rb") as file, _of_an_evaluation(path):
                 for line in file:
                     # One without its end was being written when the process was killed.
                     with contextlib.suppress(json.JSONDecodeError):
-                        told = json.loads(line)
-                        parts = [Partial.from_dict(each) for each in told["parts"]]
-                        tally.add(told["documents"], parts)
+                        told = from_object(_Line, json.loads(line), "a line")
+                        tally.add(told.documents, [Partial.from_dict(part) for part in told.parts])
 
     def write(self, key: str, documents: Sequence[int], parts: Sequence[Partial]) -> None:
         """Keep the scores of some documents."""
@@ -139,13 +141,19 @@ class Journal:
                 old.unlink()
 
     def kept(self, key: str, document: int, cache: NemotronHybridCache) -> Partial:
-        """What was kept of a long document, whose states are put into `cache`; else nothing."""
+        """What was kept of a long document, whose states are put into `cache`; else nothing.
+
+        Raises:
+            ValueError: what stands there is not what `keep` wrote.
+        """
         path = self._path(f"{key}.document-{document}.json")
         if self.folder is None or path is None or not path.exists():
             return Partial()
-        told = read_object(path, MAX_BYTES)
-        cache.load(self.folder / Path(told["states"]).name)
-        return Partial.from_dict(told["part"])
+        with _of_an_evaluation(path):
+            told = from_object(_Kept, read_object(path, MAX_BYTES), "it")
+            part = Partial.from_dict(told.part)
+            cache.load(self.folder / Path(told.states).name)
+        return part
 
     def forget(self, key: str, document: int) -> None:
         """Remove what was kept of a long document."""
@@ -168,6 +176,33 @@ class Journal:
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The scores of documents that shared a pass."""
+
+    documents: list[int]
+    parts: list[Any]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was scored of a long document, and the file of the states behind it."""
+
+    states: str
+    part: Any
+
+
+@contextlib.contextmanager
+def _of_an_evaluation(path: Path) -> Iterator[None]:
+    """Name the file of what cannot be gone on with, and the way out."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not what an evaluation left: {error}; delete {path.parent} to begin anew"
+        ) from None
 
 
 def _short(value: Any) -> str:

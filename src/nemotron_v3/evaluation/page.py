@@ -339,7 +339,7 @@ def _checkpoints(
         row("device", [c.device for c in each]),
         row("parameters", [f"{c.parameters:,}" for c in each]),
         row("parameters a token", [f"{c.parameters_active:,}" for c in each]),
-        row("seconds", [f"{c.seconds:,.1f}" for c in each]),
+        row("seconds", [c.seconds if c.seconds is None else f"{c.seconds:,.1f}" for c in each]),
         row("tokens saved by shared prefixes", shared),
     ]
     blocks: list[Block] = [Table(("", *checkpoints), rows)]

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.config.files import read_object
+from nemotron_v3.config.typed import from_object
 
 FORMAT = "nemotron-v3 evaluation"
 VERSION = 1
@@ -36,6 +37,9 @@ class Documents:
     bytes: list[int] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        _check_columns("per_document", self)
+
 
 @dataclass(frozen=True)
 class Places:
@@ -51,6 +55,12 @@ class Places:
     starts: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_columns("per_place", self)
+        rising = all(a < b for a, b in zip([0, *self.starts], self.starts, strict=False))
+        if not rising:
+            raise ValueError(f"per_place.starts are {self.starts!r:.60}: they rise, from 1 on")
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,18 @@ class TextResult:
     per_document: Documents
     per_place: Places
 
+    def __post_init__(self) -> None:
+        if self.documents != len(self.per_document.tokens):
+            raise ValueError(
+                f"documents is {self.documents}, and per_document has "
+                f"{len(self.per_document.tokens)}"
+            )
+        for name in ("source", "tokens", "bytes", "first_unscored", "left_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is 0 or more")
+        if any(not 0 <= number < len(self.files) for number in self.per_document.file):
+            raise ValueError(f"per_document.file names files beyond the {len(self.files)} of files")
+
     @property
     def perplexity(self) -> float:
         """The exponential of the mean of the nats by token."""
@@ -103,14 +125,6 @@ class TextResult:
         per_document, per_place = asdict(self.per_document), asdict(self.per_place)
         plain = {n: v for n, v in vars(self).items() if not n.startswith("per_")}
         return plain | derived | {"per_document": per_document, "per_place": per_place}
-
-    @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Self:
-        values = {n: told[n] for n in cls.__dataclass_fields__}
-        values["nats"] = _number(values["nats"])
-        values["per_document"] = Documents(**_numbers(told["per_document"]))
-        values["per_place"] = Places(**_numbers(told["per_place"]))
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -177,11 +191,9 @@ class CheckpointResult:
         return vars(self) | {"texts": texts, "tasks": tasks}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Self:
-        values = {n: told[n] for n in cls.__dataclass_fields__}
-        values["texts"] = [TextResult.from_dict(t) for t in told["texts"]]
-        values["tasks"] = [TaskMetric(**t) for t in told["tasks"]]
-        return cls(**values)
+    def from_dict(cls, told: Any) -> Self:
+        """Raises `ValueError` for a value that none can have, with its place."""
+        return from_object(cls, told, "checkpoint", null_is_nan=True)
 
 
 @dataclass
@@ -214,12 +226,14 @@ class Evaluation:
             raise ValueError(f"format is {told.get('format')!r}, not {FORMAT!r}")
         if told.get("version") != VERSION:
             raise ValueError(f"version is {told.get('version')!r}: this package reads {VERSION}")
-        try:
-            values = {n: told[n] for n in cls.__dataclass_fields__}
-            values["checkpoints"] = [CheckpointResult.from_dict(c) for c in told["checkpoints"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"something is missing, or of another kind: {error}") from None
-        return cls(**values)
+        found = from_object(cls, told, "evaluation", null_is_nan=True)
+        if not found.checkpoints:
+            raise ValueError("it has no checkpoints")
+        count = len(found.sources)
+        for checkpoint in found.checkpoints:
+            if any(text.source >= count for text in checkpoint.texts):
+                raise ValueError(f"{checkpoint.name} has texts of sources beyond the {count} of it")
+        return found
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all; raises `OSError`."""
@@ -263,9 +277,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _numbers(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    return {name: list(map(_number, values)) for name, values in columns.items()}
+def _check_columns(name: str, columns: Documents | Places) -> None:
+    """Raise `ValueError` for columns of different lengths, or with a count below 0."""
+    lengths = {column: len(values) for column, values in vars(columns).items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{column} {length}" for column, length in lengths.items())
+        raise ValueError(f"{name} has columns of different lengths: {told}")
+    for column, values in vars(columns).items():
+        if column != "nats" and any(value < 0 for value in values):
+            raise ValueError(f"{name}.{column} has {min(values)}: a count is 0 or more")

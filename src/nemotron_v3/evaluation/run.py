@@ -19,7 +19,6 @@ from nemotron_v3.checkpoint.audit import read_config
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.config.versions import installed
 from nemotron_v3.data.encode import Encoder
-from nemotron_v3.data.find import Found
 from nemotron_v3.data.pretrained import PretrainedTokenizer
 from nemotron_v3.data.store import TokenStore
 from nemotron_v3.data.tokenize import cache_folder, open_store
@@ -140,7 +139,7 @@ class _Subject:
     candidate: Candidate
     config: NemotronV3Config
     encoder: Encoder | None
-    stores: list[tuple[TokenStore, Found]]
+    stores: list[TokenStore]
 
 
 @contextlib.contextmanager
@@ -168,13 +167,13 @@ def _stores(
     vocab_size: int,
     tell: Tell,
     cache: Path | None = None,
-) -> Iterator[list[tuple[TokenStore, Found]]]:
+) -> Iterator[list[TokenStore]]:
     """The tokens of every source."""
     with contextlib.ExitStack() as stack:
         opened = []
         for source in options.sources:
             label = f"tokens of {source.path}"
-            store, found = open_store(
+            store, _ = open_store(
                 source,
                 encoder,
                 options.workers,
@@ -183,7 +182,7 @@ def _stores(
             )
             stack.callback(store.close)
             check_tokens(store, source, vocab_size)
-            opened.append((store, found))
+            opened.append(store)
         yield opened
 
 
@@ -248,17 +247,17 @@ def _measure(
 def _texts(
     model: NemotronV3ForCausalLM,
     encoder: Encoder,
-    stores: Sequence[tuple[TokenStore, Found]],
+    stores: Sequence[TokenStore],
     options: EvalOptions,
     key: str,
     label: str,
     around: Circumstances,
 ) -> list[TextResult]:
     scorer, results = Scorer(model, options.window), []
-    for number, (store, found) in enumerate(stores):
+    for number, store in enumerate(stores):
         told = f"{label}{options.sources[number].path}"
         tally = score_source(scorer, store, f"{key}{number}", told, around)
-        results.append(text_result(number, store, found, encoder, tally))
+        results.append(text_result(number, store, encoder, tally))
     return results
 
 
@@ -298,7 +297,7 @@ def _identity(subjects: Sequence[_Subject], options: EvalOptions) -> dict[str, A
     stores = [
         [[file.name, file.digest] for file in store.about.files]
         for subject in subjects
-        for store, _ in subject.stores
+        for store in subject.stores
     ]
     files = {}
     for subject in subjects:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nemotron_v3.config.typed import from_object
 from nemotron_v3.evaluation.result import PLACES, Places
 from nemotron_v3.evaluation.streaming import Window
 
@@ -47,12 +48,37 @@ class Partial:
         }
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Self:
-        made = cls(float(told["nats"]), int(told["tokens"]))
+    def from_dict(cls, told: Any) -> Self:
+        """What `to_dict` told; raises `ValueError` for anything else."""
+        plain = from_object(_Plain, told, "a score")
+        made = cls(plain.nats, plain.tokens)
         for name in ("place_nats", "place_tokens"):
-            values = torch.tensor(told[name], dtype=getattr(made, name).dtype)
+            values = torch.tensor(getattr(plain, name), dtype=getattr(made, name).dtype)
             getattr(made, name)[: len(values)] = values
         return made
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A `Partial` as JSON holds it.
+
+    Raises:
+        ValueError: more places than there are, or tokens that are not those of the places.
+    """
+
+    nats: float
+    tokens: int
+    place_nats: list[float]
+    place_tokens: list[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.place_nats) == len(self.place_tokens) <= PLACES:
+            raise ValueError(
+                f"{len(self.place_nats)} place_nats and {len(self.place_tokens)} place_tokens: "
+                f"give equally many, at most {PLACES}"
+            )
+        if self.tokens != sum(self.place_tokens) or min(self.place_tokens, default=0) < 0:
+            raise ValueError(f"tokens is {self.tokens}, and place_tokens are {self.place_tokens}")
 
 
 class Tally:
@@ -76,7 +102,15 @@ class Tally:
         self.place_nats, self.place_tokens = whole.place_nats, whole.place_tokens
 
     def add(self, documents: Sequence[int], parts: Sequence[Partial]) -> None:
-        """Add documents that were scored whole; one that is there already is left as it is."""
+        """Add documents that were scored whole; one that is there already is left as it is.
+
+        Raises:
+            ValueError: a document that the source has not, or not a part for each.
+        """
+        if len(documents) != len(parts):
+            raise ValueError(f"{len(documents)} documents have {len(parts)} scores")
+        if beyond := [number for number in documents if not 0 <= number < len(self.done)]:
+            raise ValueError(f"there is no document {beyond[0]}: the source has {len(self.done)}")
         for document, part in zip(documents, parts, strict=True):
             if self.done[document]:
                 continue

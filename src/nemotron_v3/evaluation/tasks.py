@@ -91,7 +91,7 @@ def run_tasks(
     template = None
     if options.chat_template:
         folder = template_folder(candidate.path, candidate.adapter)
-        template = ChatTemplate.load(folder, special_tokens=tokenizer.special_tokens)
+        template = ChatTemplate.load(folder).with_special_tokens(tokenizer.special_tokens)
     harness_model = NemotronV3LM(
         model,
         tokenizer,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nemotron_v3.data.encode import Encoder
-from nemotron_v3.data.find import Found
 from nemotron_v3.data.options import Source
 from nemotron_v3.data.store import TokenStore
 from nemotron_v3.evaluation.journal import Journal
@@ -137,9 +136,7 @@ class _Work:
         return part
 
 
-def text_result(
-    number: int, store: TokenStore, found: Found, encoder: Encoder, tally: Tally
-) -> TextResult:
+def text_result(number: int, store: TokenStore, encoder: Encoder, tally: Tally) -> TextResult:
     """The result on the source with this number."""
     about = store.about
     files = [index for index, file in enumerate(about.files) for _ in range(file.documents)]

@@ -3,7 +3,7 @@
 Letters: R rows or slots, V vocabulary, n uniform numbers a row.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -93,12 +93,13 @@ class Choice:
             seen: bool `[rows, V]`, updated, where a penalty is.
         """
         rows = len(logits)
+        numbers: dict[str, Any] = {name: tensor[:rows] for name, tensor in self._numbers.items()}
         ops.sample(
             logits,
             self._nothing[:, :rows] if uniform is None else uniform,
             self.drawn[:rows],
             active,
-            **{name: tensor[:rows] for name, tensor in self._numbers.items()},
+            **numbers,
             seen=seen,
             logprobs=None if self.logprobs is None else self.logprobs[:rows],
             workspace=self._workspace,

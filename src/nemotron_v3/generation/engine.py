@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.cache import NemotronHybridCache, WayBack
 from nemotron_v3.generation.cpu_decode import DecodeStep, Reading
 from nemotron_v3.generation.graphs import GraphStep, say_once, why_not
 from nemotron_v3.generation.graphs.graph import row_slots
 from nemotron_v3.generation.graphs.step import AHEAD
 from nemotron_v3.generation.options import GenerationOptions
 from nemotron_v3.generation.output import GenerationOutput, StreamedToken
-from nemotron_v3.generation.prompts import read_prompts
+from nemotron_v3.generation.prompts import read_prompts, unfed_of
 from nemotron_v3.generation.sampling import NO_TOKEN, Sampler
 from nemotron_v3.generation.segment import Segment
 from nemotron_v3.generation.stopping import Row
-from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import outside_inference_mode
 from nemotron_v3.model.protocol import CausalLM
@@ -48,6 +47,10 @@ _OPEN = (
 _STOPPED = (
     "generation was interrupted within a step, and the cache may hold tokens that nobody was "
     "given: restore a snapshot, or make a new cache"
+)
+_NOT_GATHERED = (
+    "generation has ended, but its rows could not be put into the cache, such as for want of "
+    "memory: restore a snapshot, or make a new cache"
 )
 STEPS_AT_ONCE = 16  # between two looks of the host, on an accelerator
 
@@ -70,7 +73,8 @@ def generate(
         past_key_values: a cache of what each prompt begins with, updated in place: `input_ids` are
             the whole sequences, and what the cache holds of them is not fed again. With
             `num_return_sequences` above 1 it ends up holding the prompts, and the output has a
-            cache of its own.
+            cache of its own. Until the first token is there its mamba states are kept once more:
+            whatever fails before leaves it as it was before the present piece of the prompts.
         **options: see `GenerationOptions`. One that is not given is what `model.generation_config`
             says.
 
@@ -139,7 +143,7 @@ class _Run:
             cache = NemotronHybridCache(
                 model.config, len(self.prompts), embedding.dtype, self.device
             )
-        self.unfed = self._check_cache(cache, embedding.dtype)
+        self.unfed = unfed_of(cache, self.prompts, options.limit, model.config, embedding)
         self.cache: NemotronHybridCache = cache
         copies = range(options.num_return_sequences)
         self.row_prompts = [prompt for prompt in self.prompts for _ in copies]
@@ -156,43 +160,19 @@ class _Run:
             self.steps_at_once = 1 if self.device.type == "cpu" else STEPS_AT_ONCE
         self._step: Callable[[Tensor], Tensor] | None = None
         self.watches = False  # whether the caller's code runs between two steps
+        self._way_back: WayBack | None = None  # of the caller's cache, until a token is given
         self._reading: Reading | None = None  # of the model, by a step that has copies of it
-
-    def _check_cache(self, cache: NemotronHybridCache, dtype: torch.dtype) -> list[Tensor]:
-        """What of each prompt the cache does not hold yet; checks that all of the run fits it."""
-        if not isinstance(cache, NemotronHybridCache):
-            raise TypeError(
-                f"past_key_values is a {full_name(cache)}: give a NemotronHybridCache made "
-                "from the model's config"
-            )
-        if cache.batch_size != len(self.prompts):
-            raise ValueError(
-                f"the cache has {cache.batch_size} rows, input_ids {len(self.prompts)}: they must "
-                "be the same"
-            )
-        unfed = []
-        for row, (prompt, held) in enumerate(zip(self.prompts, cache.lengths, strict=True)):
-            if held >= len(prompt):
-                raise ValueError(
-                    f"row {row} of the cache holds {held} tokens, its prompt has {len(prompt)}: "
-                    "give the whole sequence, what the cache holds and at least one token more, or "
-                    "take one back (rollback)"
-                )
-            unfed.append(prompt[held:])
-        # The last new token is never fed.
-        fed = [len(tokens) + self.options.limit - 1 for tokens in unfed]
-        cache.check(self.model.config, dtype, SequenceLayout.from_lengths(fed, self.device))
-        return unfed
 
     # --- the loop -------------------------------------------------------------------------------
 
     def tokens(self) -> Generator[StreamedToken, None, None]:
         """Run to the end; every new token, step by step. Left early, the cache is put in order."""
-        logits = self._prefill()
         pending: Tensor | None = None  # the last token of each row, which is not fed yet
         produced = 0
         yielding: Segment | None = None  # whose tokens the caller is being given
+        self._mark()
         try:
+            logits = self._prefill()
             self._make_step(produced)
             while self.active:
                 steps = self._steps(produced)
@@ -271,6 +251,12 @@ class _Run:
         self._step = None
 
     @outside_inference_mode
+    def _mark(self) -> None:
+        """Keep a way back to what the caller's cache holds now."""
+        if self.given is not None:
+            self._way_back = WayBack(self.given)
+
+    @outside_inference_mode
     @torch.no_grad()
     def _prefill(self) -> Tensor:
         """Feed the prompts; the logits after the last token of each row, `[R, V]`."""
@@ -282,6 +268,8 @@ class _Run:
             ending = [
                 row for row, tokens in enumerate(self.unfed) if start < len(tokens) <= start + chunk
             ]
+            if start:
+                self._mark()
             parts.append(self._feed(self.cache, pieces, ending))
             ended += ending
         order = sorted(range(len(ended)), key=ended.__getitem__)
@@ -366,6 +354,7 @@ class _Run:
                     )
                 logprob = None if logprobs is None else logprobs[step][place]
                 text = row.push(tokens[place], logprob)
+                self._way_back = None
                 yield StreamedToken(number, tokens[place], text, logprob, row.finish_reason)
 
     @property
@@ -421,9 +410,24 @@ class _Run:
     def _gather(self, yielding: Segment | None) -> None:
         """One cache of all rows, in order, in the caller's own where there is one.
 
-        With rows still active the run was left: between two tokens of the segment `yielding`,
-        if it has one step, the cache holds what the caller knows, and otherwise it does not.
+        With rows still active the run was left. Before the first token, the cache then holds what
+        it held before the piece of the prompts that failed, or the last; between two tokens of the
+        segment `yielding`, if it has one step, what the caller knows, and otherwise it does not.
         """
+        written = self._target if self._way_back is None else self.given
+        try:
+            if self._way_back is not None:
+                self._close()
+                self._way_back.go()
+            else:
+                self._bring_together(yielding)
+        except BaseException:
+            if written is not None:
+                written.withhold(_NOT_GATHERED)
+            raise
+
+    def _bring_together(self, yielding: Segment | None) -> None:
+        """`_gather`, once a token was given."""
         target = self._target
         if self.active:
             stopped = None if self.cache.withheld == _OPEN else self.cache.withheld

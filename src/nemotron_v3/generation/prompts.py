@@ -1,4 +1,5 @@
-"""Prompts in every form callers have them, as one list of real tokens a row."""
+"""Prompts in every form callers have them, as one list of real tokens a row, and what of them a
+cache does not hold yet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_v3.cache import NemotronHybridCache
+from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.config.text import check_text
+from nemotron_v3.layers.context import full_name
 from nemotron_v3.layout import SequenceLayout
 
 
@@ -50,6 +54,51 @@ def read_prompts(
                 f"vocabulary of {vocab_size}"
             )
     return rows
+
+
+def unfed_of(
+    cache: Any,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    config: NemotronV3Config,
+    embeddings: Tensor,
+) -> list[Tensor]:
+    """What of each prompt a cache does not hold yet.
+
+    Args:
+        prompts: as `read_prompts` returns them.
+        new_tokens: that may follow each of them.
+        config, embeddings: the model's.
+
+    Raises:
+        ValueError: a cache of another config, batch or dtype, one that holds all of a prompt, or
+            one that is too short for what is to come.
+        TypeError: what is no cache.
+    """
+    if not isinstance(cache, NemotronHybridCache):
+        raise TypeError(
+            f"past_key_values is a {full_name(cache)}: give a NemotronHybridCache made "
+            "from the model's config"
+        )
+    if cache.batch_size != len(prompts):
+        raise ValueError(
+            f"the cache has {cache.batch_size} rows, input_ids {len(prompts)}: they must "
+            "be the same"
+        )
+    unfed = []
+    for row, (prompt, held) in enumerate(zip(prompts, cache.lengths, strict=True)):
+        if held >= len(prompt):
+            raise ValueError(
+                f"row {row} of the cache holds {held} tokens, its prompt has {len(prompt)}: "
+                "give the whole sequence, what the cache holds and at least one token more, or "
+                "take one back (rollback)"
+            )
+        unfed.append(prompt[held:])
+    # The last new token is never fed.
+    fed = [len(tokens) + new_tokens - 1 for tokens in unfed]
+    layout = SequenceLayout.from_lengths(fed, embeddings.device)
+    cache.check(config, embeddings.dtype, layout)
+    return unfed
 
 
 def _of_tensor(input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:

@@ -87,7 +87,7 @@ class TheirContext(ForwardContext):
             # A graph that is captured cannot ask whether the one token of a row is real: it is.
             blind = shape[1] == 1 and capturing(padding.device)
             new = None if blind else padding[:, -shape[1] :]
-        explicit = _explicit(packing, shape)
+        explicit = _explicit(packing)
         layout = _resolve(shape, device, new, explicit)
         # A 4-D mask speaks of attention alone: scans go by the positions, without a cache.
         counted = mask is None or padding is not None or not cached
@@ -153,7 +153,7 @@ def _split_masks(
     return attention_mask, None
 
 
-def _explicit(packing: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+def _explicit(packing: dict[str, Any]) -> dict[str, Any]:
     """The collators' packing arguments in the names of `SequenceLayout.resolve`."""
     found: dict[str, Any] = {}
     if "seq_idx" in packing:

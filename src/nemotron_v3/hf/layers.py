@@ -31,6 +31,7 @@ from nemotron_v3.hf.states import MambaStates, layer_holds_tokens, one_cache
 from nemotron_v3.layers.fp32_params import KeepsFp32
 from nemotron_v3.layers.functional import Mamba2Sizes, attention_mixer, mamba2_mixer, moe_mixer
 from nemotron_v3.layers.hooks import is_observed, must_call
+from nemotron_v3.layers.inputs import unknown_block_type
 from nemotron_v3.layers.linear import project
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.long_attention import without_plans
@@ -362,8 +363,10 @@ class NemotronHBlock(Accelerated, theirs.NemotronHBlock):
                 y, _ = self.mixer(x, cache=cache, context=context)
             case "moe":
                 y = self.mixer(x, context=context, layer_idx=self.layer_idx)
-            case _:
+            case "mlp":
                 y = self.mixer(x, context=context)
+            case _:
+                raise unknown_block_type(kind)
         return hidden_states + y
 
 

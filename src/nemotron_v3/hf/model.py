@@ -23,7 +23,7 @@ from nemotron_v3.hf.spelling import as_in_memory
 from nemotron_v3.hf.states import CACHE_NAME, as_cache, fresh_cache, holds_tokens, one_cache
 from nemotron_v3.hf.swap import install_as_built
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.model.checks import check_kept, check_labels, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, check_places, refuse_ids, token_grid
 from nemotron_v3.model.head import plain_weight
 from nemotron_v3.model.loss import IGNORE_INDEX, check_items, per_item
 
@@ -107,7 +107,11 @@ class NemotronHModel(AcceleratedModelMixin, Accelerated, theirs.NemotronHModel):
             hidden = inputs_embeds
         else:
             assert input_ids is not None  # `enter` takes one of the two
-            hidden = look_up(self.embeddings, input_ids)
+            try:
+                hidden = self.embeddings(input_ids)
+            except IndexError:
+                refuse_ids(self.embeddings, input_ids)
+                raise
         kept = [hidden] if _wanted(self.config, kwargs, "output_hidden_states") else None
         # Padding would otherwise contribute to the norm weights' gradients.
         hidden = _without_padding(hidden, context)
@@ -175,9 +179,9 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
             past_key_values: a cache of transformers, updated in place.
             cache: the same, as transformers calls it since 5.24.
             inputs_embeds: `[B, S, D]` in place of `input_ids`.
-            labels: int64 `[B, S]`, shifted by one inside and never across a document's border. A
-                label at padding counts right behind a real token, and has to be -100 elsewhere in a
-                row that holds one.
+            labels: int64 or int32 `[B, S]`, shifted by one inside and never across a document's
+                border. A label at padding counts right behind a real token, and has to be -100
+                elsewhere in a row that holds one.
             use_cache: None makes a cache as the config says, but not in training nor for a pack.
             logits_to_keep: logits of the last so many positions (0: all), or of a tensor's.
             **kwargs: `seq_idx`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`
@@ -209,8 +213,6 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
                 **{CACHE_NAME: cache},
             )
         as_tuple = not _wanted(self.config, kwargs, "return_dict")
-        if not isinstance(logits_to_keep, Tensor):  # a tensor may be a mask, too
-            check_kept(logits_to_keep)
         cache, context = enter(
             cast(NemotronHModel, self.model),
             input_ids,
@@ -221,9 +223,17 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
             use_cache=use_cache,
             kwargs=kwargs,
         )
-        for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
-            if given is not None and not self._has_own_loss():
-                check_labels(given, context.layout.shape, name=name)
+        _check_kept(logits_to_keep, context.layout.shape[-1])
+        given = labels is not None or kwargs.get("shift_labels") is not None
+        linear = given and self.training and self.settings.loss == "linear"
+        if linear and self._has_own_loss():
+            raise ValueError(
+                f"loss='linear' cannot compute the loss_function {self.loss_function} that this "
+                "model was given, which takes logits: accelerate with loss='logits'"
+            )
+        for name, said in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
+            if said is not None and not self._has_own_loss():
+                check_labels(said, context.layout.shape, name=name)
         if not self._has_own_loss():
             check_items(kwargs.get("num_items_in_batch"))
             _refuse_strays(labels, context.layout, kwargs)
@@ -236,13 +246,6 @@ class NemotronHForCausalLM(AcceleratedModelMixin, Accelerated, theirs.NemotronHF
         )
         hidden = out.last_hidden_state
         loss = logits = None
-        given = labels is not None or kwargs.get("shift_labels") is not None
-        linear = given and self.training and self.settings.loss == "linear"
-        if linear and self._has_own_loss():
-            raise ValueError(
-                f"loss='linear' cannot compute the loss_function {self.loss_function} that this "
-                "model was given, which takes logits: accelerate with loss='logits'"
-            )
         if linear:
             loss = self._linear_loss(hidden, labels, context.layout, kwargs)
         elif given:
@@ -399,8 +402,8 @@ def _packed_targets(
 
 
 def _labels(given: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]) -> Tensor:
-    """Labels on the layout's device, with -100 where none counts."""
-    given = given.to(layout.device)
+    """Labels on the layout's device in int64, with -100 where none counts."""
+    given = given.to(layout.device, torch.int64)
     ignored = kwargs.get("ignore_index", IGNORE_INDEX)
     return given if ignored == IGNORE_INDEX else given.masked_fill(given == ignored, IGNORE_INDEX)
 
@@ -428,6 +431,22 @@ def _summed_loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 def _wide(logits: Tensor) -> Tensor:
     """The tensor in fp32 or wider, as transformers returns logits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_kept(logits_to_keep: Any, seq_len: int) -> None:
+    """Raises ValueError or TypeError for logits that cannot be kept of `seq_len` places.
+
+    A tensor may be a mask, and may count from the end.
+    """
+    if not isinstance(logits_to_keep, Tensor):
+        check_kept(logits_to_keep, seq_len)
+    elif logits_to_keep.dtype != torch.bool:
+        check_places(logits_to_keep, -seq_len, seq_len)
+    elif logits_to_keep.shape != (seq_len,):
+        raise ValueError(
+            f"logits_to_keep is a mask of shape {tuple(logits_to_keep.shape)}: give one of the "
+            f"{seq_len} places, ({seq_len},)"
+        )
 
 
 def _last(x: Tensor, positions: int | Tensor) -> Tensor:

@@ -172,16 +172,13 @@ class MambaStates:
             self._held = held.conv_states[0], held.recurrent_states[0]
 
     @property
-    def is_one_token(self) -> bool:
-        return self._held is not None and self._layout.uniform_length == 1
-
-    @property
     def has_graph(self) -> bool:
         held = self._held or ()
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
 
-    def in_place(self) -> tuple[Tensor, Tensor]:
-        assert self._held is not None  # `is_one_token`
+    def for_one_token(self) -> tuple[Tensor, Tensor] | None:
+        if self._held is None or self._layout.uniform_length != 1 or self.has_graph:
+            return None
         return self._held
 
     def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:

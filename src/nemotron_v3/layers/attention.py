@@ -5,6 +5,7 @@ head width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from nemotron_v3.cache.states import KeyValueState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers import graph_ops
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel, refuse
+from nemotron_v3.layers.context_parallel import ContextParallelLayer, refuse
 from nemotron_v3.layers.decode_weights import AttentionWeights, Projection
 from nemotron_v3.layers.functional import attention_mixer
 from nemotron_v3.layers.init import init_module, on_meta
@@ -28,7 +29,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.cached_attention.masked import check_mask
 
 
-class NemotronV3Attention(RefusesContextParallel):
+class NemotronV3Attention(ContextParallelLayer):
     """Causal grouped-query attention (Ainslie et al. 2023) without rotary embedding.
 
     Args:
@@ -108,50 +109,49 @@ class NemotronV3Attention(RefusesContextParallel):
                 hold different numbers of tokens.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        context = attn_kwargs.get("context")
-        if context is not None:
-            return self._mix(hidden_states, context, self.layer_idx)
-        if isinstance(past_key_values, NemotronHybridCache) and layer_idx is None:
-            raise no_state_error(layer_idx, past_key_values.states)
-        context = ForwardContext.enter(
-            grid_of(hidden_states, self.hidden_size),
-            hidden_states.device,
-            attention_mask,
-            past_key_values,
-            attn_kwargs,
-            layer_idx=layer_idx,
-            takes_4d_mask=True,
-            group=self.token_group,
-        )
-        with context.writing():
-            return self._mix(hidden_states, context, layer_idx)
-
-    def _mix(self, hidden_states: Tensor, context: ForwardContext, layer_idx: int | None) -> Tensor:
-        layout = context.on(hidden_states.device)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if context.cache is not None:
-                held = None if layer_idx is None else context.cache.states.get(layer_idx)
-                check_keys(held, layer_idx, k, v)
-                assert context.step is not None
-                state = cast(KeyValueState, context.step.begin(layer_idx))
-                return self._attend_cached(q, k, v, state, context.mask)
-            if context.carry is not None:
-                return context.carry.attend(layer_idx, q, k, v, impl=self.chosen.impl)
-            dropout_p = self.attention_dropout if self.training else 0.0
-            if torch.compiler.is_compiling() and self._is_node(context.mask, dropout_p, layout):
-                return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
-            return self.core(
-                q,
-                k,
-                v,
-                layout=layout,
-                mask=context.mask,
-                dropout_p=dropout_p,
-                impl=self.impl,
+        context: ForwardContext | None = attn_kwargs.get("context")
+        if context is None:
+            if isinstance(past_key_values, NemotronHybridCache) and layer_idx is None:
+                raise no_state_error(layer_idx, past_key_values.states)
+            context = ForwardContext.enter(
+                grid_of(hidden_states, self.hidden_size),
+                hidden_states.device,
+                attention_mask,
+                past_key_values,
+                attn_kwargs,
+                layer_idx=layer_idx,
+                takes_4d_mask=True,
+                group=self.token_group,
             )
-
+            with context.writing():
+                return NemotronV3Attention.forward(
+                    self, hidden_states, layer_idx=layer_idx, context=context
+                )
+        if layer_idx is None:
+            layer_idx = self.layer_idx
+        layout = context.layout
+        if layout.device != hidden_states.device:
+            layout = context.on(hidden_states.device)
+        attend = self._attend if context.cache is None else self._attend_cached
+        attend = partial(attend, context, layout, layer_idx)
         return context.leave(attention_mixer(layout.pack(hidden_states), self, attend))
+
+    def _attend(
+        self,
+        context: ForwardContext,
+        layout: SequenceLayout,
+        layer_idx: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """`[T, H, P]`, `[T, J, P]` twice -> `[T, H, P]`: attend to the pass's own tokens."""
+        if context.carry is not None:
+            return context.carry.attend(layer_idx, q, k, v, impl=self.chosen.impl)
+        mask, dropout_p = context.mask, self.attention_dropout if self.training else 0.0
+        if torch.compiler.is_compiling() and self._is_node(mask, dropout_p, layout):
+            return graph_ops.attention(q, k, v, layout=layout, impl=self.impl)
+        return self.core(q, k, v, layout=layout, mask=mask, dropout_p=dropout_p, impl=self.impl)
 
     def _is_node(self, mask: Tensor | None, dropout_p: float, layout: SequenceLayout) -> bool:
         """Whether a compiler takes attention as one node of its graph."""
@@ -159,10 +159,20 @@ class NemotronV3Attention(RefusesContextParallel):
         return plain and mask is None and not dropout_p and graph_ops.can_take(layout)
 
     def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, mask: Tensor | None
+        self,
+        context: ForwardContext,
+        layout: SequenceLayout,
+        layer_idx: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
-        """Append the new keys and values, and attend to all that each row holds, or to what a mask
-        says."""
+        """The same behind a cache: append the new keys and values, and attend to all that each row
+        holds, or to what a mask says."""
+        assert context.cache is not None and context.step is not None
+        held = None if layer_idx is None else context.cache.states.get(layer_idx)
+        check_keys(held, layer_idx, k, v)
+        state, mask = cast(KeyValueState, context.step.begin(layer_idx)), context.mask
         step = state.step
         if mask is not None:
             check_mask(mask, q, step.layout, step.starts)
@@ -189,7 +199,7 @@ class NemotronV3Attention(RefusesContextParallel):
         )
 
     def setup_cp_attention(self, cp_mesh: Any) -> None:
-        """Raises ValueError: the layer cannot share a document's tokens with other processes."""
+        """Raises ValueError: tokens are shared by `nemotron_v3.parallel`, not by this call."""
         refuse("setup_cp_attention", type(self).__name__)
 
     def init_weights(

@@ -124,30 +124,27 @@ class NemotronV3Block(nn.Module):
         Raises:
             ValueError, TypeError: what the mixer raises.
         """
-        context = attn_kwargs.get("context")
-        if context is not None:
-            return self._add(hidden_states, context)
-        kind = MIXERS[self.block_type]
-        context = ForwardContext.enter(
-            grid_of(hidden_states, self.config.hidden_size),
-            hidden_states.device,
-            attention_mask,
-            past_key_values,
-            attn_kwargs,
-            layer_idx=None if kind.is_stateless else self.layer_idx,
-            takes_4d_mask=kind.takes_4d_mask,
-            is_stateless=kind.is_stateless,
-            group=getattr(self.mixer, "token_group", None),
-        )
-        with context.writing():
-            return self._add(hidden_states, context)
-
-    def _add(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
-        """`x + mixer(norm(x))`; padding is in neither, nor in any gradient of their weights."""
+        context: ForwardContext | None = attn_kwargs.get("context")
+        if context is None:
+            kind = MIXERS[self.block_type]
+            context = ForwardContext.enter(
+                grid_of(hidden_states, self.config.hidden_size),
+                hidden_states.device,
+                attention_mask,
+                past_key_values,
+                attn_kwargs,
+                layer_idx=None if kind.is_stateless else self.layer_idx,
+                takes_4d_mask=kind.takes_4d_mask,
+                is_stateless=kind.is_stateless,
+                group=getattr(self.mixer, "token_group", None),
+            )
+            with context.writing():
+                return NemotronV3Block.forward(self, hidden_states, context=context)
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(
                 torch.promote_types(hidden_states.dtype, torch.float32)
             )
+        # Padding is in neither the norm nor the mixer, nor in any gradient of their weights.
         if context.has_padding:
             layout = context.on(hidden_states.device)
             x = self.norm(layout.pack(hidden_states))  # [T, D]
@@ -155,7 +152,9 @@ class NemotronV3Block(nn.Module):
             y = layout.unpack(self.mixer(x, layout=within.layout, context=within))
         else:
             y = self.mixer(self.norm(hidden_states), layout=context.layout, context=context)
-        return hidden_states + y.to(hidden_states.dtype)  # the mixer's dtype may be its own
+        if y.dtype != hidden_states.dtype:  # the mixer's may be its own
+            y = y.to(hidden_states.dtype)
+        return hidden_states + y
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw the weights anew (the table of `nemotron_v3.layers.init.init_`).

@@ -1,4 +1,4 @@
-"""What layers are told of the tokens of a document that are not in their pass.
+"""The interface to tokens outside the current pass: of earlier segments, or of other processes.
 
 A document may be cut: into segments in time, of which a pass holds one, or into shares of several
 processes. A layer that looks back then needs what lies before its tokens. It asks for it here, and

@@ -1,9 +1,10 @@
-"""What the layers of one forward pass know about their tokens, read once, where these enter.
+"""The context of one forward pass: layout, mask and cache, read once by the outermost module.
 
-A model, or a layer that is called alone, enters: it reads masks, offsets and the cache. Layers
-further in are handed its context and read nothing again.
+That is a model, or a layer that is called alone. The modules within are given its context, and read
+no argument again.
 """
 
+import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from nemotron_v3.layers.context_parallel import TokenGroup
 from nemotron_v3.layers.offsets import offsets_of_this_call
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.checks import agreed, read_offsets
+from nemotron_v3.ops import compat
 
 
 class ForwardContext:
@@ -104,9 +106,10 @@ class ForwardContext:
                 )
             return cls(*_shared(shape, device, kwargs, group))
         if attention_mask is None and not kwargs:
-            if cache is not None and shape == (cache.batch_size, 1) and device == cache.device:
-                layout = cache.one_token_layout(shape)
-            else:
+            layout = None if cache is None else cache.one_token_layout(shape, device)
+            if layout is None and _is_shared(device):
+                layout = _rows_on_cpu(shape)
+            elif layout is None:
                 layout = SequenceLayout.of_rows(shape, device)
         elif attention_mask is None and _is_ready(kwargs, shape, device):
             layout = kwargs["layout"]
@@ -124,7 +127,7 @@ class ForwardContext:
         if self.cache is None:
             return nullcontext()
         layout = self.layout if self.mask is None else _whole_rows(self.layout)
-        self.step = self.cache.step(layout)
+        self.step = Transaction(self.cache, layout)
         return self.step
 
     def packed(self) -> "ForwardContext":
@@ -147,6 +150,26 @@ class ForwardContext:
             self.step.layer_is_done()
         layout = self.layout if self.layout.device == y.device else self.on(y.device)
         return layout.unpack(y)
+
+
+def _is_shared(device: torch.device) -> bool:
+    """Whether passes over plain grids of one shape may share their layout, and with it the index
+    tables that ops work out for it.
+
+    Those of a GPU belong to the stream that they were made on. What a compiler, a mode or a
+    transform of torch.func makes is not to be met outside of it, nor the other way round.
+    """
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not compat.dispatch_modes()
+        and compat.current_transform() is None
+    )
+
+
+@functools.lru_cache(maxsize=4)  # shapes of training, of evaluation, of prompts
+def _rows_on_cpu(shape: tuple[int, ...]) -> SequenceLayout:
+    return SequenceLayout.of_rows(shape, "cpu")
 
 
 def _shared(

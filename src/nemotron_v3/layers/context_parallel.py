@@ -1,5 +1,5 @@
-"""Context parallelism as a layer sees it: the group that is set on it from outside, and the objects
-of other programs, which no layer can honour."""
+"""Context parallelism as a layer sees it: the group that `nemotron_v3.parallel` sets on it, and the
+objects of other libraries, which it refuses."""
 
 from typing import Any, NoReturn, Protocol, cast
 
@@ -29,14 +29,16 @@ class TokenGroup(Protocol):
         ...
 
 
-class RefusesContextParallel(nn.Module):
-    """A layer on which no object of another program can be set that would spread a document.
+class ContextParallelLayer(nn.Module):
+    """Base of all mixers: holds the group of context parallelism, and refuses another library's.
+
+    Processes share tokens by `nemotron_v3.parallel`, with `Plan(cp=...)` or `share_tokens`.
 
     Attributes:
         token_group: the processes that `cp_size` and `cp_rank` of a call speak of; None where there
             are none, and a call that speaks of several is refused.
-        cp, cp_mesh: None. Setting anything else raises `ValueError` at once: the layer would
-            compute with its own part of the tokens alone.
+        cp, cp_mesh: None. Setting another library's object raises `ValueError` at once: the layer
+            would compute with its own part of the tokens alone.
     """
 
     cp = None
@@ -52,9 +54,8 @@ class RefusesContextParallel(nn.Module):
 def refuse(what: str, layer: str) -> NoReturn:
     """Raises ValueError for an object that would spread the tokens of a document."""
     raise ValueError(
-        f"{what} on a {layer}: this layer cannot share a document's tokens with other processes "
-        "and would compute with its own part of them; shard parameters and batches instead "
-        "(nemotron_v3.parallel.shard_model)"
+        f"{what} on a {layer}: the layer does not read it and would compute with its own part of "
+        "the tokens alone; share tokens by nemotron_v3.parallel, with Plan(cp=...) or share_tokens"
     )
 
 

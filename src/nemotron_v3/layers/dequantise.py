@@ -10,13 +10,12 @@ dtype asked for. Scales in 16 bits would be off by up to 0.4 %, all weights of a
 import torch
 from torch import Tensor
 
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What the eight codes without a sign stand for (e2m1: one sign bit, two of exponent, one of
-mantissa)."""
-
 
 def unpack_fp4(codes: Tensor) -> Tensor:
-    """Pairs of e2m1 codes in uint8 `[..., K/2]`, column 2i in the low half -> fp32 `[..., K]`."""
+    """Pairs of e2m1 codes in uint8 `[..., K/2]`, column 2i in the low half -> fp32 `[..., K]`.
+
+    A code has a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+    """
     # e4m3 has one more mantissa bit below and two more exponent bits above: the same bits there
     # stand for 1/64 of the value, subnormal numbers too.
     low = (codes & 0x07) << 2 | (codes & 0x08) << 4

@@ -11,10 +11,6 @@ import torch
 from torch import Tensor, nn
 
 
-def itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class KeepsFp32(nn.Module):
     """A module whose tensors named in `fp32_tensors` are never cast below fp32.
 
@@ -22,12 +18,12 @@ class KeepsFp32(nn.Module):
     gradient is treated as its parameter is.
 
     Attributes:
-        local: what a call computes with in place of such a tensor, itself unless another function
-            is put there (tensors that several processes hold).
+        local: a function that gives what a call computes with in place of such a tensor (where
+            several processes hold it); None where that is the tensor itself.
     """
 
     fp32_tensors: tuple[str, ...] = ()
-    local: Callable[[Tensor], Tensor] = staticmethod(itself)
+    local: Callable[[Tensor], Tensor] | None = None
 
     def _kept(self) -> Iterable[Tensor]:
         own = {**self._parameters, **self._buffers}

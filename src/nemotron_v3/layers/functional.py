@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nemotron_v3 import ops as eager_ops
 from nemotron_v3.layers import graph_ops
-from nemotron_v3.layers.fp32_params import itself
 from nemotron_v3.layers.linear import project as call_projection
 from nemotron_v3.layers.mamba2_by_modules import mamba2_by_modules as call_modules
 from nemotron_v3.layout import SequenceLayout
@@ -101,17 +100,13 @@ class RecurrentState(Protocol):
     """The conv and SSM states of a layer, in whatever cache holds them."""
 
     @property
-    def is_one_token(self) -> bool:
-        """Whether every row holds states already and gets one token."""
-        ...
-
-    @property
     def has_graph(self) -> bool:
         """Whether a backward pass may come through the states."""
         ...
 
-    def in_place(self) -> tuple[Tensor, Tensor]:
-        """Both states, for an op that writes the next ones into them."""
+    def for_one_token(self) -> tuple[Tensor, Tensor] | None:
+        """Both states, for an op that writes the next ones into them; None unless every row holds
+        states already, which no graph needs, and gets one token."""
         ...
 
     def pieces(self) -> Iterable[tuple[Tensor | None, SequenceLayout]]:
@@ -150,7 +145,7 @@ def mamba2_mixer(
     ops: ModuleType = eager_ops,
     by_modules: Callable[..., tuple[Any, ...]] = call_modules,
     act: Callable[[Tensor], Tensor] = nn.functional.silu,
-    local: Callable[[Tensor], Tensor] = itself,
+    local: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Project, convolve, scan, gate and normalise, project (arXiv 2405.21060).
 
@@ -164,12 +159,34 @@ def mamba2_mixer(
         project: calls a projection.
         ops, by_modules: what computes.
         act: of what is convolved, where the modules are called.
-        local: what the scan reads in place of a tensor of the layer's own, where they are.
+        local: gives what the scan reads in place of a tensor of the layer's own, where the modules
+            are called; None is the tensor itself.
 
     Returns:
         `[T, D]`.
     """
     zxbcdt = project(layer.in_proj, x)  # [T, 2*H*P + 2*G*N + H]
+    trained = (
+        state is not None
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (zxbcdt, *layer.parameters()))
+    )
+    if state is not None and weights is not None and not trained:
+        states = state.for_one_token()
+        if states is not None:
+            y = ops.mamba2_step(
+                zxbcdt,
+                *weights,
+                conv_state=states[0],
+                ssm_state=states[1],
+                n_groups=sizes.n_groups,
+                head_dim=sizes.head_dim,
+                state_size=sizes.state_size,
+                dt_limit=sizes.dt_limit,
+                eps=sizes.eps,
+                impl=sizes.impl,
+            )
+            return project(layer.out_proj, y)
 
     def scan(tokens: Tensor, layout: SequenceLayout, **states: Any) -> tuple[Any, ...]:
         settings = {
@@ -186,11 +203,12 @@ def mamba2_mixer(
             as_node = compiling and state is None and graph_ops.can_take(layout)
             run = graph_ops.mamba2 if as_node else ops.mamba2
             return run(tokens, *weights, eps=sizes.eps, **settings, **states)
+        of_heads = layer.dt_bias, layer.A_log, layer.D
         return by_modules(
             tokens,
             layer.conv1d,
             layer.norm,
-            *(local(tensor) for tensor in (layer.dt_bias, layer.A_log, layer.D)),
+            *(of_heads if local is None else map(local, of_heads)),
             taps=sizes.taps,
             act=act,
             **settings,
@@ -200,26 +218,7 @@ def mamba2_mixer(
     if state is None:
         y, _, _ = scan(zxbcdt, layout, return_final_states=False)
         return project(layer.out_proj, y)
-    in_graph = state.has_graph or (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in (zxbcdt, *layer.parameters()))
-    )
-    if state.is_one_token and weights is not None and not in_graph:
-        conv_state, ssm_state = state.in_place()
-        y = ops.mamba2_step(
-            zxbcdt,
-            *weights,
-            conv_state=conv_state,
-            ssm_state=ssm_state,
-            n_groups=sizes.n_groups,
-            head_dim=sizes.head_dim,
-            state_size=sizes.state_size,
-            dt_limit=sizes.dt_limit,
-            eps=sizes.eps,
-            impl=sizes.impl,
-        )
-        return project(layer.out_proj, y)
-    parts = []
+    in_graph, parts = trained or state.has_graph, []
     for places, piece in state.pieces():
         tokens = zxbcdt if places is None else zxbcdt.index_select(0, places)
         y, conv, ssm = scan(tokens, piece, **state.read(tokens, in_graph))

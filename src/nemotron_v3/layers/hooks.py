@@ -19,8 +19,8 @@ def must_call(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(module) not in kinds or is_observed(module)
 
 
-def is_observed(module: nn.Module, *, by_its_forward: bool = True) -> bool:
-    """Whether something else is to happen at a call of `module` than its class says.
+def is_observed(*modules: nn.Module, by_its_forward: bool = True) -> bool:
+    """Whether something else is to happen at a call of one of `modules` than its class says.
 
     That is a hook, its own or one of all modules (as profilers and tools for activations set them),
     or another `forward` on the module itself.
@@ -28,11 +28,13 @@ def is_observed(module: nn.Module, *, by_its_forward: bool = True) -> bool:
     Args:
         by_its_forward: False leaves that `forward` out, for a caller who knows what it does.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (by_its_forward and "forward" in vars(module))
-        or _has_any_global_hook()
-    )
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or (by_its_forward and "forward" in vars(module))
+        ):
+            return True
+    return bool(_has_any_global_hook())

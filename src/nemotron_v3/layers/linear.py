@@ -51,12 +51,23 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Raises:
         TypeError: `x` has another dtype than the weights, and no autocast brings them together.
     """
-    if type(layer) is not nn.Linear or torch.compiler.is_compiling() or is_observed(layer):
+    if type(layer) is not nn.Linear:
         return layer(x)
-    if x.dtype != layer.weight.dtype:
-        _check_dtype(layer, x)
-    y = onednn.linear(layer, x)
-    return layer(x) if y is None else y
+    weight = layer.weight
+    # Whoever looks into the layer may cast what comes in, and has to see a call of it.
+    if x.dtype != weight.dtype:
+        if not torch.compiler.is_compiling() and not is_observed(layer):
+            _check_dtype(layer, x)
+    elif (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and x.numel() * weight.shape[0] >= onednn.SMALLEST
+        and not is_observed(layer)
+    ):
+        y = onednn.linear(layer, x)
+        if y is not None:
+            return y
+    return layer(x)
 
 
 def _check_dtype(layer: nn.Linear, x: Tensor) -> None:

@@ -4,6 +4,7 @@ Letters: B batch, S sequence, T packed tokens, D hidden size, H heads, P head wi
 state, W conv taps.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from nemotron_v3.cache.checks import check_states
 from nemotron_v3.cache.states import MambaState
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import Mamba2Weights, Projection
 from nemotron_v3.layers.fp32_params import KeepsFp32, at_least_fp32
 from nemotron_v3.layers.functional import Mamba2Sizes, mamba2_mixer
@@ -24,7 +25,7 @@ from nemotron_v3.layers.linear import make_linear
 from nemotron_v3.layers.norm import NemotronV3MambaRMSNormGated
 
 
-class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
+class NemotronV3Mamba2Mixer(ContextParallelLayer, KeepsFp32):
     """Projection, causal convolution, state-space scan, gated norm, projection (arXiv 2405.21060).
 
     `A_log`, `D` and `dt_bias` are parameters of the mixer itself and stay fp32 or wider whatever
@@ -117,22 +118,19 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             ValueError: shapes, masks or layouts that do not fit.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        context = kwargs.get("context")
-        if context is not None:
-            return self._mix(hidden_states, context)
-        context = ForwardContext.enter(
-            grid_of(hidden_states, self.hidden_size),
-            hidden_states.device,
-            attention_mask,
-            past_key_values,
-            kwargs,
-            layer_idx=self.layer_idx,
-            group=self.token_group,
-        )
-        with context.writing():
-            return self._mix(hidden_states, context)
-
-    def _mix(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        context: ForwardContext | None = kwargs.get("context")
+        if context is None:
+            context = ForwardContext.enter(
+                grid_of(hidden_states, self.hidden_size),
+                hidden_states.device,
+                attention_mask,
+                past_key_values,
+                kwargs,
+                layer_idx=self.layer_idx,
+                group=self.token_group,
+            )
+            with context.writing():
+                return NemotronV3Mamba2Mixer.forward(self, hidden_states, context=context)
         state = None
         if context.cache is not None:
             sizes = (self.conv_dim, self.num_heads, self.head_dim, self.ssm_state_size)
@@ -141,7 +139,9 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
             state = cast(MambaState, context.step.begin(self.layer_idx))
         elif context.carry is not None:
             state = context.carry.recurrent(self)
-        layout = context.on(hidden_states.device)
+        layout = context.layout
+        if layout.device != hidden_states.device:
+            layout = context.on(hidden_states.device)
         x = layout.pack(hidden_states)  # [T, D]
         y = mamba2_mixer(x, self, self._weights(), self._sizes(), layout, state, local=self.local)
         return context.leave(y)
@@ -150,11 +150,12 @@ class NemotronV3Mamba2Mixer(RefusesContextParallel, KeepsFp32):
         """What an op reads in the place of conv1d and norm; None where these have to be called."""
         conv1d, norm = self.conv1d, self.norm
         plain = type(conv1d) is nn.Conv1d and type(norm) is NemotronV3MambaRMSNormGated
-        if not plain or is_observed(conv1d) or is_observed(norm):
+        if not plain or is_observed(conv1d, norm):
             return None
-        weights = (conv1d.weight[:, 0], conv1d.bias)
-        wide = (self.local(t) for t in (self.dt_bias, self.A_log, self.D))
-        return (*weights, *wide, norm.weight)
+        wide: Iterable[Tensor] = (self.dt_bias, self.A_log, self.D)
+        if self.local is not None:
+            wide = map(self.local, wide)
+        return (conv1d.weight[:, 0], conv1d.bias, *wide, norm.weight)
 
     def _sizes(self) -> Mamba2Sizes:
         return Mamba2Sizes(

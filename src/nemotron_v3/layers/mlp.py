@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import MLPWeights, Projection
 from nemotron_v3.layers.init import init_module, on_meta
-from nemotron_v3.layers.inputs import check_floats, check_size
+from nemotron_v3.layers.inputs import check_size, refuse_other_than_floats
 from nemotron_v3.layers.linear import make_linear, project
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops import relu2
 
 
-class NemotronV3MLP(RefusesContextParallel):
+class NemotronV3MLP(ContextParallelLayer):
     """`down_proj(relu(up_proj(x))^2)`, no gate (So et al. 2021, Primer).
 
     Args:
@@ -84,7 +84,8 @@ class NemotronV3MLP(RefusesContextParallel):
             ValueError: another hidden size.
             TypeError: no tensor of floats, or one of another dtype than the layer's.
         """
-        check_floats(hidden_states)
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            refuse_other_than_floats(hidden_states)
         if hidden_states.shape[-1:] != (self.hidden_size,):
             raise ValueError(
                 f"hidden size {hidden_states.shape[-1:].numel()} does not match the layer's "

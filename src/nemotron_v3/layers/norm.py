@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.config import BackendConfig
 from nemotron_v3.layers.decode_weights import NormWeights
-from nemotron_v3.layers.inputs import check_floats, check_size
+from nemotron_v3.layers.inputs import check_size, refuse_other_than_floats
 from nemotron_v3.layers.transformer_engine import TERMSNorm
 
 
@@ -44,13 +44,13 @@ class NemotronV3RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` of any float dtype -> `[..., D]` in the weight's dtype."""
-        check_floats(hidden_states)
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            refuse_other_than_floats(hidden_states)
+        weight, backend = self.weight, self.backend
         if self.te_norm is not None:
-            return self.te_norm(hidden_states, self.weight)
-        impl = "portable" if self.backend.rms_norm == "torch" else self.backend.impl
-        return ops.rms_norm(
-            hidden_states, self.weight, self.variance_epsilon, self.weight.dtype, impl=impl
-        )
+            return self.te_norm(hidden_states, weight)
+        impl = "portable" if backend.rms_norm == "torch" else backend.impl
+        return ops.rms_norm(hidden_states, weight, self.variance_epsilon, weight.dtype, impl=impl)
 
     def decode_weights(self) -> NormWeights:
         """What a decode step reads."""
@@ -91,7 +91,8 @@ class NemotronV3MambaRMSNormGated(nn.Module):
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[..., D]` and a gate like it, or None -> `[..., D]` in `hidden_states`' dtype."""
-        check_floats(hidden_states)
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            refuse_other_than_floats(hidden_states)
         return ops.gated_rms_norm(
             hidden_states, gate, self.weight, self.group_size, self.variance_epsilon
         )

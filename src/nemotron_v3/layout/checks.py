@@ -23,6 +23,10 @@ def all_equal(lengths: tuple[int, ...]) -> bool:
     return all(length == lengths[0] for length in lengths[1:])
 
 
+def no_documents_error(shape: tuple[int, ...]) -> ValueError:
+    return ValueError(f"tokens of shape {tuple(shape)} hold no document: give at least one row")
+
+
 def shortened(values: tuple[int, ...], most: int = 8) -> str:
     shown = ", ".join(map(str, values[:most]))
     return f"[{shown}, ... {len(values)} in all]" if len(values) > most else f"[{shown}]"

@@ -4,8 +4,8 @@ Letters: B batch rows, S sequence length, T real tokens. Documents have none: `n
 
 The *grid* is the shape the caller holds: `(B, S)`, or `(T,)` without a batch dimension. The
 *packed* form is the real tokens alone, `[T, ...]`, document after document in grid order. Every op
-works on the packed form, so padding costs nothing and cannot leak, and a padded batch, a pack and a
-plain batch are one case.
+works on the packed form, so padding costs it nothing and cannot leak, and a padded batch, a pack
+and a plain batch are one case.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -30,6 +30,7 @@ from nemotron_v3.layout.checks import (
     grid_rows,
     grid_size,
     lengths_among,
+    no_documents_error,
     read_offsets,
     shortened,
 )
@@ -63,6 +64,7 @@ class SequenceLayout:
     token_index: Tensor | None
     device: torch.device
     handle: int
+    _tables: dict[Hashable, Any]
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class SequenceLayout:
         put(self, "token_index", token_index)
         # A pytree's structure is a layout of no tensors, which are nowhere.
         put(self, "device", getattr(cu_seqlens, "device", None))
+        put(self, "_tables", {})
         put(self, "handle", handles.UNKNOWN if torch.compiler.is_compiling() else handles.new(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,10 +98,14 @@ class SequenceLayout:
         return cls.of_rows((batch, seq_len), device)
 
     @classmethod
+    @outside_inference_mode
     def of_rows(cls, shape: tuple[int, ...], device: torch.device | str | None = None) -> Self:
         """One document a row of a grid `(B, S)`, or one of all tokens of a grid `(T,)`."""
         rows, length = shape if len(shape) == 2 else (1, *shape)
-        return cls._build(tuple(shape), (length,) * rows, None, device)
+        if not rows:
+            raise no_documents_error(shape)
+        offsets = torch.arange(rows + 1, device=device) * length
+        return cls(tuple(shape), (length,) * rows, offsets, None)
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Self:
@@ -241,11 +248,11 @@ class SequenceLayout:
             max_seqlen: an upper bound of the document lengths; checked, not needed.
             max_seqlen_q, max_seqlen_kv: other names of it.
             qkv_format: `"thd"` (packed) or `"bshd"`; checked, not needed.
-            position_ids: of the grid's shape, or one row for all. There is no positional term:
-                they count documents. Where they start anew, at 0 or 1, within what the other
-                arguments call one document (of a mask or of nothing: a row), another one begins;
-                numbers that break off elsewhere are no such count, and say nothing.
-            cp_size, cp_rank: 1 and 0, or None: no layer shares a document with other processes.
+            position_ids: of the grid's shape, or one row for all. Only restarts matter: within a
+                document of the other arguments (by default a row) a restart at 0 or 1 begins a new
+                document. Position ids with any other break are ignored.
+            cp_size, cp_rank: 1 and 0, or None. A layer with a context-parallel group takes larger
+                ones, and reads them before.
 
         Raises:
             ValueError: arguments that contradict each other or the shape.
@@ -326,9 +333,7 @@ class SequenceLayout:
         device: torch.device | str | None,
     ) -> Self:
         if not lengths:
-            raise ValueError(
-                f"tokens of shape {tuple(shape)} hold no document: give at least one row"
-            )
+            raise no_documents_error(shape)
         if all_equal(lengths):  # made where it is needed: no copy, which a graph cannot capture
             cu_seqlens = torch.arange(len(lengths) + 1, device=device) * lengths[0]
         else:
@@ -483,10 +488,6 @@ class SequenceLayout:
         if not capturing(self.device):
             self._tables[key] = tables
         return tables
-
-    @once
-    def _tables(self) -> dict[Hashable, Any]:
-        return {}
 
     def _with_shape(self, shape: tuple[int, ...]) -> "SequenceLayout":
         return SequenceLayout(tuple(shape), self.lengths, self.cu_seqlens, self.token_index)

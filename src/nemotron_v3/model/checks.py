@@ -33,7 +33,7 @@ def enter(
     context = ForwardContext.enter(
         shape, device, attention_mask, past_key_values, layout_kwargs, who="the model"
     )
-    if device.type == "meta" != embeddings.device.type:
+    if device.type == "meta" and not embeddings.is_meta:
         raise ValueError(
             f"the tokens are on the meta device, the model on {embeddings.device}: move one of them"
         )
@@ -81,19 +81,14 @@ def token_grid(
     return tuple(shape), tokens.device
 
 
-def look_up(embeddings: nn.Embedding, input_ids: Tensor) -> Tensor:
-    """The embeddings of token ids.
+def refuse_ids(embeddings: nn.Embedding, input_ids: Tensor) -> None:
+    """Raises IndexError where a look-up failed at an id outside the vocabulary, by its number.
 
-    Raises:
-        IndexError: an id outside the vocabulary, by its number on a CPU; a GPU says so in its way.
+    So it does on a CPU; a GPU says so in its way.
     """
-    try:
-        return embeddings(input_ids)
-    except IndexError:
-        rows = embeddings.weight.shape[0]
-        wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
-        if not wrong.numel():
-            raise
+    rows = embeddings.weight.shape[0]
+    wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
+    if wrong.numel():
         raise IndexError(
             f"token id {int(wrong[0])} is outside the vocabulary of {rows}: give ids of the "
             "model's own tokenizer"
@@ -124,14 +119,19 @@ def check_labels(
         raise ValueError(f"{name} are on {labels.device}, the tokens on {device}: move one of them")
 
 
-def check_kept(logits_to_keep: Any) -> None:
-    """Raises ValueError or TypeError unless `logits_to_keep` is a number or a list of places."""
+def check_kept(logits_to_keep: Any, seq_len: int) -> None:
+    """Raises ValueError or TypeError unless `logits_to_keep` is a number or a list of places.
+
+    Args:
+        seq_len: places that the call has.
+    """
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dtype not in ID_DTYPES or logits_to_keep.dim() > 1:
             raise TypeError(
                 f"logits_to_keep is {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}: "
                 "give positions as integers (n,), or how many of the last"
             )
+        check_places(logits_to_keep, 0, seq_len)
     elif not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
         raise TypeError(
             f"logits_to_keep is {logits_to_keep!r}: give how many of the last positions (0 for "
@@ -139,3 +139,19 @@ def check_kept(logits_to_keep: Any) -> None:
         )
     elif logits_to_keep < 0:
         raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}")
+
+
+def check_places(places: Tensor, least: int, end: int) -> None:
+    """Raises ValueError for a position in `logits_to_keep` that is not in `least ... end - 1`.
+
+    They are read on a CPU alone: a GPU would have to be waited for.
+    """
+    readable = type(places) is Tensor and not torch.compiler.is_compiling()
+    if not (readable and places.is_cpu and places.numel()):
+        return
+    wrong = places[(places < least) | (places >= end)]
+    if wrong.numel():
+        raise ValueError(
+            f"logits_to_keep holds the position {int(wrong.flatten()[0])}, and the call has {end} "
+            f"places: give positions from {least} to {end - 1}"
+        )

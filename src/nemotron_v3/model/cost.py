@@ -253,17 +253,6 @@ def forward_flops(config: NemotronV3Config, seq_len: float) -> float:
     return blocks + _head(config).flops
 
 
-def mtp_forward_flops(config: NemotronV3Config, seq_len: float) -> float:
-    """Forward FLOPs a token of multi-token prediction, all depths, each with a pass of the head."""
-    _check_length(seq_len)
-    blocks = sum(
-        block_flops(config.of_mtp_block(index), block, seq_len)
-        for index, block in enumerate(config.mtp_layers_block_type)
-    )
-    depth = _eh_proj(config).flops + blocks + _head(config).flops
-    return config.num_nextn_predict_layers * depth
-
-
 def training_flops(config: NemotronV3Config, seq_len: float) -> float:
     """Forward and backward FLOPs a token, recomputation and multi-token prediction not included."""
     return TRAINING_OVER_FORWARD * forward_flops(config, seq_len)

@@ -23,7 +23,7 @@ from nemotron_v3.layers.moe.router import checkpoint_contexts, observed
 from nemotron_v3.layers.norm import NemotronV3RMSNorm
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.layout.modes import capturing
-from nemotron_v3.model.checks import check_kept, check_labels, enter, look_up, token_grid
+from nemotron_v3.model.checks import check_kept, check_labels, enter, refuse_ids, token_grid
 from nemotron_v3.model.head import TiedHead, plain_weight
 from nemotron_v3.model.loss import (
     check_items,
@@ -97,39 +97,46 @@ class NemotronV3Model(nn.Module):
                 not fit, a cache of another config, batch or dtype.
             TypeError: an unknown keyword argument, or a cache of another kind.
         """
-        context = layout_kwargs.get("context")
-        if context is not None:
-            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
-        context = enter(
-            self.config,
-            self.embeddings.weight,
-            *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
-            attention_mask,
-            past_key_values,
-            layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
-        )
-        with context.writing():
-            return self._run(input_ids, inputs_embeds, context, output_hidden_states)
-
-    def _run(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        context: ForwardContext,
-        output_hidden_states: bool,
-    ) -> ModelOutput:
+        context: ForwardContext | None = layout_kwargs.get("context")
+        if context is None:
+            context = enter(
+                self.config,
+                self.embeddings.weight,
+                *token_grid(input_ids, inputs_embeds, self.config.hidden_size),
+                attention_mask,
+                past_key_values,
+                layout_kwargs if layout is None else layout_kwargs | {"layout": layout},
+            )
+            with context.writing():
+                return NemotronV3Model.forward(
+                    self,
+                    input_ids,
+                    inputs_embeds=inputs_embeds,
+                    output_hidden_states=output_hidden_states,
+                    context=context,
+                )
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        recomputed = self.recomputed if recomputes else ()
+        if recomputed and context.cache is not None:
+            raise ValueError(
+                "a cache is updated in place and cannot be recomputed: disable gradient "
+                "checkpointing, or leave the cache out"
+            )
         if inputs_embeds is not None:
             hidden = inputs_embeds.to(self.embeddings.weight.dtype)
         else:
             assert input_ids is not None  # `token_grid` takes one of the two
-            hidden = look_up(self.embeddings, input_ids)
+            try:
+                hidden = self.embeddings(input_ids)
+            except IndexError:
+                refuse_ids(self.embeddings, input_ids)
+                raise
         whole, restore = context.layout, None
         if whole.token_index is not None:
             hidden, restore, context = whole.pack(hidden), whole.unpack, context.packed()
         streams = [hidden]
-        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if recomputes and block.layer_idx in self.recomputed:
+            if block.layer_idx in recomputed:
                 hidden = _recomputed(block, hidden, context)
             else:
                 hidden = block(hidden, context=context)
@@ -221,23 +228,23 @@ class NemotronV3ForCausalLM(nn.Module):
             attention_mask: `[B, S]`, 1 = real and 0 = padding, or None.
             labels: int64 of `input_ids`' shape, usually the same tensor: the shift by one happens
                 here and never crosses a document's border; -100 does not count. A label at padding
-                counts right behind a real token, and has to be -100 elsewhere in a row that holds
-                one.
+                is a target only if its position directly follows a real token. Every other label
+                at padding has to be -100, unless the row has no real token.
             layout: where documents lie; or `cu_seqlens`, `seq_idx`, ... in `layout_kwargs`.
             past_key_values: a `NemotronHybridCache` with one row a document: the tokens follow what
                 it holds, and it is updated in place.
             inputs_embeds: `[B, S, D]` or `[T, D]` in place of `input_ids`.
-            position_ids: of `input_ids`' shape, or one row for all: a document starts where they
-                start anew, also beside a mask. The model has no positional term: nothing else of
-                them counts.
+            position_ids: of `input_ids`' shape, or one row for all. A new document begins where
+                they restart at 0 or 1, with or without a mask. They have no other effect: the model
+                has no positional encoding.
             use_cache: True makes a fresh cache where none is given; it comes back in the output.
             output_hidden_states: keep the stream after each block.
-            logits_to_keep: logits of the last so many positions only (0: of all), or of the
-                positions in a tensor. The loss always counts all of them. With labels and 0, logits
-                are computed when the output's are first read, and otherwise never.
-            num_items_in_batch: what the sum over the targets is divided by, in place of their
-                number here: the number of targets of all the parts whose gradients are added up. A
-                tensor is not read.
+            logits_to_keep: logits of the last so many columns only (0: of all), padding included,
+                or of the columns in a tensor. The loss always counts all of them. With labels and
+                0, logits are computed when the output's are first read, and otherwise never.
+            num_items_in_batch: divisor of the summed loss; by default the number of targets of
+                this call. For gradient accumulation give the number of all micro-batches. A tensor
+                is used on its device, without a wait of the host.
             **layout_kwargs: what `SequenceLayout.resolve` takes.
 
         Raises:
@@ -252,7 +259,7 @@ class NemotronV3ForCausalLM(nn.Module):
         if labels is not None:
             check_labels(labels, shape, device)
         if type(logits_to_keep) is not int or logits_to_keep < 0:
-            check_kept(logits_to_keep)
+            check_kept(logits_to_keep, shape[-1])
         if num_items_in_batch is not None:
             check_items(num_items_in_batch)
         for name, said in (("layout", layout), ("position_ids", position_ids)):
@@ -282,9 +289,15 @@ class NemotronV3ForCausalLM(nn.Module):
                 context=context,
             )
             # The head too: want of memory for the logits of a long prompt withholds the cache.
-            loss, logits = self._head(
-                out.last_hidden_state, labels, context.layout, logits_to_keep, num_items_in_batch
-            )
+            hidden, loss = out.last_hidden_state, None
+            if labels is not None:
+                loss, logits = self._loss(
+                    hidden, labels, context.layout, logits_to_keep, num_items_in_batch
+                )
+            elif type(logits_to_keep) is int and not logits_to_keep:
+                logits = self.lm_head(hidden)
+            else:
+                logits = self.lm_head(_keep(hidden, logits_to_keep))
             return CausalLMOutput(loss, logits, out.hidden_states, out.past_key_values)
 
     def _of_targets(
@@ -308,19 +321,15 @@ class NemotronV3ForCausalLM(nn.Module):
         mean, _ = self._mean(hidden, targets, context.layout, 0)
         return CausalLMOutput(per_item(mean, targets, items))
 
-    def _head(
+    def _loss(
         self,
         hidden: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         layout: SequenceLayout,
         logits_to_keep: int | Tensor,
         items: int | Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | LazyLogits]:
-        """The loss, None without labels, and the logits."""
-        if labels is None:
-            if type(logits_to_keep) is not int or logits_to_keep:
-                hidden = _keep(hidden, logits_to_keep)
-            return None, self.lm_head(hidden)
+    ) -> tuple[Tensor, Tensor | LazyLogits]:
+        """The loss and the logits."""
         targets = targets_of(labels, layout)
         mean, logits = self._mean(hidden, targets, layout, logits_to_keep)
         loss = per_item(mean, targets, items)
@@ -445,11 +454,6 @@ class NemotronV3ForCausalLM(nn.Module):
 
 def _recomputed(block: nn.Module, hidden: Tensor, context: ForwardContext) -> Tensor:
     """What a block makes of the stream, of which the backward pass computes the rest again."""
-    if context.cache is not None:
-        raise ValueError(
-            "a cache is updated in place and cannot be recomputed: disable gradient "
-            "checkpointing, or leave the cache out"
-        )
     # A compiler takes a checkpoint without contexts better: only where something watches.
     routes = block.block_type == "moe" and (not torch.compiler.is_compiling() or observed(block))
     contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if routes else {}
@@ -466,5 +470,5 @@ def _may_read(labels: Tensor, made_here: bool) -> bool:
 def _keep(x: Tensor, positions: int | Tensor) -> Tensor:
     """The last `positions` places of the sequence (all for 0), or the places a tensor lists."""
     if isinstance(positions, Tensor):
-        return x.index_select(-2, positions)
+        return x.index_select(-2, positions.to(x.device))
     return x[..., -positions:, :] if positions else x

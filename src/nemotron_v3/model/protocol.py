@@ -3,20 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from nemotron_v3.config import BackendConfig, NemotronV3Config
-
-
-class Backbone(Protocol):
-    """Embeddings, blocks and the final norm."""
-
-    backend: BackendConfig
-    embeddings: nn.Embedding
-    layers: nn.ModuleList
-    norm_f: nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+from nemotron_v3.config import NemotronV3Config
 
 
 class CausalLM(Protocol):
@@ -25,7 +14,7 @@ class CausalLM(Protocol):
     config: NemotronV3Config
     generation_config: dict[str, Any] | None
     lm_head: Any
-    model: Any  # a Backbone
+    model: Any  # with backend, embeddings, layers and norm_f
     mtp: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -42,7 +31,7 @@ class CausalLM(Protocol):
 
 
 class Trained(Protocol):
-    """Who tells what was trained: a model, or whole tensors that were gathered of a sharded one."""
+    """A source of trained tensors: a model, or whole tensors gathered from a sharded one."""
 
     config: NemotronV3Config
 

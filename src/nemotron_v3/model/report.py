@@ -67,7 +67,7 @@ def report(model: nn.Module) -> Report:
         A `Report`: print it, or read its `rows`.
 
     Raises:
-        ValueError: nothing of this package in it.
+        ValueError: the module holds no layer of this package.
         TypeError: no module.
     """
     if not isinstance(model, nn.Module):

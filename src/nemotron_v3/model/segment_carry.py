@@ -121,15 +121,14 @@ class _States:
     """The `RecurrentState` of a mixer in one segment: up to three pieces, of which only the first
     has states before it, and only the last hands its own on."""
 
-    is_one_token = False
     has_graph = False
 
     def __init__(self, carry: SegmentCarry, layer: int, segment: Segment):
         self.carry, self.layer, self.segment = carry, layer, segment
         self.enters = self.leaves = False  # of the piece that is scanned
 
-    def in_place(self) -> States:
-        raise AssertionError("a segment is no decode step")
+    def for_one_token(self) -> None:
+        """A segment is no decode step."""
 
     def pieces(self) -> Iterator[tuple[Tensor | None, SequenceLayout]]:
         """The document that enters, those that lie here whole, and the one that goes on."""

@@ -37,8 +37,8 @@ def segmented(
     Args:
         model: on one device, or on several by its blocks; trained whole or by adapters. Gradient
             checkpointing acts within a segment, and is seldom needed then.
-        tokens_per_segment: packed tokens, of whatever documents. Each segment costs one more
-            addition to the gradients of all parameters: some thousands are a good number.
+        tokens_per_segment: packed tokens of a segment, which may be of several documents. Each
+            segment costs one more addition to the gradients of all parameters: give some thousands.
         states: where the states between segments are kept: on the model's device, or in the host's
             memory.
 

@@ -1,4 +1,4 @@
-"""At home in NeMo AutoModel: its Nemotron-H models, computed by this package.
+"""Acceleration of NeMo AutoModel's Nemotron-H models: their modules, computed by this package.
 
 `accelerate(model)` changes a model in place, `undo(model)` gives it back; `enable()` lets every
 such model be built accelerated, whoever builds it. docs/nemo.md says what works.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from nemotron_v3.layers.inputs import unknown_block_type
 from nemotron_v3.nemo import shared_tokens
 from nemotron_v3.nemo.classes import Accelerated, takes_place_of
 from nemotron_v3.nemo.context import NemoContext, split_mask
@@ -63,8 +64,10 @@ class Block(Accelerated):
                 )
             case "moe":
                 y = self._routed(x, attention_mask, past_key_values, context, kwargs)
-            case _:
+            case "mlp":
                 y = self.mixer(x)
+            case _:
+                raise unknown_block_type(self.block_type)
         return hidden_states + y
 
     def _routed(

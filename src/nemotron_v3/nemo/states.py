@@ -39,14 +39,12 @@ class CachedStates:
         self._layout, self._follows = layout, follows
 
     @property
-    def is_one_token(self) -> bool:
-        return self._follows and self._layout.uniform_length == 1
-
-    @property
     def has_graph(self) -> bool:
         return torch.is_grad_enabled() and (self._conv.requires_grad or self._ssm.requires_grad)
 
-    def in_place(self) -> tuple[Tensor, Tensor]:
+    def for_one_token(self) -> tuple[Tensor, Tensor] | None:
+        if not self._follows or self._layout.uniform_length != 1 or self.has_graph:
+            return None
         return self._conv, self._ssm
 
     def pieces(self) -> Iterator[tuple[None, SequenceLayout]]:

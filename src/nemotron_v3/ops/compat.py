@@ -22,9 +22,11 @@ current_raw_stream: Callable[[int], int] | None = getattr(
 
 
 # The innermost transform of torch.func, functionalisation included, or None; and how many dispatch
-# modes see each operation (fake tensors, selective checkpointing). Plain aliases: every op asks.
+# modes see each operation (fake tensors, selective checkpointing); and whether autocast is on for
+# any kind of device. Plain aliases: every op asks.
 current_transform = peek_interpreter_stack
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+autocast_somewhere: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def in_derivative_or_batch() -> bool:

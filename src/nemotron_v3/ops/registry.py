@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops import compat
-from nemotron_v3.ops.common import host
-from nemotron_v3.ops.common.selfcheck import Check, SelfChecked
+from nemotron_v3.ops.common import host, selfcheck
+from nemotron_v3.ops.common.precision import without_autocast
+from nemotron_v3.ops.common.selfcheck import Check
 
 IMPLS = ("auto", "reference", "portable", "triton")
 
@@ -53,7 +54,7 @@ class Op:
     kernels_case: Callable[..., Any] | None = None
     special: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     _picked: dict[Hashable, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    _checked: dict[Hashable, SelfChecked] = field(default_factory=dict, repr=False)
+    _passed: set[Hashable] = field(default_factory=set, repr=False)
 
     def public(self, function: _Function) -> _Function:
         """Enter the op into the table, with its public function.
@@ -69,10 +70,10 @@ class Op:
     def pick(
         self, impl: str, tensors: tuple[Tensor | None, ...], *sizes: Hashable
     ) -> Callable[..., Any]:
-        """The implementation that computes a call of the op.
+        """The implementation that computes a call of the op, outside autocast.
 
-        The answer is remembered: by `impl` alone where no kernels come into question, else by
-        device, dtypes and sizes as well.
+        It is worked out, and checked, once: for each `impl`, device and dtype of the first tensor,
+        and where kernels come into question for all dtypes and sizes.
 
         Args:
             impl: "auto" takes the kernels on a GPU; where they refuse, it says so once.
@@ -84,25 +85,42 @@ class Op:
             ValueError: an unknown `impl`.
             RuntimeError: `impl="triton"` for an op that has no Triton form, or where it cannot run;
                 a form that is asked for by name inside a transform of torch.func that cannot
-                reach it.
+                reach it; one that computes wrong numbers.
         """
-        assert tensors[0] is not None
-        device = tensors[0].device
+        like = tensors[0]
+        assert like is not None
         compiling = torch.compiler.is_compiling()
-        if not compiling and compat.in_derivative_or_batch():
+        in_transform = not compiling and compat.current_transform() is not None
+        if in_transform and compat.in_derivative_or_batch():
             impl = self._under_transforms(impl)
-        asks_kernels = impl == "triton" or (impl == "auto" and device.type == "cuda")
+        asks_kernels = impl == "triton" or (impl == "auto" and like.is_cuda)
         dtypes = [None if t is None else t.dtype for t in tensors] if asks_kernels else ()
         if compiling:  # a compiler does not see what is remembered
-            return self._implementation(self._resolve(impl, device, dtypes, sizes))
-        key = (impl, device, *dtypes, *sizes) if asks_kernels else impl
-        picked = self._picked.get(key)
-        if picked is None:
-            name = self._resolve(impl, device, dtypes, sizes)
-            if impl == "auto":
-                _say_once(self.name, name)
-            picked = self._picked[key] = self._checked_at_first_use(name, sizes)
-        return picked
+            picked = self._implementation(self._resolve(impl, like.device, dtypes, sizes))
+        else:
+            key = (impl, like.device, like.dtype)
+            if asks_kernels:
+                key = (*key, *dtypes, *sizes)
+            picked = self._picked.get(key)
+            if picked is None:
+                picked = self._first_pick(key, impl, like, dtypes, sizes)
+        return without_autocast(picked) if compat.autocast_somewhere() else picked
+
+    def _first_pick(
+        self, key: Hashable, impl: str, like: Tensor, dtypes: Any, sizes: tuple
+    ) -> Callable[..., Any]:
+        """`pick` where nothing is remembered under `key` yet; what has passed its check is now."""
+        name = self._resolve(impl, like.device, dtypes, sizes)
+        if impl == "auto":
+            _say_once(self.name, name)
+        function, case = self._implementation(name), None
+        is_compiled = name == "triton"
+        if is_compiled and self.kernels_case is not None:
+            case = self.kernels_case(*sizes)
+        trusted = name == "reference" or (is_compiled and case is None)
+        if trusted or self.has_passed(name, function, like, case):
+            self._picked[key] = function
+        return function
 
     def choose(self, impl: str, like: Tensor) -> tuple[str, str]:
         """The name of the form that `impl` means for tensors such as `like`, and why.
@@ -159,26 +177,27 @@ class Op:
             return self.special[name]
         return self.reference if name == "reference" else self.portable
 
-    def _checked_at_first_use(self, name: str, sizes: tuple) -> Callable[..., Any]:
-        function = self._implementation(name)
-        case = None
-        if name == "triton":
-            if self.kernels_case is None:
-                return function
-            case = self.kernels_case(*sizes)
-        return function if name == "reference" else self.checked(name, function, case)
-
-    def checked(self, name: str, function: Callable[..., Any], case: Any = None) -> Callable:
-        """`function`, an implementation called `name`, checked at its first use on a device.
+    def has_passed(
+        self, name: str, function: Callable[..., Any], like: Tensor, case: Any = None
+    ) -> bool:
+        """Whether an implementation is checked on the device and dtype of `like`; if it can be, it
+        is now. False leaves the check for a later call.
 
         Args:
+            name: of the implementation.
+            function: computes it.
             case: of the op's `cases.py`; None is that of `check`.
+
+        Raises:
+            RuntimeError: it computes wrong numbers; at each call.
         """
         if self.check is None:
-            return function
-        if (name, case) not in self._checked:
-            self._checked[name, case] = SelfChecked(self, name, function, case)
-        return self._checked[name, case]
+            return True
+        key = (name, case, like.device, like.dtype)
+        if key not in self._passed and selfcheck.can_check(like):
+            selfcheck.check(self, name, function, like.device, like.dtype, case)
+            self._passed.add(key)
+        return key in self._passed
 
     def _under_transforms(self, impl: str) -> str:
         """The form inside a transform of torch.func: the reference, or an error."""

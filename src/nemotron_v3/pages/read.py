@@ -151,15 +151,21 @@ def read_metrics(path: Path) -> Metrics:
 
 def _object(raw: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(raw)
+        line = json.loads(raw, parse_int=_integer)
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None
 
 
+def _integer(digits: str) -> int | float:
+    """A number without a point; beyond 64 bits as a float, which may be infinite."""
+    value = int(digits) if len(digits) <= 20 else 2**64
+    return value if -(2**63) <= value < 2**63 else float(digits)
+
+
 def _take(metrics: Metrics, line: Mapping[str, Any]) -> None:
     step = line.get("step")
-    if isinstance(step, bool) or not isinstance(step, int) or not -(2**63) <= step < 2**63:
+    if isinstance(step, bool) or not isinstance(step, int):
         metrics.whole |= {name: value for name, value in line.items() if name != "step"}
         return
     again = False
@@ -172,7 +178,7 @@ def _take(metrics: Metrics, line: Mapping[str, Any]) -> None:
             column = metrics.columns.get(name)
             if column is None:
                 column = metrics.columns[name] = Column()
-            again |= column.add(step, _as_float(value))
+            again |= column.add(step, float(value))
     metrics.again += again
 
 
@@ -183,13 +189,6 @@ def _take_loads(metrics: Metrics, step: int, routers: Mapping[str, Any]) -> None
         except TypeError:
             continue
         metrics.loads.setdefault(layer, Loads()).add(step, percents)
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 def _told_of(metrics: Metrics) -> Iterator[str]:

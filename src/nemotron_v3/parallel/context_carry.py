@@ -168,15 +168,14 @@ class _Borders:
 class Recurrent:
     """The `RecurrentState` of a mixer in a share: its states come from the group, and go there."""
 
-    is_one_token = False
     has_graph = False
 
     def __init__(self, carry: ContextCarry, mixer: Any):
         self.carry, self.mixer = carry, mixer
         self.at_borders = False
 
-    def in_place(self) -> tuple[Tensor, Tensor]:
-        raise AssertionError("a share is no decode step")
+    def for_one_token(self) -> None:
+        """A share is no decode step."""
 
     def pieces(self) -> Iterator[tuple[Tensor | None, SequenceLayout]]:
         """Pieces at the borders, then whole documents; all at once where nothing is cut."""

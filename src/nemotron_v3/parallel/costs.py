@@ -4,6 +4,7 @@ Counted from a config, for training all weights; activations depend on what is r
 left out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,15 +88,20 @@ def plan_costs(
     dense = everything - expert - table
     sharers = shard // plan.ep
     held = everything // shard
-    head = config.vocab_size * config.hidden_size * width
-    # Gathered forward and backward; then the sum, of which each has a part.
-    travels = 3 * dense * (shard - 1) // shard + 3 * (expert // plan.ep) * (sharers - 1) // sharers
+    head = config.vocab_size * config.hidden_size
+    # Gathered forward, and backward again unless they stay, as the head always does; then the sum,
+    # of which each has a part.
+    stay = 0 if config.tie_word_embeddings else head
+    if _dense_of_blocks(config, plan, width) <= KEPT_BYTES:
+        stay = dense
+    travels = (3 * dense - stay) * (shard - 1) // shard
+    travels += 3 * (expert // plan.ep) * (sharers - 1) // sharers
     travels += 2 * held * (sets - 1) // sets if sets > 1 else 0
     return PlanCosts(
         weights=held * width,
         gradients=held * width,
         moments=round(held * moments),
-        gathered=gathered_bytes(config, plan, width) + head if shard > 1 else 0,
+        gathered=gathered_bytes(config, plan, width) + head * width if shard > 1 else 0,
         experts=_rows_sent(config, plan, tokens) * width,
         dense=travels * width,
         embeddings=2 * tokens * config.hidden_size * (shard - 1) * width if rows else 0,
@@ -114,16 +120,27 @@ def gathered_bytes(config: NemotronV3Config, plan: Plan, width: int) -> int:
     Args:
         width: bytes of a number.
     """
-    dense, rows = [], [0]
-    sharers = plan.set_size // plan.ep
-    for index, block in enumerate(config.layers_block_type):
-        whole = block_weights(config.of_block(index), block)
-        own = sum(w.parameters for w in whole if plan.ep > 1 and _is_expert(w))
-        dense.append(width * (sum(w.parameters for w in whole) - own))
+    rows, sharers = [0], plan.set_size // plan.ep
+    dense = []
+    for whole, own in _blocks(config, plan):
+        dense.append(width * (whole - own))
         rows.append(width * own // plan.ep if sharers > 1 else 0)
     if sum(dense) <= KEPT_BYTES:
         return sum(dense) + max(rows)
     return max(own + other for own, other in zip(dense, rows[1:], strict=True))
+
+
+def _dense_of_blocks(config: NemotronV3Config, plan: Plan, width: int) -> int:
+    """Bytes of what blocks hold besides experts that are spread."""
+    return sum(width * (whole - own) for whole, own in _blocks(config, plan))
+
+
+def _blocks(config: NemotronV3Config, plan: Plan) -> Iterator[tuple[int, int]]:
+    """Weights of each block, and those among them of experts that are spread."""
+    for index, block in enumerate(config.layers_block_type):
+        weights = block_weights(config.of_block(index), block)
+        own = sum(w.parameters for w in weights if plan.ep > 1 and _is_expert(w))
+        yield sum(w.parameters for w in weights), own
 
 
 def _states_sent(config: NemotronV3Config, plan: Plan, tokens: int, width: int) -> int:
@@ -172,18 +189,6 @@ def mixer_bytes(config: NemotronV3Config, width: int) -> MixerBytes:
     state = H * config.mamba_head_dim * config.ssm_state_size
     halo = (config.conv_kernel - 1) * config.conv_dim
     return MixerBytes((state + H) * wide, state * wide, halo * width)
-
-
-def all_to_all_over_heads(config: NemotronV3Config, tokens: int, width: int, processes: int) -> int:
-    """Bytes that a process sends forward and backward where a mixer shares heads instead.
-
-    Each process gets z, x, B, C and the step sizes of its heads for all tokens, and sends the
-    output of all tokens back. Groups of B and C that several need are sent to each.
-    """
-    H, P = config.mamba_num_heads, config.mamba_head_dim
-    groups = max(config.n_groups, processes)
-    elements = 2 * H * P + 2 * groups * config.ssm_state_size + H + H * P
-    return 2 * tokens * elements * (processes - 1) // processes * width
 
 
 def _rows_sent(config: NemotronV3Config, plan: Plan, tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 PyTorch's `fully_shard` makes one group of a module's parameters: they are gathered together, in one
 dtype. A Mamba-2 mixer holds `A_log`, `D` and `dt_bias` in fp32 among bf16 projections, and a mixed
-precision policy would cast them with the rest. So they get a group of their own.
+precision policy would cast them with the rest. So `shard_model` gives them a group of their own;
+`parallelize` leaves them whole (`replicated.py`).
 """
 
 from collections.abc import Iterable, Iterator

@@ -53,7 +53,7 @@ class GatherDispatcher:
         counts: how many tokens each process has.
     """
 
-    waits = True
+    arrives_later = True  # tokens are on their way when `dispatch` returns
 
     def __init__(self, group: ProcessGroup, owned: Owned, counts: TokenCounts):
         self.group, self.owned, self.counts = group, owned, counts

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState
+from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState, unknown_state
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.layers.context import ForwardContext
 from nemotron_v3.layout import SequenceLayout
@@ -78,6 +78,8 @@ def prefill(
             conv, ssm = states.pop(layer)
             state.conv.copy_(conv)
             state.ssm.copy_(ssm)
+        else:
+            raise unknown_state(layer, state)
 
     cache.take_over(shares.layout.lengths, write)
 

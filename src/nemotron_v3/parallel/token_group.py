@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.parallel.context_carry import ContextCarry
 from nemotron_v3.parallel.shares import Order, Shares, check_order
@@ -57,7 +57,7 @@ def _nobody() -> None:
 def shared_by(module: nn.Module) -> SharedTokens | None:
     """The group that a module's layers were given; None where there is none."""
     for layer in module.modules():
-        if isinstance(layer, RefusesContextParallel):
+        if isinstance(layer, ContextParallelLayer):
             group = layer.token_group
             return group if isinstance(group, SharedTokens) else None
     return None
@@ -75,6 +75,6 @@ def share_tokens(module: nn.Module, group: ProcessGroup, layout: Order = "auto")
     check_order(layout)
     shared = SharedTokens(group, layout)
     for layer in module.modules():
-        if isinstance(layer, RefusesContextParallel):
+        if isinstance(layer, ContextParallelLayer):
             layer.token_group = shared
     return shared

@@ -1,1 +1,1 @@
-"""Whole stories told with the other rooms."""
+"""End-to-end programs built from the other subpackages: the demo."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemotron_v3.config.atomic import atomic_folder, put_in_place
+from nemotron_v3.config.atomic import atomic_folder, put_in_place, settle
 
 # A folder with this file in it was written by a run, and a later run may replace it.
 METRICS = "metrics.jsonl"
@@ -23,8 +23,9 @@ def atomic_run_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: `out` holds something that no run wrote.
     """
-    _check_replaceable(out)
-    _check_replaceable(interrupted(out))
+    for place in (out, interrupted(out)):
+        settle(place)
+        _check_replaceable(place)
     with atomic_folder(out) as folder:
         try:
             yield folder

@@ -1,8 +1,9 @@
 """The model of a run: loaded or fresh, adapted, spread over the processes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemotron_v3.checkpoint import from_pretrained
 from nemotron_v3.config import PRESETS, NemotronV3Config
+from nemotron_v3.config.spelling import check_keys, read_mapping, settings_of
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.model.protocol import Trained
 from nemotron_v3.parallel import Plan, parallelize
 from nemotron_v3.train.batches import empty_batch
 from nemotron_v3.train.memory import device_room, recomputed_blocks
-from nemotron_v3.train.options import LoraOptions, ModelOptions, TrainOptions
+from nemotron_v3.train.options import DTYPE_KEYS, LoraOptions, ModelOptions, TrainOptions
 from nemotron_v3.train.processes import World
 
 
@@ -41,13 +43,23 @@ def read_model_config(options: ModelOptions, device: torch.device) -> NemotronV3
         config = NemotronV3Config.from_json(options.path)
         dtype = options.dtype and getattr(torch, options.dtype)
         return config.replace(dtype=dtype) if dtype else config
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    changes = {"dtype": getattr(torch, options.dtype or default)} | options.config
+    changes = dict(options.config)
+    if options.dtype is not None or not DTYPE_KEYS & changes.keys():
+        default = "bfloat16" if device.type == "cuda" else "float32"
+        changes["dtype"] = getattr(torch, options.dtype or default)
     if options.preset is None:
         return NemotronV3Config.from_dict(changes)
+    changes = _fields(changes)
     if options.preset in PRESETS or not Path(options.preset).exists():
         return NemotronV3Config.preset(options.preset, **changes)
     return NemotronV3Config.from_json(options.preset).replace(**changes)
+
+
+def _fields(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What keys of a config.json say, by the names of the config's fields."""
+    spelled, length = settings_of(NemotronV3Config), "num_hidden_layers"
+    check_keys(spelled, told, also={length})
+    return read_mapping(spelled, told) | {n: told[n] for n in (length,) if n in told}
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""What a run can be gone on from: tensors by torch.distributed.checkpoint, the rest as JSON.
+"""Checkpoints that a run resumes from: tensors by torch.distributed.checkpoint, the rest as JSON.
 
     checkpoints/step-00000500/            whole, by a rename
     checkpoints/.saving-step-00001000/    being written, or left by a kill
@@ -10,13 +10,14 @@ step's name is whole. What a kill has left is removed by the next run.
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from nemotron_v3.config.files import read_object
+from nemotron_v3.config.typed import from_object
 from nemotron_v3.train.loop import Progress
 from nemotron_v3.train.options import SaveOptions
 from nemotron_v3.train.processes import World
@@ -46,7 +49,8 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps that the run in a folder can be gone on from, rising."""
     if not (folder / FOLDER).is_dir():
         return []
-    found = (_STEP.fullmatch(path.name) for path in (folder / FOLDER).iterdir())
+    saves = (path for path in (folder / FOLDER).iterdir() if path.is_dir())
+    found = (_STEP.fullmatch(path.name) for path in saves)
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -56,8 +60,8 @@ class Checkpoints:
 
     Args:
         folder: of the run.
-        identity: what a run that goes on has to share, such as sizes of the model and the data's
-            fingerprint: text by name.
+        identity: what a run that goes on has to share, such as sizes of the model: text by name.
+            What the data has to share is in the data's own state.
     """
 
     folder: Path
@@ -69,7 +73,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self._pending: tuple[Future, int] | None = None
-        self._last: int | None = None  # step that was saved, or is being saved
+        self._last: int | None = None  # step that is saved
         # Saves in the background speak on a line of their own.
         group = dist.new_group(backend="gloo") if self.world.size > 1 else None
         if isinstance(group, int):
@@ -88,7 +92,6 @@ class Checkpoints:
         step = progress.step
         if step == self._last:
             return
-        self._last = step
         saving = self._path(step, _SAVING)
         if self.world.first:
             saving.mkdir(parents=True)
@@ -141,11 +144,17 @@ class Checkpoints:
 
     def _put_in_place(self, step: int) -> None:
         if not self.world.first:
+            self._last = step
             return
         saving, place = self._path(step, _SAVING), self._path(step)
-        _sync(saving / STATE)
-        _sync(saving)
-        saving.rename(place)
+
+        def rename() -> None:
+            _sync(saving / STATE)
+            _sync(saving)
+            saving.rename(place)
+
+        self._guard(rename, step)
+        self._last = step
         _sync(place.parent)
         self._prune(json.loads((place / STATE).read_text())["progress"]["best_step"])
 
@@ -166,7 +175,8 @@ class Checkpoints:
         """Bring model and optimiser to the last save; None where there is none.
 
         Raises:
-            ValueError: it is the save of another model or of other data.
+            ValueError: it is the save of another model or of other data, or it is not as it was
+                written.
         """
         if self.world.first:
             for left in (self.folder / FOLDER).glob(".*-step-*"):
@@ -175,16 +185,18 @@ class Checkpoints:
         if not steps:
             return None
         place = self._path(steps[-1])
-        content = json.loads((place / STATE).read_text(encoding="utf-8"))
-        self._check(place, content["identity"])
+        with self._whole(steps):
+            content = read_state(place / STATE, steps[-1])
+        self._check(place, content.identity)
         state = self._state()
-        with _quiet():
+        with _quiet(), self._whole(steps):
             state_dict_loader.load(
                 state,
                 storage_reader=FileSystemReader(place),
                 process_group=self._group,
                 no_dist=self.world.size == 1,
             )
+        asked = [_settings(group) for group in self.optimizer.param_groups]
         set_state_dict(
             self.model,
             self.optimizer,
@@ -192,9 +204,29 @@ class Checkpoints:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        names = {field.name for field in fields(Progress)}
+        # The save has those of the run as it was begun: what is asked for now counts.
+        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(settings)
         self._last = steps[-1]
-        return Progress(**{k: v for k, v in content["progress"].items() if k in names})
+        return content.progress
+
+    @contextlib.contextmanager
+    def _whole(self, steps: list[int]) -> Iterator[None]:
+        """Say which of the saves cannot be read, and what the run goes on from without it."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # which is none of the former
+            disk = _disk_error(error)
+            if disk is not None and not isinstance(disk, FileNotFoundError):
+                raise disk from error
+            reasons = _within(error)
+            if any(isinstance(each, MemoryError | torch.OutOfMemoryError) for each in reasons):
+                raise
+            before = f"from step {steps[-2]}" if len(steps) > 1 else "from its beginning"
+            raise ValueError(
+                f"{self._path(steps[-1])} cannot be gone on from ({_first_line(reasons[-1])}): "
+                f"move it away, and the run goes on {before}"
+            ) from error
 
     def _check(self, place: Path, identity: dict[str, str]) -> None:
         other = [
@@ -218,20 +250,65 @@ class Checkpoints:
         return self.folder / FOLDER / f"{before}step-{step:08d}"
 
 
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimiser was asked for of a group of parameters: rates, decay, momentum."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What state.json holds."""
+
+    progress: Progress
+    identity: dict[str, str]
+
+
+def read_state(path: Path, step: int) -> State:
+    """The state of the save behind a step.
+
+    Raises:
+        ValueError: no such state, or one of another step, or with a value that none can have.
+        OSError: it cannot be read.
+    """
+    told = read_object(path)
+    if isinstance(given := told.get("progress"), dict):  # an earlier version may have had fewer
+        told["progress"] = asdict(Progress()) | given
+    state = from_object(State, told, path.name)
+    found = state.progress
+    if found.step != step:
+        raise ValueError(f"{path.name} is of step {found.step}")
+    if found.tokens < 0 or not 0 <= found.seconds < math.inf:
+        raise ValueError(f"{path.name} counts {found.tokens} tokens, {found.seconds} seconds")
+    for name in ("best_step", "validated"):
+        if not 0 <= (getattr(found, name) or 0) <= step:
+            raise ValueError(f"{path.name} has {name} {getattr(found, name)}")
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _disk_error(error: BaseException) -> OSError | None:
     """The operating system's word in an error, or in those that it holds or that led to it."""
-    seen: list[BaseException] = [error]
-    for each in seen:
+    for each in _within(error):
         if isinstance(each, OSError):
             return each
-        held = getattr(each, "failures", None) or {}
-        inner = [pair[0] if isinstance(pair, tuple) else pair for pair in held.values()]
-        inner += [each.__cause__, each.__context__]
-        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
     told = str(error)
     if "inline_container" in told or "PytorchStreamWriter" in told:  # torch's writer of files
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
+
+
+def _within(error: BaseException) -> list[BaseException]:
+    """An error, those that it holds, and those that led to it."""
+    seen: list[BaseException] = [error]
+    for each in seen:
+        held = getattr(each, "failures", None) or {}
+        inner = [pair[0] if isinstance(pair, tuple) else pair for pair in held.values()]
+        inner += [each.__cause__, each.__context__]
+        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
+    return seen
 
 
 def _sync(path: Path) -> None:

@@ -30,10 +30,12 @@ def read_config(
 
     try:
         table = tomllib.loads(read_text(path, MAX_BYTES))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
     for name, values in (over or {}).items():
-        table[name] = {**table.get(name, {}), **values}
+        below = table.get(name, {})
+        if isinstance(below, dict):  # else it is told below
+            table[name] = {**below, **values}
     problems: list[str] = []
     options = _dataclass("", table, kind, problems)
     if problems:

@@ -1,7 +1,8 @@
 """The end of a run: a checkpoint that everybody loads, or an adapter; read again, as a proof."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nemotron_v3.checkpoint import audit, save_pretrained
+from nemotron_v3.checkpoint.names import CheckpointOrigin
+from nemotron_v3.checkpoint.side_files import OF_WEIGHTS, with_templates
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.data.tokenizer import FILE
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
-from nemotron_v3.train.tokenizer import save_tokenizer, trained_templates, write_atomically
+from nemotron_v3.train.tokenizer import files_of, trained_templates
 
 
 def export(
@@ -26,8 +31,9 @@ def export(
 ) -> None:
     """Write to the run's folder what was trained; every process has to call it.
 
-    The whole model with its tokeniser, chat template and generation config; or, of LoRA, the
-    adapters, with the chat template where that is not the base's.
+    The whole model with the tokeniser and chat template that it was trained with, and the
+    checkpoint's generation config; or, of LoRA, the adapters with the template where it is not
+    the base's.
 
     Raises:
         ValueError: LoRA, and nobody who saves adapters.
@@ -41,12 +47,15 @@ def export(
                 raise ValueError(f"lora.rank is {options.lora.rank}, and nobody saves adapters")
             base = None if options.model.path is None else str(options.model.path.resolve())
             trained = model if state is None else Gathered(model.config, state)
-            write_atomically(options.out, trained_templates(tokenizer, options))
+            _write(trained_templates(tokenizer, options), options.out)
             adapters.save(trained, options.lora, options.out, base)
         else:
-            if options.model.path is None:
-                save_tokenizer(tokenizer, options)
+            files = files_of(tokenizer, options)
             whole = model if state is None else _whole(model, state)
+            if whole.checkpoint_origin is None:
+                _write(files, options.out)
+            else:
+                whole.checkpoint_origin = _with_files(whole.checkpoint_origin, files)
             save_pretrained(whole, options.out)
             audit(whole, options.out)
     world.wait()
@@ -63,6 +72,23 @@ def _gathered(
     )
     # torch's type allows for modules with a state of another kind, which this model has none of.
     return cast(dict[str, Tensor], get_model_state_dict(model, options=gather))
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with atomic_file(folder / name) as path:
+            path.write_bytes(raw)
+
+
+def _with_files(origin: CheckpointOrigin, files: Mapping[str, bytes]) -> CheckpointOrigin:
+    """The origin with a tokenizer's files in the place of its own, or those of a chat template."""
+    own = origin.side_files.items()
+    kept = {name: raw for name, raw in own if name in OF_WEIGHTS or FILE not in files}
+    new = {name: raw for name, raw in files.items() if name not in OF_WEIGHTS}
+    if FILE in files:
+        return replace(origin, side_files=kept | new)
+    return replace(origin, side_files=with_templates(kept, new))
 
 
 def _whole(model: NemotronV3ForCausalLM, state: Mapping[str, Tensor]) -> NemotronV3ForCausalLM:

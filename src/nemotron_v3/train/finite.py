@@ -15,12 +15,21 @@ from nemotron_v3.train.processes import World
 
 
 def first_not_finite(
-    model: nn.Module, called: nn.Module, batches: Sequence[Batch], items: float, world: World
+    model: nn.Module,
+    called: nn.Module,
+    batches: Sequence[Batch],
+    items: float,
+    seed: int,
+    world: World,
 ) -> str:
     """Run a step's passes again, and say where the first value that is not finite comes from.
 
     Every process has to call it; gradients are dropped.
+
+    Args:
+        seed: of what the step draws, such as dropout.
     """
+    torch.manual_seed(seed)
     found: list[str] = []
     with _watched(model, found):
         for batch in batches:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.config.atomic import atomic_file
+from nemotron_v3.config.files import read_text
 from nemotron_v3.config.versions import installed
 from nemotron_v3.train.checkpoints import FOLDER
 from nemotron_v3.train.config_file import config_text
@@ -43,12 +44,17 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def write_about(options: TrainOptions, resumed: bool) -> dict[str, Any]:
-    """Write the configuration whole, and what it runs with; gives the latter."""
+    """Write the configuration whole, and what it runs with; gives the latter.
+
+    Raises:
+        ValueError: run.json is not as a run writes it; nothing is written then.
+        OSError: the disk refuses.
+    """
+    about = options.out / ABOUT
+    starts = _starts(about) if resumed and about.exists() else []
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_file(options.out / CONFIG) as path:
         path.write_text(config_text(options), encoding="utf-8")
-    about = options.out / ABOUT
-    starts = json.loads(about.read_text(encoding="utf-8")) if resumed and about.exists() else []
     starts.append(_about())
     with atomic_file(about) as path:
         path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
@@ -59,13 +65,27 @@ def write_outcome(out: Path, outcome: str) -> None:
     """Say how what was begun last has ended; a run that was killed says nothing.
 
     Raises:
+        ValueError: run.json is not as a run writes it any more.
         OSError: the disk refuses.
     """
     about = out / ABOUT
-    starts = json.loads(about.read_text(encoding="utf-8"))
+    starts = _starts(about) or [{}]
     starts[-1] |= {"ended": _now(), "outcome": outcome}
     with atomic_file(about) as path:
         path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    try:
+        starts = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        starts = None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(
+            f"{path} is no list of JSON objects, one each time the run was begun: delete it to go "
+            "on without what it told"
+        )
+    return starts
 
 
 def _now() -> str:

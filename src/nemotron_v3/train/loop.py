@@ -44,9 +44,18 @@ class Data(Protocol):
 class NotFinite(ArithmeticError):
     """The loss or a gradient of a step is NaN or infinite; nothing was updated with it."""
 
-    def __init__(self, step: int, loss: float, norm: float, batches: Sequence[Batch], items: float):
+    def __init__(
+        self,
+        step: int,
+        loss: float,
+        norm: float,
+        batches: Sequence[Batch],
+        items: float,
+        seed: int,
+    ):
         super().__init__(f"step {step}: the loss is {loss}, the gradient's norm {norm}")
         self.step: int = step
+        self.seed: int = seed
         self.batches: Sequence[Batch] = batches
         self.items: float = items
 
@@ -56,7 +65,7 @@ class Progress:
     """Where a training stands: what a save holds beside the tensors.
 
     `data` is the position behind the last finished step; `seconds` are those of steps; `validated`
-    is the step that was last measured.
+    is the step that was last measured, and `held_out` tells the rows that it was measured on.
     """
 
     step: int = 0
@@ -66,6 +75,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     validated: int | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,8 @@ class Trainer:
         if not targets:
             raise ValueError(f"step {number} has no label that counts: all of them are -100")
         # What is drawn in a step is a function of the step, and no state that has to be saved.
-        torch.manual_seed(zlib.crc32(f"{options.seed}/{number}/{self.world.rank}".encode()))
+        seed = zlib.crc32(f"{options.seed}/{number}/{self.world.rank}".encode())
+        torch.manual_seed(seed)
         # DDP takes the mean of the processes' gradients, a sharded model their sum.
         averages = isinstance(self.called, DistributedDataParallel)
         items = targets / (self.world.size if averages else 1)
@@ -160,7 +171,7 @@ class Trainer:
         loss = (self.world.mean_(loss) if averages else self.world.sum_(loss)).item()
         if not (_finite(loss) and _finite(norm)):
             self.optimizer.zero_grad()
-            raise NotFinite(number, loss, norm, batches, items)
+            raise NotFinite(number, loss, norm, batches, items, seed)
         rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -221,18 +232,20 @@ def validation_loss(
     model: nn.Module, steps: Sequence[list[PackedRow]], rows_per_pass: int, world: World
 ) -> float:
     """Nats a target over rows that are not trained on, those of all processes."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
     training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for rows in steps:
-        batches = make_batches(rows, rows_per_pass, world.device)
-        passes = max(count for (count,) in world.gather([len(batches)]))
-        for batch in [*batches, *[empty_batch(world.device)] * (passes - len(batches))]:
-            # Of processes that share the tokens each has a part of the loss, and all its targets.
-            loss = model(**batch.arguments()).loss
-            counted = batch.targets if world.counts_rows else 0
-            total += torch.stack([loss.double() * batch.targets, total.new_tensor(counted)])
-    model.train(training)
+    try:
+        for rows in steps:
+            batches = make_batches(rows, rows_per_pass, world.device)
+            passes = max(count for (count,) in world.gather([len(batches)]))
+            for batch in [*batches, *[empty_batch(world.device)] * (passes - len(batches))]:
+                # Processes that share the tokens have a part of the loss each, and all targets.
+                loss = model(**batch.arguments()).loss
+                counted = batch.targets if world.counts_rows else 0
+                total += torch.stack([loss.double() * batch.targets, total.new_tensor(counted)])
+    finally:
+        model.train(training)
     nats, targets = world.sum_(total).tolist()
     return nats / max(targets, 1)
 

@@ -111,15 +111,17 @@ def reopened(path: Path, step: int) -> TextIO:
     """A file of lines of JSON with those up to a step, opened to be gone on with."""
     kept = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for raw in path.read_bytes().split(b"\n"):
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
+                line = json.loads(raw)
+            except (ValueError, RecursionError):
                 continue  # the kill came while it was written
-            if isinstance(line, dict) and line.get("step", 0) <= step:
-                kept.append(text)
+            number = line.get("step") if isinstance(line, dict) else step + 1
+            # What names no step, whoever wrote it, is of none that was lost.
+            if not isinstance(number, int | float) or number <= step:
+                kept.append(raw + b"\n")
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
     return path.open("a", encoding="utf-8")
 

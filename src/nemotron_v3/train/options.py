@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from nemotron_v3.data.options import DataOptions, Source
 
+DTYPE_KEYS = frozenset({"dtype", "torch_dtype"})
+"""Of a model's config: the weights' dtype, which `model.dtype` says too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -230,6 +233,10 @@ def _rules(o: TrainOptions) -> list[tuple[str, bool]]:
         (
             "there is no model: give model.path, model.preset or a table [model.config]",
             not fresh or bool(o.model.preset or o.model.config),
+        ),
+        (
+            "model.dtype and a dtype in model.config say the same: give one of them",
+            o.model.dtype is None or not DTYPE_KEYS & o.model.config.keys(),
         ),
         (
             f"model.config.vocab_size is {o.model.config.get('vocab_size')}: a tokenizer that is "

@@ -41,7 +41,7 @@ from nemotron_v3.train.processes import World, processes, rows_of
 from nemotron_v3.train.samples import Continue, Samples
 from nemotron_v3.train.schedule import make_scheduler
 from nemotron_v3.train.threads import thread_choice
-from nemotron_v3.train.tokenizer import exchanged, read_tokenizer, with_template
+from nemotron_v3.train.tokenizer import read_tokenizer, with_template
 
 MakeData = Callable[[DataOptions, Any, int, int], Data]
 
@@ -70,6 +70,21 @@ class Length:
         if self.seconds is None:
             raise ValueError("a training without steps needs seconds")
         return self.seconds
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are not trained on, by pass, and the largest token of their sources."""
+
+    passes: list[list[PackedRow]]
+    largest_token: int
+
+    def digest(self) -> str:
+        """The same for the same rows."""
+        found = hashlib.blake2b(digest_size=8)
+        for row in (row for rows in self.passes for row in rows):
+            found.update(row.input_ids.numpy().tobytes() + row.labels.numpy().tobytes())
+        return found.hexdigest()
 
 
 def train(
@@ -128,7 +143,7 @@ def train(
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
-        run.tokenizer, run.ends = tokenizer, ends
+        run.ends = ends
         if options.log.samples and write_on is not None:
             run.samples = Samples(
                 options.out, options.log, write_on, tokenizer, display.say, world.first
@@ -148,21 +163,22 @@ def train(
 
 def _validation(
     options: TrainOptions, tokenizer: Any, make_data: MakeData, rank: int, size: int
-) -> list[list[PackedRow]]:
+) -> HeldOut:
     """The rows of this process, by passes that all processes make together."""
     asked = options.validation
     if not asked.sources:
-        return []
+        return HeldOut([], -1)
     rows = min(options.data.rows, asked.rows)
     held_out = replace(options.data, sources=asked.sources, epochs=1.0, rows=rows)
     steps: list[list[PackedRow]] = []
-    for step in make_data(held_out, tokenizer, rank, size):
+    data = make_data(held_out, tokenizer, rank, size)
+    for step in data:
         steps.append(step)
         if len(steps) * rows >= asked.rows:
             break
     if not steps:
         raise ValueError("validation.sources hold nothing to measure")
-    return steps
+    return HeldOut(steps, data.largest_token)
 
 
 def length_of(options: TrainOptions, data: Data | None) -> Length:
@@ -198,7 +214,7 @@ class _Run:
         options: TrainOptions,
         world: World,
         data: Data,
-        held_out: list[list[PackedRow]],
+        held_out: HeldOut,
         length: Length,
         display: Display,
         adapters: Adapters | None,
@@ -209,16 +225,16 @@ class _Run:
         self._saved = time.monotonic()
         self.page: LiveReport | None = None  # until the folder is this run's
         self.samples: Samples | None = None
-        self.tokenizer: Any = None
         self.ends: Ends | None = None
 
     def prepare(self, resume: bool, signal: Callable[[], int]) -> None:
         """Model, optimiser and what was saved."""
         options, world = self.options, self.world
         model, called = build_model(options, world, self.adapters)
-        if self.data.largest_token >= model.config.vocab_size:
+        largest = max(self.data.largest_token, self.held_out.largest_token)
+        if largest >= model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {self.data.largest_token}, and the model has "
+                f"the tokenizer gives token {largest}, and the model has "
                 f"{model.config.vocab_size}: they do not belong together"
             )
         optimizer = make_optimizer(model, options.optimizer, options.seed)
@@ -228,10 +244,11 @@ class _Run:
         self.checkpoints = Checkpoints(
             options.out, model, optimizer, world, options.save, self._identity(model)
         )
-        self._take_tokenizer(model)
+        self._take_ends(model)
         progress = (self.checkpoints.load() if resume else None) or Progress()
         if progress.step:
             self.data.load_state_dict(progress.data)
+        self._compare_held_out(progress)
         if world.first:  # only now, when nothing refuses any more
             about = write_about(options, resume)
         progress.data = self.data.state_dict()
@@ -272,8 +289,8 @@ class _Run:
             )
         self._introduce(model, progress)
 
-    def _take_tokenizer(self, model: NemotronV3ForCausalLM) -> None:
-        """Tell the model which tokens end its texts, and what is saved with it."""
+    def _take_ends(self, model: NemotronV3ForCausalLM) -> None:
+        """Tell the model which tokens begin, end and fill up its texts."""
         if self.ends is None:
             return
         before, config = model.config, model.config.replace(**self.ends.config)
@@ -282,10 +299,17 @@ class _Run:
             module.config = config
         said = self.ends.generation_config
         model.generation_config = None if said is None else dict(said)
-        origin = model.checkpoint_origin
-        if origin is not None:
-            files = exchanged(origin.side_files, self.tokenizer, self.options)
-            model.checkpoint_origin = replace(origin, side_files=files)
+
+    def _compare_held_out(self, progress: Progress) -> None:
+        """Forget the best loss where it is of other rows than those that are held out now."""
+        before, now = progress.held_out, self.world.told(self.held_out.digest())
+        progress.held_out = now
+        if before not in (None, now) and progress.best_step is not None:
+            self.display.say(
+                f"validation: other rows than before are held out; the loss of step "
+                f"{progress.best_step:,} is not compared with theirs"
+            )
+            progress.best_loss = progress.best_step = progress.validated = None
 
     def _identity(self, model: NemotronV3ForCausalLM) -> dict[str, str]:
         """What a run that goes on has to share with the one that it goes on with."""
@@ -368,8 +392,9 @@ class _Run:
             raise
         finally:
             if self.page is not None:
-                # A disk that is full now has failed the run already.
-                with suppress(OSError):
+                # A disk that is full now has failed the run already, and no word on how it ended is
+                # worth what it has trained.
+                with suppress(OSError, ValueError):
                     write_outcome(self.options.out, outcome)
                 if page := self.page.end():
                     self.display.say(f"page: {page}")
@@ -408,10 +433,10 @@ class _Run:
 
     def _validate(self) -> None:
         progress = self.trainer.progress
-        if not self.held_out or progress.validated == progress.step:
+        if not self.held_out.passes or progress.validated == progress.step:
             return
         rows = self.options.memory.rows_per_pass
-        loss = validation_loss(self.trainer.model, self.held_out, rows, self.world)
+        loss = validation_loss(self.trainer.model, self.held_out.passes, rows, self.world)
         progress.validated = progress.step
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -427,7 +452,7 @@ class _Run:
         self.checkpoints.save(trainer.progress)
         self.checkpoints.finish()
         made = first_not_finite(
-            trainer.model, trainer.called, error.batches, error.items, self.world
+            trainer.model, trainer.called, error.batches, error.items, error.seed, self.world
         )
         error.args = (
             f"{error.args[0]}; the first that is not finite is {made}. Nothing was updated with "

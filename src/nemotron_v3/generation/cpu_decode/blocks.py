@@ -126,7 +126,7 @@ class _MambaBlock:
     def __call__(self, stream: Tensor, hidden: Tensor) -> None:
         state = self._step.transaction.begin(self._layer)
         assert isinstance(state, MambaState)
-        state.in_place()
+        state.overwritten = True
         self._in.write(self._norm(stream, hidden))
         self._convolve()
         self._recur()

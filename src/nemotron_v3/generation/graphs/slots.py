@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState
+from nemotron_v3.cache.states import KeyValueState, LayerState, MambaState, unknown_state
 from nemotron_v3.ops.decode_mamba2.ring import conv_of, ring_of
 
 MOST_ENDS = 16  # tokens that end a row; with more, `forward` decodes
@@ -75,6 +75,8 @@ class Slots:
                 self.mamba[layer] = self._of_mamba(state)
             elif isinstance(state, KeyValueState):
                 self.attention[layer] = self._of_attention(state)
+            else:
+                raise unknown_state(layer, state)
 
     def _of_mamba(self, state: MambaState) -> MambaSlots:
         _, C, W = state.conv.shape

@@ -25,8 +25,6 @@ class Dispatched(NamedTuple):
     weights: Tensor
 
 
-Sent = Dispatched  # its former name
-
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,8 +36,8 @@ class ExpertDispatcher(Protocol):
     brings the results back and adds up what a token has from several places. All are differentiable
     in `x` and `weights`. The sum over a token's experts is fp32 or wider. An object that knows
     `dispatch` by its former name, `permute`, is a dispatcher too. What `dispatch` returns goes to
-    `compute` alone. Where a dispatcher has an attribute `waits` that is true, tokens are still on
-    their way then, and the layer computes its shared expert before it calls `compute`.
+    `compute` alone. Where a dispatcher has an attribute `arrives_later` that is true, tokens are
+    still on their way then, and the layer computes its shared expert before it calls `compute`.
     """
 
     def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Any, Any]:

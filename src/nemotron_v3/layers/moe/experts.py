@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from nemotron_v3 import ops
 from nemotron_v3.config import MoEConfig
 from nemotron_v3.layers import graph_ops
-from nemotron_v3.layers.fp32_params import itself
 from nemotron_v3.layers.narrow import keeping_codes, wide
 
 STACKS = ("up_proj", "down_proj")
@@ -133,7 +132,7 @@ class NemotronV3Experts(nn.Module):
         self.up_proj: nn.Parameter = nn.Parameter(torch.empty(E, F, X, dtype=dtype))
         self.down_proj: nn.Parameter = nn.Parameter(torch.empty(E, X, F, dtype=dtype))
         self.low_rank: LowRankUpdates | None = None
-        self.local: Callable[[Tensor], Tensor] = itself
+        self.local: Callable[[Tensor], Tensor] | None = None  # as in `KeepsFp32`
 
     @property
     def op(self) -> str:
@@ -145,7 +144,9 @@ class NemotronV3Experts(nn.Module):
         """`[T, X]`, expert numbers and weights `[T, K]` -> `[T, X]`."""
         up, down = wide(self.up_proj), wide(self.down_proj)
         if up is self.up_proj and down is self.down_proj:
-            return self._compute(x, indices, weights, self.local(up), self.local(down))
+            if self.local is not None:
+                up, down = self.local(up), self.local(down)
+            return self._compute(x, indices, weights, up, down)
         with keeping_codes((self.up_proj, up), (self.down_proj, down)):
             return self._compute(x, indices, weights, up, down)
 
@@ -158,15 +159,11 @@ class NemotronV3Experts(nn.Module):
             if compiling and not x.is_cuda and not torch.is_autocast_enabled("cpu"):
                 return graph_ops.experts(x, indices, weights, up_proj, down_proj, self.impl)
             return ops.experts(x, indices, weights, up_proj, down_proj, impl=self.impl)
+        updates = low.up_a, low.up_b, low.down_a, low.down_b
+        if self.local is not None:
+            updates = map(self.local, updates)
         return ops.grouped_low_rank(
-            x,
-            indices,
-            weights,
-            up_proj,
-            down_proj,
-            *(self.local(update) for update in (low.up_a, low.up_b, low.down_a, low.down_b)),
-            scale=low.scale,
-            impl=self.impl,
+            x, indices, weights, up_proj, down_proj, *updates, scale=low.scale, impl=self.impl
         )
 
     def add_low_rank(

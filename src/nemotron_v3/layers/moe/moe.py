@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemotron_v3.config import BackendConfig, MoEConfig
 from nemotron_v3.layers.context import ForwardContext
-from nemotron_v3.layers.context_parallel import RefusesContextParallel
+from nemotron_v3.layers.context_parallel import ContextParallelLayer
 from nemotron_v3.layers.decode_weights import MoEWeights, Projection
 from nemotron_v3.layers.functional import moe_mixer
 from nemotron_v3.layers.init import init_module, on_meta
@@ -25,7 +25,7 @@ from nemotron_v3.layers.moe.experts import NemotronV3Experts
 from nemotron_v3.layers.moe.router import NemotronV3Router
 
 
-class NemotronV3MoE(RefusesContextParallel):
+class NemotronV3MoE(ContextParallelLayer):
     """Routed squared-ReLU experts plus a shared one that sees every token.
 
     With a latent size the routed experts work between `fc1_latent_proj` and `fc2_latent_proj`; the
@@ -118,7 +118,9 @@ class NemotronV3MoE(RefusesContextParallel):
                 is_stateless=True,
                 group=self.token_group,
             )
-        layout = context.on(hidden_states.device)
+        layout = context.layout
+        if layout.device != hidden_states.device:
+            layout = context.on(hidden_states.device)
 
         def route(x: Tensor) -> tuple[Tensor, Tensor]:
             return self.gate(x, layout)
@@ -137,7 +139,7 @@ class NemotronV3MoE(RefusesContextParallel):
         def finish() -> Tensor:
             return dispatcher.combine(dispatcher.compute(dispatched, self.experts), metadata)
 
-        return finish if getattr(dispatcher, "waits", False) else finish()
+        return finish if getattr(dispatcher, "arrives_later", False) else finish()
 
     def decode_weights(self) -> MoEWeights:
         """What a decode step reads."""

@@ -116,7 +116,9 @@ class NemotronV3Router(KeepsFp32):
     @property
     def observed(self) -> bool:
         """Whether anything is to be done besides routing, for who calls now."""
-        if self.watchers or _concerns(self):
+        if self.watchers:
+            return True
+        if (regions := _regions()) and _concerns(self, regions):
             return True
         # Asked for last: a compiler cannot, and leaves its graph here.
         return bool(self.scoped) and bool(of_caller(self.scoped))
@@ -294,12 +296,9 @@ def _regions() -> tuple[_Region, ...]:
     return () if torch.compiler.is_compiling() else getattr(_here, "regions", ())
 
 
-def _concerns(router: NemotronV3Router) -> bool:
+def _concerns(router: NemotronV3Router, regions: tuple[_Region, ...]) -> bool:
     """Whether the call repeats one that was observed, or is to be remembered."""
-    regions = _regions()
-    if router.replays and regions:
-        return True
-    return any(r.keeps or (r.repeating and router in r.calls) for r in regions)
+    return router.replays or any(r.keeps or (r.repeating and router in r.calls) for r in regions)
 
 
 def _this_call(router: NemotronV3Router, tokens: int) -> _Call:

@@ -122,21 +122,22 @@ def attention(
     if impl in ("auto", "portable") and mask is None and long.takes(q):
         runs = long.runs(layout)
     if runs is not None and len(runs) == 1:
-        return _at_fixed_size()(q, k, v, layout=layout, **options)
+        return _at_fixed_size(q)(q, k, v, layout=layout, **options)
     sizes = (H, k.shape[1], P, scale, dropout_p, mask is not None)
     run = _OP.pick(impl, (q, k, v), *sizes)
     if runs is None:
         return run(q, k, v, layout=layout, **options).to(q.dtype)
     parts = zip(*(t.split([r.layout.num_tokens for r in runs]) for t in (q, k, v)), strict=True)
     ys = [
-        (_at_fixed_size() if r.is_long else run)(*part, layout=r.layout, **options)
+        (_at_fixed_size(q) if r.is_long else run)(*part, layout=r.layout, **options)
         for r, part in zip(runs, parts, strict=True)
     ]
     return torch.cat(ys)
 
 
-def _at_fixed_size() -> Callable:
-    return _OP.checked("fixed-size", long.attention, FIXED_SIZE)
+def _at_fixed_size(q: Tensor) -> Callable[..., Tensor]:
+    _OP.has_passed("fixed-size", long.attention, q, FIXED_SIZE)
+    return long.attention
 
 
 def _check_mask(mask: Tensor, layout: SequenceLayout, heads: int) -> None:

@@ -1,6 +1,7 @@
 """The public attention of new tokens to a cache."""
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -86,18 +87,20 @@ def cached_attention(
     """
     T, H, P = q.shape
     rows, J, L, _ = keys.shape
-    needed = max(a + n for a, n in zip(starts, layout.lengths, strict=True))
+    n_docs = len(layout.lengths)
+    if layout.num_tokens != T or not rows == n_docs == len(starts):
+        raise ValueError(
+            f"{T} tokens, {rows} rows and {len(starts)} starts do not fit a layout of "
+            f"{layout.num_tokens} tokens in {n_docs} documents"
+        )
+    needed = max(map(add, starts, layout.lengths))
     if keys.shape != values.shape or keys.shape[3] != P or H % J or needed > L:
         raise ValueError(
             f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not "
             f"fit: (tokens, heads, width) and twice (rows, key heads, at least {needed}, width)"
         )
-    if layout.num_tokens != T or rows != layout.num_documents:
-        raise ValueError(
-            f"{T} tokens and {rows} rows do not fit a layout of {layout.num_tokens} tokens in "
-            f"{layout.num_documents} documents"
-        )
-    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if keys.dtype != q.dtype or values.dtype != q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
     if mask is not None:
         masked.check_mask(mask, q, layout, starts)
         run = _MASKED.pick(impl, (q,))
@@ -106,7 +109,7 @@ def cached_attention(
     form = "portable" if impl == "auto" and one_token else impl
     run = _OP.pick(form, (q, keys, values), H, J, P, scale)
     runs = None
-    if impl in ("auto", "portable") and long.takes(q) and not any(starts):
+    if not one_token and impl in ("auto", "portable") and long.takes(q) and not any(starts):
         runs = long.runs(layout)
     if runs is None:
         given = {"layout": layout, "starts": starts, "positions": positions}

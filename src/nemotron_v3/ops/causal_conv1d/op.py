@@ -8,7 +8,7 @@ from torch import Tensor
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d import portable, reference
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import as_promised, without_autocast
+from nemotron_v3.ops.common.precision import as_promised
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 
@@ -36,7 +36,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

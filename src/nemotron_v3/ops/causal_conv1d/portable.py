@@ -19,7 +19,7 @@ from nemotron_v3.ops.causal_conv1d.portable_backward import backward
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
 from nemotron_v3.ops.common.blocks import row_blocks
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 
 def causal_conv1d(
@@ -90,7 +90,7 @@ def convolve(
     activation: str | None,
 ) -> Tensor:
     """The forward pass, outside autograd."""
-    dtype = wide(x.dtype)
+    dtype = WIDE[x.dtype]
     taps = weight.t().to(dtype).contiguous()  # [W, C]
     shift = None if bias is None else bias.to(dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

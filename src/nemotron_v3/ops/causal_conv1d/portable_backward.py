@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_v3.ops.causal_conv1d.portable_borders import Borders
 from nemotron_v3.ops.causal_conv1d.portable_taps import head_inputs, sum_of_taps
 from nemotron_v3.ops.common.blocks import Workspace, row_blocks
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 # Rows of partial sums over tokens: a pass over fewer is mostly the call.
 SUMMED = 128
@@ -43,7 +43,7 @@ class _Gradients:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dx: Tensor
     ):
         self.x, self.dx, self.silu = x, dx, activation == "silu"
-        self.dtype = wide(x.dtype)
+        self.dtype = WIDE[x.dtype]
         self.taps = weight.t().to(self.dtype).contiguous()  # [W, C]
         self.bias = None if bias is None else bias.to(self.dtype)
         self.work = Workspace(x, self.dtype)

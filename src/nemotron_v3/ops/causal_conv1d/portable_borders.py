@@ -76,7 +76,7 @@ class Borders:
             tuple(head_counts),
             _places(tokens, layout.device),
             _places(states, layout.device),
-            (layout.num_documents, W),
+            (len(layout.lengths), W),
         )
 
     def heads_of_documents(self, first: int, last: int, W: int) -> Places:

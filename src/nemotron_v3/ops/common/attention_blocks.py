@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ class _After(torch.autograd.Function):
                 *heads, 0.0, block.is_causal, scale=scale
             )
             if joined is None or total is None:
-                joined, total = part.to(wide(q.dtype)), logs
+                joined, total = part.to(WIDE[q.dtype]), logs
                 continue
             both = torch.logaddexp(total, logs)
             joined *= (total - both).exp()[..., None].to(joined.dtype)
@@ -100,7 +100,7 @@ class _After(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, total = ctx.saved_tensors
         dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
-        dq = torch.zeros_like(q, dtype=wide(q.dtype), memory_format=torch.contiguous_format)
+        dq = torch.zeros_like(q, dtype=WIDE[q.dtype], memory_format=torch.contiguous_format)
         dout = dout.contiguous()
         for block in ctx.blocks:
             here = slice(block.start, block.end)

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from nemotron_v3.ops.common.precision import needs_grad
+
 # Elements of a block's array, of which it has about ten: few enough for a CPU's last-level cache.
 # Much less, and starting threads for each pass costs more than the cache saves. Elsewhere few large
 # launches are better.
@@ -19,6 +21,13 @@ CPU_ELEMENTS, ELEMENTS = 1 << 19, 1 << 26
 def block_elements(device: torch.device) -> int:
     """How many elements an array of a block has at most."""
     return CPU_ELEMENTS if device.type == "cpu" else ELEMENTS
+
+
+def at_once(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an array is one block, and no gradient of it or of the others is asked for."""
+    if torch.is_grad_enabled() and needs_grad(x, *others):
+        return False
+    return x.numel() <= (CPU_ELEMENTS if x.is_cpu else ELEMENTS)
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
@@ -63,5 +72,6 @@ class Workspace:
             elif array.numel() < size:
                 array = self._arrays[name] = self._like.new_empty(size, dtype=self._dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
-            view = self._views[name, shape] = array[:size].view(shape)
+            some = array[:size] if size < array.numel() else array
+            view = self._views[name, shape] = some.view(shape)
         return view

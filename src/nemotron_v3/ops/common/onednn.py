@@ -72,8 +72,9 @@ def rows_are_alike(n: int, m: int, threads: int) -> bool:
 def linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """What a plain linear layer makes of `[..., n]`, or None where it has to be called itself.
 
-    That is where this is not faster, and under autocast, modes and transforms of PyTorch and for
-    weights of another kind. Hooks and compilers are the caller's to look for.
+    That is in other dtypes, under autocast, modes and transforms of PyTorch and for weights of
+    another kind. Whether there is enough to multiply, hooks and compilers are the caller's to look
+    for.
     """
     weight = layer.weight
     if (
@@ -82,7 +83,6 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
-        or x.numel() * weight.shape[0] < SMALLEST
         or torch.is_autocast_enabled("cpu")
         or compat.dispatch_modes()
         or compat.current_transform() is not None

@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# fp32, or fp64 where the input already is: the dtype of statistics, decays and states.
+WIDE = {
+    dtype: torch.promote_types(dtype, torch.float32)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
 
 def without_autocast(function: Callable) -> Callable:
     """Run an op's own arithmetic in the dtypes it states, whatever `torch.autocast` says.
 
     Under autocast a matmul inside a scan or a router would be rounded to 16 bits; the op decides
-    its precision itself.
+    its precision itself. What `Op.pick` gives runs so; a public function is decorated where it
+    multiplies something beside that.
     """
 
     @functools.wraps(function)
@@ -51,8 +58,3 @@ def autocast_matmul_dtype(x: Tensor) -> torch.dtype:
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 where the input already is: the dtype of statistics, decays and states."""
-    return torch.promote_types(dtype, torch.float32)

@@ -56,33 +56,6 @@ class Checkable(Protocol):
     def check(self) -> Check | None: ...
 
 
-class SelfChecked:
-    """An implementation of an op that is checked at its first call on a device and dtype.
-
-    The check is left for a later call where there is nothing to measure or no place to do it: on
-    tensors without storage, inside a dispatch mode (which would see the check's own operations),
-    while a CUDA graph is captured. A form that fails raises at every call.
-
-    Args:
-        op: that the function computes.
-        form: the function's name among the op's implementations.
-        case: of the op's `cases.py`; None is that of the op's `Check`.
-    """
-
-    def __init__(self, op: Checkable, form: str, function: Callable[..., Any], case: Any = None):
-        self.op: Checkable = op
-        self.form: str = form
-        self.function: Callable[..., Any] = function
-        self.case: Any = case
-        self.passed: set[tuple[torch.device, torch.dtype]] = set()
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (x.device, x.dtype) not in self.passed and _can_check(x):
-            check(self.op, self.form, self.function, x.device, x.dtype, self.case)
-            self.passed.add((x.device, x.dtype))
-        return self.function(x, *args, **kwargs)
-
-
 def check(
     op: Checkable,
     form: str,
@@ -155,7 +128,12 @@ def explained_by_rounding(dtype: torch.dtype, device: torch.device) -> float:
     return allowed
 
 
-def _can_check(x: Tensor) -> bool:
+def can_check(x: Tensor) -> bool:
+    """Whether there is something to measure, and a place to do it.
+
+    There is not on tensors without storage, inside a dispatch mode (which would see the check's own
+    operations), or while a CUDA graph is captured.
+    """
     return (
         type(x) in (Tensor, nn.Parameter)  # no fake, distributed or otherwise wrapped tensor
         and not x.is_meta

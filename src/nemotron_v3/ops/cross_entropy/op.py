@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.layout import SequenceLayout
-from nemotron_v3.ops.common.precision import wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
 from nemotron_v3.ops.cross_entropy import portable, reference
@@ -19,7 +19,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, impl: str = "auto"
 ) -> Tensor:
@@ -46,7 +45,7 @@ def cross_entropy(
         )
     refuse_outside(targets, logits.shape[1], ignore_index)
     run = _OP.pick(impl, (logits,))
-    return run(logits, targets, ignore_index=ignore_index).to(wide(logits.dtype))
+    return run(logits, targets, ignore_index=ignore_index).to(WIDE[logits.dtype])
 
 
 def shift_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.ops.common.blocks import row_blocks
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -22,7 +22,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        dtype = wide(logits.dtype)
+        dtype = WIDE[logits.dtype]
         total = logits.new_zeros((), dtype=dtype)
         for start, end in row_blocks(logits.shape[0], logits.shape[1], logits.device):
             total += F.cross_entropy(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nemotron_v3.ops.attention.op import refuse_widths
 from nemotron_v3.ops.common.host import refuse_mixed
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.slots import check_out, check_slots, check_workspace
 from nemotron_v3.ops.decode_attention import portable, reference
 from nemotron_v3.ops.decode_attention.split import workspace_size
@@ -42,7 +41,6 @@ _OP = Op(
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def decode_attention(
     qkv: Tensor,
     keys: Tensor,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.slots import check_slots
 from nemotron_v3.ops.decode_experts import portable, reference
 from nemotron_v3.ops.decode_experts.buffers import Buffers
@@ -58,7 +57,6 @@ _EXPERTS = Op(
 
 @_ROUTE.public
 @torch.no_grad()
-@without_autocast
 def decode_route(
     stream: Tensor, router: Router, active: Tensor, buffers: Buffers, *, impl: str = "auto"
 ) -> None:
@@ -86,7 +84,6 @@ def decode_route(
 
 @_EXPERTS.public
 @torch.no_grad()
-@without_autocast
 def decode_experts(
     x: Tensor,
     routed: Pair | None,

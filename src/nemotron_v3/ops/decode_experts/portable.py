@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.ops.common.low_rank import LowRank, with_update
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.decode_experts.buffers import Buffers
 from nemotron_v3.ops.decode_experts.weights import Router, Updates
 from nemotron_v3.ops.router.portable import choose
@@ -75,4 +75,4 @@ def _by_choice(x: Tensor, stack: Tensor, chosen: Tensor, update: LowRank | None)
 
 def _squared(u: Tensor) -> Tensor:
     """`relu(u)^2`, which is rounded once its weight is in it."""
-    return F.relu(u).to(wide(u.dtype)).square()
+    return F.relu(u).to(WIDE[u.dtype]).square()

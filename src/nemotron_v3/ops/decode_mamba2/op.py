@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.slots import check_out, check_slots
 from nemotron_v3.ops.decode_mamba2 import portable, reference
 from nemotron_v3.ops.registry import Op
@@ -37,7 +37,6 @@ _OP = Op(
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def decode_mamba2(
     projected: Tensor,
     conv: Tensor,
@@ -86,7 +85,7 @@ def decode_mamba2(
     _check(projected, conv, ssm, positions, active, n_groups)
     _check_weights(conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D)
     R, H, P, _ = ssm.shape
-    kind = wide(projected.dtype)
+    kind = WIDE[projected.dtype]
     out = projected.new_empty(R, H * P, dtype=kind) if out is None else out
     check_out(out, (R, H * P), kind)
     weights = (conv_weight, conv_bias, dt_bias, A_log, D)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.step_sizes import step_sizes
 
 
@@ -31,7 +31,7 @@ def decode_mamba2(
 ) -> Tensor:
     R, H, P, N = ssm.shape
     inner, width = H * P, n_groups * N
-    dtype, on = wide(ssm.dtype), active != 0
+    dtype, on = WIDE[ssm.dtype], active != 0
     z, xBC, dt = projected.split([inner, inner + 2 * width, H], dim=1)
     _put(conv, xBC, positions, on)
     x, B, C = _convolve(conv, positions, conv_weight, conv_bias, xBC.dtype).split(
@@ -61,7 +61,7 @@ def _convolve(
     conv: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype
 ) -> Tensor:
     """`[R, C]` after SiLU in `kind`: each place of the ring meets the tap of its age."""
-    W, dtype = conv.shape[1], wide(kind)
+    W, dtype = conv.shape[1], WIDE[kind]
     places = torch.arange(W, device=conv.device)
     age = (positions[:, None] - places) % W  # [R, W], in tokens
     taps = weight.t().to(dtype)[W - 1 - age]  # [R, W, C]

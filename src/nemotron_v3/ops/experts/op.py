@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
-from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.experts import portable, reference
 from nemotron_v3.ops.registry import Op
@@ -80,15 +80,8 @@ def experts(
             f"({x.shape[0]}, choices)"
         )
     dtype = autocast_matmul_dtype(x)
+    x = x.to(dtype)
     if not x.shape[0]:
-        return of_no_tokens(x.to(dtype), weights, up_proj, down_proj)
-    return _run(x.to(dtype), indices, weights, up_proj.to(dtype), down_proj.to(dtype), impl)
-
-
-@without_autocast
-def _run(
-    x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor, impl: str
-) -> Tensor:
-    """The op in the dtype of the matmuls."""
-    run = _OP.pick(impl, (x, weights), up_proj.shape[0], max(MOST_ROWS, weights.numel()))
-    return run(x, indices, weights, up_proj, down_proj).to(x.dtype)
+        return of_no_tokens(x, weights, up_proj, down_proj)
+    run = _OP.pick(impl, (x, weights), E, max(MOST_ROWS, weights.numel()))
+    return run(x, indices, weights, up_proj.to(dtype), down_proj.to(dtype)).to(dtype)

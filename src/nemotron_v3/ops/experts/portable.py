@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.experts import portable_runs
 from nemotron_v3.ops.relu2.portable import relu2
 
@@ -35,7 +35,7 @@ def experts(
     x: Tensor, indices: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     K, E = indices.shape[1], up_proj.shape[0]
-    dtype = wide(x.dtype)
+    dtype = WIDE[x.dtype]
     few = 0 < indices.numel() <= ROWS_ALONE * E and x.device.type == "cpu"
     if few and not needs_grad(x, weights, up_proj, down_proj):
         y = _row_by_row(x, indices.flatten().tolist(), up_proj, down_proj).unflatten(0, (-1, K))
@@ -65,12 +65,12 @@ def _row_by_row(x: Tensor, chosen: list[int], up_proj: Tensor, down_proj: Tensor
     up, down = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     h = x.new_empty(len(chosen), up_proj.shape[1])
     y = x.new_empty(len(chosen), x.shape[1])
-    tokens = x.split(1)
-    for r, (e, row) in enumerate(zip(chosen, h.split(1), strict=True)):
+    tokens, rows, outs = (t.unsqueeze(1).unbind(0) for t in (x, h, y))  # each [1, width]
+    for r, (e, row) in enumerate(zip(chosen, rows, strict=True)):
         if e < len(up):
             torch.mm(tokens[r // K], up[e], out=row)
     h.relu_().square_()
-    for e, row, out in zip(chosen, h.split(1), y.split(1), strict=True):
+    for e, row, out in zip(chosen, rows, outs, strict=True):
         if e < len(down):
             torch.mm(row, down[e], out=out)
         else:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.gated_rms_norm import portable, reference
 from nemotron_v3.ops.registry import Op
@@ -35,7 +34,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def gated_rms_norm(
     y: Tensor,
     z: Tensor | None,
@@ -73,4 +71,5 @@ def gated_rms_norm(
     if group_size < 1 or width % group_size:
         raise ValueError(f"group_size {group_size} does not divide the width {width}")
     run = _OP.pick(impl, (y, z, weight), group_size)
-    return run(y, z, weight, group_size, eps).to(y.dtype)
+    out = run(y, z, weight, group_size, eps)
+    return out if out.dtype == y.dtype else out.to(y.dtype)

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops.common.blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.blocks import Workspace, at_once, put_rows, row_blocks, rows_for
+from nemotron_v3.ops.common.precision import WIDE
 
 
 def gated_rms_norm(
     y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float = 1e-5
 ) -> Tensor:
-    if not needs_grad(y, z, weight) and y.numel() <= block_elements(y.device):
-        v = y.to(wide(y.dtype))
+    if at_once(y, z, weight):
+        v = y.to(WIDE[y.dtype])
         if z is not None:
             v = F.silu(z.to(v.dtype)).mul_(v)
         n = v.unflatten(-1, (-1, group_size))
@@ -52,7 +52,7 @@ class _GatedNorm(torch.autograd.Function):
 
 def normalise(y: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """The forward pass on `[T, D]`, outside autograd."""
-    dtype = wide(y.dtype)
+    dtype = WIDE[y.dtype]
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     work, weight = Workspace(y, dtype), weight.to(dtype)
     for start, end in row_blocks(y.shape[0], y.shape[1], y.device):
@@ -75,7 +75,7 @@ def backward(
     dz: Tensor | None,
 ) -> Tensor:
     """The gradient of the weight; those of y and z are written to `dy` and `dz`."""
-    dtype, given = wide(y.dtype), weight.dtype
+    dtype, given = WIDE[y.dtype], weight.dtype
     dweight = weight.new_zeros(weight.shape, dtype=dtype)
     work, weight = Workspace(y, dtype), weight.to(dtype)
     for start, end in row_blocks(y.shape[0], y.shape[1], y.device):

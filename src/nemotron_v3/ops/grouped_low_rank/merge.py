@@ -6,7 +6,7 @@ Letters: E experts, O and I widths of a matrix, r rank.
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def merge_low_rank_(
     """
     check_low_rank("weight", weight, a, b)
     base = weight.detach().clone() if keep_on is None else weight.detach().to(keep_on, copy=True)
-    dtype = wide(weight.dtype)
+    dtype = WIDE[weight.dtype]
     try:
         for matrix, a_e, b_e in zip(weight.unbind(0), a.unbind(0), b.unbind(0), strict=True):
             matrix.copy_(torch.addmm(matrix.to(dtype), b_e.to(dtype), a_e.to(dtype), alpha=scale))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
-from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.experts.op import MOST_ROWS, refuse_experts
 from nemotron_v3.ops.grouped_low_rank import portable, reference
@@ -82,17 +82,10 @@ def grouped_low_rank(
     check_low_rank("up_proj", up_proj, up_a, up_b)
     check_low_rank("down_proj", down_proj, down_a, down_b)
     dtype = autocast_matmul_dtype(x)
+    x = x.to(dtype)
     if not x.shape[0]:
         low_rank = (up_a, up_b, down_a, down_b)
-        return of_no_tokens(x.to(dtype), weights, up_proj, down_proj, *low_rank)
+        return of_no_tokens(x, weights, up_proj, down_proj, *low_rank)
     matrices = (m.to(dtype) for m in (up_proj, down_proj, up_a, up_b, down_a, down_b))
-    return _run(x.to(dtype), indices, weights, *matrices, scale=scale, impl=impl)
-
-
-@without_autocast
-def _run(
-    x: Tensor, indices: Tensor, weights: Tensor, *matrices: Tensor, scale: float, impl: str
-) -> Tensor:
-    """The op in the dtype of the matmuls."""
-    run = _OP.pick(impl, (x, weights), matrices[0].shape[0], max(MOST_ROWS, weights.numel()))
-    return run(x, indices, weights, *matrices, scale=scale).to(x.dtype)
+    run = _OP.pick(impl, (x, weights), E, max(MOST_ROWS, weights.numel()))
+    return run(x, indices, weights, *matrices, scale=scale).to(dtype)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.relu2.op import relu2
 
 
@@ -31,7 +31,7 @@ def grouped_low_rank(
     *,
     scale: float = 1.0,
 ) -> Tensor:
-    dtype, K = wide(x.dtype), indices.shape[1]
+    dtype, K = WIDE[x.dtype], indices.shape[1]
     order = indices.flatten().argsort(stable=True)  # [R], choices by expert
     product = _product(x, indices.flatten(), up_proj.shape[0], (up_proj, down_proj, up_a, down_a))
     # The backward pass of expand sums a token's K rows; that of an index_select would add up rows

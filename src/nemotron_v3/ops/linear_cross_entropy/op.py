@@ -7,10 +7,9 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_mixed
 from nemotron_v3.ops.common.precision import (
+    WIDE,
     as_promised,
     autocast_matmul_dtype,
-    wide,
-    without_autocast,
 )
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.common.targets import IGNORE_INDEX, refuse_outside
@@ -99,8 +98,8 @@ def linear_cross_entropy(
     """
     hidden, weight = _checked(hidden, weight, targets, ignore_index)
     options = {"ignore_index": ignore_index, "z_loss": z_loss, "per_token": per_token}
-    results = _run(hidden, weight, targets, options, _LOSS, impl)
-    dtype = wide(hidden.dtype)
+    results = _LOSS.pick(impl, (hidden, weight))(hidden, weight, targets, **options)
+    dtype = WIDE[hidden.dtype]
     if not per_token:
         return results.to(dtype)
     return TokenLosses(*as_promised(results, dtype, dtype, dtype))
@@ -131,9 +130,9 @@ def linear_log_probabilities(
         ValueError, IndexError: see `linear_cross_entropy`.
     """
     hidden, weight = _checked(hidden, weight, targets, ignore_index)
-    options = {"ignore_index": ignore_index}
-    results = _run(hidden, weight, targets, options, _LOG_PROBABILITIES, impl)
-    dtype = wide(hidden.dtype)
+    run = _LOG_PROBABILITIES.pick(impl, (hidden, weight))
+    results = run(hidden, weight, targets, ignore_index=ignore_index)
+    dtype = WIDE[hidden.dtype]
     return as_promised(results, dtype, dtype)
 
 
@@ -158,10 +157,3 @@ def _checked(
             f"hidden is {hidden.dtype} and the weight {weight.dtype}: cast one to the other's dtype"
         )
     return hidden.to(dtype), weight.to(dtype)
-
-
-@without_autocast
-def _run(
-    hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any], op: Op, impl: str
-) -> Any:
-    return op.pick(impl, (hidden, weight))(hidden, weight, targets, **options)

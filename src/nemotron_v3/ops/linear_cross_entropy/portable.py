@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_v3.ops.common.blocks import row_blocks
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.linear_cross_entropy._chunks import chunk_rows, sum_dtype
 
 
@@ -53,7 +53,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         counted = targets != ignore_index
         gradients = _Gradients(hidden, weight, *wanted)
-        log_p, log_z = hidden.new_empty((2, len(targets)), dtype=wide(hidden.dtype))
+        log_p, log_z = hidden.new_empty((2, len(targets)), dtype=WIDE[hidden.dtype])
         for rows, logits in _chunks(hidden, weight):
             for block in _softmax(rows, logits, targets, counted, log_p, log_z):
                 if gradients.wanted:
@@ -86,7 +86,7 @@ class _LogProbabilities(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor]:
         counted = targets != ignore_index
-        log_p, log_z = hidden.new_empty((2, len(targets)), dtype=wide(hidden.dtype))
+        log_p, log_z = hidden.new_empty((2, len(targets)), dtype=WIDE[hidden.dtype])
         for rows, logits in _chunks(hidden, weight):
             for _ in _softmax(rows, logits, targets, counted, log_p, log_z):
                 pass

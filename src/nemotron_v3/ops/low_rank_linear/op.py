@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import autocast_matmul_dtype, without_autocast
+from nemotron_v3.ops.common.precision import autocast_matmul_dtype
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.low_rank_linear import portable, reference
 from nemotron_v3.ops.registry import Op
@@ -58,20 +58,7 @@ def low_rank_linear(
             "(..., I), (O, I), (rank, I), (O, rank), (O,) or None"
         )
     dtype = autocast_matmul_dtype(x)
-    matrices = [m.to(dtype) for m in (weight, a, b)]
-    return _run(x.to(dtype), *matrices, None if bias is None else bias.to(dtype), scale, impl)
-
-
-@without_autocast
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    impl: str,
-) -> Tensor:
-    """The op in the dtype of the matmuls."""
+    x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
+    bias = None if bias is None else bias.to(dtype)
     run = _OP.pick(impl, (x, weight))
-    return run(x, weight, a, b, bias, scale=scale).to(x.dtype)
+    return run(x, weight, a, b, bias, scale=scale).to(dtype)

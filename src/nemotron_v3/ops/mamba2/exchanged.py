@@ -6,7 +6,7 @@ from torch import Tensor
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d.op import causal_conv1d
 from nemotron_v3.ops.common.exchange import StateExchange
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.gated_rms_norm.op import gated_rms_norm
 from nemotron_v3.ops.mamba2.arguments import Options, Tensors
 from nemotron_v3.ops.ssd.op import ssd
@@ -38,7 +38,7 @@ def mamba2(
     y, _ = ssd(
         x.unflatten(-1, (-1, head_dim)),
         dt,
-        -torch.exp(A_log.to(wide(A_log.dtype))),
+        -torch.exp(A_log.to(WIDE[A_log.dtype])),
         B.unflatten(-1, (n_groups, state_size)),
         C.unflatten(-1, (n_groups, state_size)),
         D=D,

@@ -11,7 +11,7 @@ from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_state
 from nemotron_v3.ops.common.no_tokens import of_no_tokens
-from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE, as_promised
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2 import portable, reference
 from nemotron_v3.ops.mamba2.arguments import Options, Tensors
@@ -63,7 +63,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def mamba2(
     zxbcdt: Tensor,
     conv_weight: Tensor,
@@ -102,7 +101,8 @@ def mamba2(
         layout: where the documents start.
         conv_states: `[n_docs, conv_dim, W]`, ssm_states: `[n_docs, H, P, N]`: the states before
             each document, zeros by default.
-        return_final_states: False where they are not needed: then they cost nothing.
+        return_final_states: False where they are not needed: the SSM's then cost nothing, and the
+            conv's a copy of W columns a document.
         exchange: see `ssd`; then no final states come back.
         impl: see `nemotron_v3.ops`.
 
@@ -143,4 +143,4 @@ def mamba2(
     )
     if not zxbcdt.shape[0]:
         results = (of_no_tokens(results[0], *tensors[1:]), *results[1:])
-    return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, wide(zxbcdt.dtype))
+    return as_promised(results, zxbcdt.dtype, zxbcdt.dtype, WIDE[zxbcdt.dtype])

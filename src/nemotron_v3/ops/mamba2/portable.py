@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.causal_conv1d import portable as conv
 from nemotron_v3.ops.causal_conv1d import portable_backward as conv_gradients
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.gated_rms_norm import portable as gated
 from nemotron_v3.ops.ssd import portable as ssd
@@ -48,7 +48,7 @@ def mamba2(
     _, xBC, _ = sizes.split(zxbcdt)
     borders = conv.borders_of(layout, conv_weight.shape[1])
     tiles = ssd.tiles_of(layout, sizes.by_head(xBC)[0], chunk_size)
-    A = -torch.exp(A_log.to(wide(A_log.dtype)))
+    A = -torch.exp(A_log.to(WIDE[A_log.dtype]))
     tensors = zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states
     settings = _Settings(sizes, borders, tiles, dt_limit, eps, needs_grad(*tensors))
     y, final_ssm = _Core.apply(*tensors, settings)
@@ -66,12 +66,12 @@ class _Sizes(NamedTuple):
     def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
         """z `[T, H*P]`, xBC `[T, conv_dim]` and dt `[T, H]`, views."""
         H, P, G, N = self
-        return zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
+        return zxbcdt.split_with_sizes([H * P, H * P + 2 * G * N, H], -1)
 
     def by_head(self, xBC: Tensor) -> list[Tensor]:
         """x `[T, H, P]`, B and C `[T, G, N]`, views."""
         H, P, G, N = self
-        x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+        x, B, C = xBC.split_with_sizes([H * P, G * N, G * N], -1)
         return [x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))]
 
 
@@ -108,9 +108,10 @@ class _Core(torch.autograd.Function):
         y = y.flatten(-2)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states),
+            *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states),
             *(xBC, y, *kept),
         )
+        ctx.initial_dtype = None if ssm_states is None else ssm_states.dtype
         ctx.settings = settings
         out = gated.normalise(y, z, norm_weight, sizes.H * sizes.P // sizes.G, eps)
         return out, final
@@ -119,8 +120,8 @@ class _Core(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint hands them out one time
-        inputs, (xBC, y, *kept) = saved[:9], saved[9:]
-        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states, ssm_states = inputs
+        inputs, (xBC, y, *kept) = saved[:8], saved[8:]
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_states = inputs
         sizes, borders, tiles, dt_limit, eps, _ = ctx.settings
         z, conv_inputs, dt = sizes.split(zxbcdt)
         dzxbcdt = torch.empty_like(zxbcdt, memory_format=torch.contiguous_format)
@@ -137,7 +138,7 @@ class _Core(torch.autograd.Function):
         x, B, C = sizes.by_head(xBC)
         dxBC = torch.empty_like(xBC)
         dsteps, dA, dD, dssm = ssd_gradients.backward(
-            *(x, steps.detach(), A, B, C, D, ssm_states),
+            *(x, steps.detach(), A, B, C, D, ctx.initial_dtype),
             kept,
             tiles,
             dy.unflatten(-1, (sizes.H, sizes.P)),

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.mamba2_step import portable, reference
 from nemotron_v3.ops.registry import Op
@@ -18,7 +17,6 @@ _OP = Op(
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def mamba2_step(
     zxbcdt: Tensor,
     conv_weight: Tensor,
@@ -59,7 +57,7 @@ def mamba2_step(
     rows, heads = zxbcdt.shape[0], A_log.shape[0]
     conv_shape = (rows, *conv_weight.shape)
     ssm_shape = (rows, heads, head_dim, state_size)
-    if tuple(conv_state.shape) != conv_shape or tuple(ssm_state.shape) != ssm_shape:
+    if conv_state.shape != conv_shape or ssm_state.shape != ssm_shape:
         raise ValueError(
             f"conv_state {tuple(conv_state.shape)} and ssm_state {tuple(ssm_state.shape)} do not "
             f"fit {rows} rows: {conv_shape} and {ssm_shape} are needed"
@@ -81,4 +79,4 @@ def mamba2_step(
         dt_limit=dt_limit,
         eps=eps,
     )
-    return y.to(zxbcdt.dtype)
+    return y if y.dtype == zxbcdt.dtype else y.to(zxbcdt.dtype)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.gated_rms_norm.portable import gated_rms_norm
 from nemotron_v3.ops.ssm_step.portable import ssm_step
 
@@ -27,14 +27,14 @@ def mamba2_step(
     eps: float = 1e-5,
 ) -> Tensor:
     H, P, G, N = A_log.shape[0], head_dim, n_groups, state_size
-    z, xBC, dt = zxbcdt.split([H * P, H * P + 2 * G * N, H], dim=-1)
+    z, xBC, dt = zxbcdt.split_with_sizes([H * P, H * P + 2 * G * N, H], -1)
     xBC = _conv_step(xBC, conv_weight, conv_bias, conv_state)
-    x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+    x, B, C = xBC.split_with_sizes([H * P, G * N, G * N], -1)
     y = ssm_step(
         ssm_state,
         x.unflatten(-1, (H, P)),
         dt,
-        -torch.exp(A_log.to(wide(A_log.dtype))),
+        -torch.exp(A_log.to(WIDE[A_log.dtype])),
         B.unflatten(-1, (G, N)),
         C.unflatten(-1, (G, N)),
         D=D,
@@ -46,8 +46,8 @@ def mamba2_step(
 
 def _conv_step(xBC: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
     """Push the newest input into the state `[rows, conv_dim, W]`; return the output after SiLU."""
-    state.copy_(torch.cat([state[..., 1:], xBC[..., None].to(state.dtype)], dim=-1))
-    dtype = wide(xBC.dtype)
+    state.copy_(torch.cat([state[..., 1:], xBC[..., None]], dim=-1))
+    dtype = WIDE[xBC.dtype]
     y = torch.linalg.vecdot(state.to(dtype), weight.to(dtype))
     if bias is not None:
         y = y.add_(bias.to(dtype))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.rms_norm import portable, reference
@@ -35,7 +34,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -65,4 +63,5 @@ def rms_norm(
             f"hidden states of shape (..., {weight.shape[0]})"
         )
     run = _OP.pick(impl, (x, weight), weight.shape[0])
-    return run(x, weight, eps, out_dtype).to(out_dtype or x.dtype)
+    out, dtype = run(x, weight, eps, out_dtype), out_dtype or x.dtype
+    return out if out.dtype == dtype else out.to(dtype)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_v3.ops.common.blocks import Workspace, block_elements, put_rows, row_blocks, rows_for
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.blocks import Workspace, at_once, put_rows, row_blocks, rows_for
+from nemotron_v3.ops.common.precision import WIDE
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    if not needs_grad(x, weight) and x.numel() <= block_elements(x.device):
-        x_wide = x.to(wide(x.dtype))
+    if at_once(x, weight):
+        x_wide = x.to(WIDE[x.dtype])
         n = (x_wide * _inverse_rms(x_wide, eps)).mul_(weight.to(x_wide.dtype))
         return n.to(out_dtype or x.dtype)
     rows = x.reshape(-1, weight.shape[0])
@@ -28,7 +28,7 @@ def rms_norm(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-        dtype = wide(x.dtype)
+        dtype = WIDE[x.dtype]
         out = x.new_empty(x.shape, dtype=out_dtype)
         for start, end in row_blocks(x.shape[0], x.shape[1], x.device):
             x_rows = x[start:end].to(dtype)
@@ -43,7 +43,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dtype = wide(x.dtype)
+        dtype = WIDE[x.dtype]
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dweight = weight.new_zeros(weight.shape, dtype=dtype)
         work = Workspace(x, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE, as_promised
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.router import portable, reference
@@ -41,7 +41,6 @@ _OP = Op(
 
 
 @_OP.public
-@without_autocast
 def router(
     x: Tensor,
     weight: Tensor,
@@ -100,7 +99,7 @@ def router(
         norm_topk_prob=norm_topk_prob,
         scaling_factor=scaling_factor,
     )
-    return as_promised(results, wide(x.dtype), torch.int64)
+    return as_promised(results, WIDE[x.dtype], torch.int64)
 
 
 def choose_experts(

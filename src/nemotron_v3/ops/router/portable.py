@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 
 
 def router(
@@ -21,7 +21,7 @@ def router(
     norm_topk_prob: bool = True,
     scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    dtype = wide(x.dtype)
+    dtype = WIDE[x.dtype]
     scores = F.linear(x.to(dtype), weight.to(dtype)).sigmoid()
     return choose(
         scores,

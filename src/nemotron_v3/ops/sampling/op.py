@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes
-from nemotron_v3.ops.common.precision import wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.slots import check_slots, check_workspace
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.sampling import portable, reference
@@ -40,7 +40,6 @@ _OP = Op(
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def sample(
     logits: Tensor,
     uniform: Tensor,
@@ -134,7 +133,7 @@ def _check(logits: Tensor, uniform: Tensor, numbers: dict[str, Tensor | None]) -
             "needed"
         )
     for name, tensor in numbers.items():
-        if tensor is not None and (tensor.shape != (R,) or wide(tensor.dtype) != tensor.dtype):
+        if tensor is not None and (tensor.shape != (R,) or tensor.dtype not in WIDE.values()):
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} in {tensor.dtype}: fp32 or wider ({R},) is needed"
             )

@@ -6,7 +6,7 @@ Nothing here depends on a value on the host, so a CUDA graph can hold it.
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.sampling.reference import NO_TOKEN
 
 
@@ -26,7 +26,7 @@ def sample(
     workspace: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    logits, on = logits.to(wide(logits.dtype)), active != 0
+    logits, on = logits.to(WIDE[logits.dtype]), active != 0
     is_finite = logits.amax(1).isfinite()  # NaN is the largest of all
     shaped = logits
     if seen is not None and penalty is not None:

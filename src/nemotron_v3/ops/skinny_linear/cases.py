@@ -42,13 +42,6 @@ CASES = (
     Case("rows-updated", 17, 97, (33, 70), norm=0, residual=True, ranks=(0, 16)),
     Case("rows-updated-groups", 5, 128, (40,), norm=32, wide=True, wide_stream=True, ranks=(20,)),
 )
-_ONE_ROW = (
-    Case("in_proj", 1, 2688, (10304,), norm=0),
-    Case("out_proj", 1, 4096, (2688,), norm=512, residual=True, wide=True),
-    Case("qkv", 1, 2688, (4096, 256, 256), norm=0),
-    Case("o_proj", 1, 4096, (2688,), residual=True),
-    Case("head", 1, 2688, (131072,), norm=0),
-)
 
 
 def make_inputs(

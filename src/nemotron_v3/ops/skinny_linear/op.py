@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed
 from nemotron_v3.ops.common.low_rank import LowRank
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.skinny_linear import portable, reference
 from nemotron_v3.ops.skinny_linear.norm import Norm
@@ -39,7 +38,6 @@ _OP = Op(
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def skinny_linear(
     x: Tensor,
     *weights: Tensor,

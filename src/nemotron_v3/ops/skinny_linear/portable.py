@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nemotron_v3.ops.common.low_rank import LowRank, with_update
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.skinny_linear.norm import Norm
 
 
@@ -20,7 +20,7 @@ def skinny_linear(
 ) -> Tensor:
     kind = weights[0].dtype
     if norm is not None:
-        grouped = x.to(wide(kind)).unflatten(1, (-1, norm.group or x.shape[1]))
+        grouped = x.to(WIDE[kind]).unflatten(1, (-1, norm.group or x.shape[1]))
         scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + norm.eps)
         x = (grouped * scale).flatten(1) * norm.weight.to(scale.dtype)
     x = x.to(kind)

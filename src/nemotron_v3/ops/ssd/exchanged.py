@@ -1,4 +1,6 @@
-"""The scan of documents whose other parts lie elsewhere, in plain PyTorch (README.md, 'Parts').
+"""The scan for context parallelism: pieces of documents exchange the states at their ends.
+
+README.md, 'Parts', has the equations.
 
 Letters: T packed tokens, n_docs pieces of documents, n tokens of one, H heads, P head width, G
 groups, N state.
@@ -16,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.exchange import StateExchange
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.step_sizes import step_sizes
 
 
@@ -35,7 +37,7 @@ def ssd(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`scan`, a form of `ops.ssd`, of pieces whose states are exchanged."""
-    steps = step_sizes(dt, dt_bias, dt_limit).to(wide(x.dtype))
+    steps = step_sizes(dt, dt_bias, dt_limit).to(WIDE[x.dtype])
     ends, decays = end_states(x, steps, A, B, layout)
     initial = _Exchange.apply(ends, decays, exchange)
     options |= {"dt_bias": dt_bias, "dt_limit": dt_limit, "layout": layout}
@@ -53,7 +55,7 @@ def end_states(
     Args:
         dt: `[T, H]` after bias, softplus and limits.
     """
-    dtype, G = wide(x.dtype), B.shape[1]
+    dtype, G = WIDE[x.dtype], B.shape[1]
     ends, decays = [], []
     streams = (x.to(dtype), dt.to(dtype), B.to(dtype))
     for x, dt, B in zip(*(t.split(list(layout.lengths)) for t in streams), strict=True):

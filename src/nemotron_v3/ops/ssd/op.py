@@ -8,7 +8,7 @@ from torch import Tensor
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.exchange import StateExchange
 from nemotron_v3.ops.common.host import refuse_dtypes, refuse_mixed, refuse_state
-from nemotron_v3.ops.common.precision import as_promised, wide, without_autocast
+from nemotron_v3.ops.common.precision import WIDE, as_promised, without_autocast
 from nemotron_v3.ops.common.selfcheck import Check
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssd import exchanged, portable, reference
@@ -74,11 +74,14 @@ def ssd(
         dt_bias: `[H]` or None.
         dt_limit: bounds of dt after the softplus.
         layout: where the documents start.
-        chunk_size: tokens of a chunk, at least 1; it changes rounding and speed only.
+        chunk_size: tokens of a chunk, at least 1. It changes no mathematics: the portable form on
+            a CPU cuts tiles of at most so many, and of at most 64; kernels have a size of their
+            own.
         initial_states: `[n_docs, H, P, N]`; zeros by default.
         return_final_states: False where they are not needed: then they cost nothing.
-        exchange: what gives the initial states, of the states that the documents end with: where
-            they are parts of documents that go on elsewhere. None comes back of the final ones.
+        exchange: for documents that are cut into pieces over several processes: computes the
+            initial state of each piece here from what the pieces before it leave. Final states are
+            then not returned (None).
         impl: see `nemotron_v3.ops`.
 
     Returns:
@@ -113,7 +116,7 @@ def ssd(
         initial_states=initial_states,
         return_final_states=return_final_states,
     )
-    return as_promised(results, x.dtype, wide(x.dtype))
+    return as_promised(results, x.dtype, WIDE[x.dtype])
 
 
 def _check(

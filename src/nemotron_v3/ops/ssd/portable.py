@@ -10,8 +10,9 @@ With `a_i` the sum of `dt A` over the tokens of the tile up to and including i,
     S_out = exp(a_last) S_in + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
 D stands on the diagonal of the first sum's matrix. Heads of a group share B and C: their products
-run once a group, never on a copy per head. The backward pass keeps the inputs, the states between
-tiles, `S_in C` and `C B^T`, and computes everything else again: memory is linear in the length.
+run once a group, never on a copy per head. The backward pass keeps the inputs (of the initial
+states their dtype alone), the states between tiles, `S_in C` and `C B^T`, and computes everything
+else again: memory is linear in the length.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_v3.layout import SequenceLayout
 from nemotron_v3.ops.common.blocks import Workspace, block_elements
-from nemotron_v3.ops.common.precision import needs_grad, wide
+from nemotron_v3.ops.common.precision import WIDE, needs_grad
 from nemotron_v3.ops.common.step_sizes import step_sizes
 from nemotron_v3.ops.ssd.portable_backward import backward
 from nemotron_v3.ops.ssd.slab import (
@@ -58,7 +59,7 @@ def ssd(
     return_final_states: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     tiles = tiles_of(layout, x, chunk_size)
-    dt = step_sizes(dt, dt_bias, dt_limit).to(wide(x.dtype))
+    dt = step_sizes(dt, dt_bias, dt_limit).to(WIDE[x.dtype])
     keep = needs_grad(x, dt, A, B, C, D, initial_states)
     y, final = _Scan.apply(x, dt, A, B, C, D, initial_states, tiles, keep)
     return y, final if return_final_states else None
@@ -80,16 +81,19 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, final, kept = scan(x, dt, A, B, C, D, initial_states, tiles, keep)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, dt, A, B, C, D, initial_states, *kept)
+        ctx.save_for_backward(x, dt, A, B, C, D, *kept)
+        ctx.initial_dtype = None if initial_states is None else initial_states.dtype
         ctx.tiles = tiles
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, initial_states, *kept = ctx.saved_tensors
+        x, dt, A, B, C, D, *kept = ctx.saved_tensors
         streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C)]
-        others = backward(x, dt, A, B, C, D, initial_states, kept, ctx.tiles, dy, dfinal, streams)
+        others = backward(
+            x, dt, A, B, C, D, ctx.initial_dtype, kept, ctx.tiles, dy, dfinal, streams
+        )
         dx, dB, dC = streams
         ddt, dA, dD, dinitial = others
         return dx, ddt, dA, dB, dC, dD, dinitial, None, None
@@ -120,7 +124,7 @@ def scan(
     That is, for each slab, the states that its tiles meet, `[n, H, P, N]`, `S_in C_i`, `[n*G, q,
     R*P]`, and `C_i . B_j`, `[n*G, q, q]`; without `keep` the list is empty.
     """
-    sizes, dtype = Sizes(x, B), wide(x.dtype)
+    sizes, dtype = Sizes(x, B), WIDE[x.dtype]
     state = x.new_zeros(tiles.documents, sizes.H, sizes.P, sizes.N, dtype=dtype)
     if initial_states is not None:
         state.copy_(initial_states)

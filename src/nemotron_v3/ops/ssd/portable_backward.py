@@ -30,7 +30,7 @@ def backward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    initial_states: Tensor | None,
+    initial_dtype: torch.dtype | None,
     kept: Sequence[Tensor],
     tiles: Tiles,
     dy: Tensor | None,
@@ -40,6 +40,7 @@ def backward(
     """Gradients of dt, A, D and the initial states.
 
     Args:
+        initial_dtype: of the initial states; None where there are none.
         kept: what `scan` kept.
         streams: where the gradients of x, B and C are written.
     """
@@ -58,7 +59,7 @@ def backward(
             gradients.add(slab, some, decays, sums, *kept[end - 3 : end])
             end -= 3
         gradients.add_steps(run.whole, decays, sums)
-    dinitial = None if initial_states is None else dstate.to(initial_states.dtype)
+    dinitial = None if initial_dtype is None else dstate.to(initial_dtype)
     return (*gradients.results(), dinitial)
 
 

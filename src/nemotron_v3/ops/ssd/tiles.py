@@ -117,7 +117,7 @@ def _cut(layout: SequenceLayout, Q: int, slab_tokens: int) -> Tiles:
         _run(size, by_size[size], slab_tokens, layout.device)
         for size in sorted(by_size, reverse=True)
     ]
-    return Tiles(tuple(runs), layout.num_documents)
+    return Tiles(tuple(runs), len(layout.lengths))
 
 
 def _run(size: int, tiles: list[_Tile], slab_tokens: int, device: torch.device) -> Run:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import without_autocast
 from nemotron_v3.ops.registry import Op
 from nemotron_v3.ops.ssm_step import portable, reference
 
@@ -12,7 +11,6 @@ _OP = Op("ssm_step", reference=reference.ssm_step, portable=portable.ssm_step)
 
 @_OP.public
 @torch.no_grad()
-@without_autocast
 def ssm_step(
     state: Tensor,
     x: Tensor,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemotron_v3.ops.common.precision import wide
+from nemotron_v3.ops.common.precision import WIDE
 from nemotron_v3.ops.common.step_sizes import step_sizes
 
 
@@ -21,7 +21,7 @@ def ssm_step(
 ) -> Tensor:
     rows, H, P, N = state.shape
     G = B.shape[1]
-    dtype = wide(state.dtype)
+    dtype = WIDE[state.dtype]
     S = state.to(dtype)  # the state itself where it is wide already: updated in place
     dt = step_sizes(dt, dt_bias, dt_limit).to(dtype)
     x_wide = x.to(dtype)

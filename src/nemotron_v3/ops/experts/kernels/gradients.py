@@ -114,7 +114,6 @@ def weights_kernel(
     out,
     source,
     offsets,
-    E,
     M,
     N,
     stride_a,

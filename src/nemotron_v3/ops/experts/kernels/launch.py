@@ -215,7 +215,7 @@ def weights_product(
         *(a, b),
         _descriptor(dense, [tiles.k, width]) if descriptor else None,
         _descriptor(dense, [tiles.k, last_width]) if descriptor and last else None,
-        *(out, where.source, where.offsets, E, M, N, a.stride(0), b.stride(0), tiles, mode),
+        *(out, where.source, where.offsets, M, N, a.stride(0), b.stride(0), tiles, mode),
         num_warps=tiles.warps,
     )
 
