@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemotron_v3.cache import NemotronHybridCache
     from nemotron_v3.checkpoint import from_pretrained, save_pretrained
     from nemotron_v3.config import BackendConfig, MoEConfig, NemotronV3Config
+    from nemotron_v3.config.threads import settle_threads
     from nemotron_v3.layout import SequenceLayout
     from nemotron_v3.model.model import NemotronV3ForCausalLM, NemotronV3Model
     from nemotron_v3.model.optim import parameter_groups
@@ -35,6 +36,7 @@ __all__ = [
     "report",
     "save_pretrained",
     "segmented",
+    "settle_threads",
 ]
 
 # Where a public name comes from. A name is imported when somebody asks for it (PEP 562): torch
@@ -52,6 +54,7 @@ _SOURCES = {
     "report": "model.report",
     "save_pretrained": "checkpoint",
     "segmented": "model.segmented",
+    "settle_threads": "config.threads",
 }
 # Rooms that need torch and safetensors alone, as attributes of the package.
 _ROOMS = ("cache", "checkpoint", "config", "layers", "layout", "model", "ops")

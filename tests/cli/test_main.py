@@ -65,7 +65,11 @@ def test_python_m_is_the_command():
     ("args", "told"),
     [
         (["inspekt", "x"], "Available subcommands: convert, demo, eval, generate, inspect"),
-        (["demo", "--stepz", "3"], "Unrecognized options: --stepz, 3. Perhaps you meant: --steps"),
+        (["demo", "--stepz", "3"], "demo has no option --stepz: did you mean --steps? "),
+        (["train", "--optimizer.lr", "3"], "did you mean --optimizer.learning-rate? "),
+        (["train", "--optimizer.learningrate=3"], "did you mean --optimizer.learning-rate? "),
+        (["train", "--lr", "3"], "--lr: did you mean --optimizer.learning-rate? "),
+        (["train", "--quux", "3"], "train has no option --quux: nemotron-v3 train --help shows"),
         (["inspect", "x", "--seq-len", "many"], "--seq-len: invalid literal for int()"),
         (["inspect"], "Missing from nemotron-v3 inspect: STR name of a released model"),
         (["generate", "x", "--temperature"], "--temperature"),

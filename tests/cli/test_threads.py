@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from nemotron_v3.cli.threads import SPIN, settle_threads
+from nemotron_v3.cli.threads import settle_threads
+from nemotron_v3.config.threads import SPIN
 
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 

@@ -168,7 +168,7 @@ def test_a_saved_data_set_gives_the_rows_of_its_split(tmp_path):
 
 def test_chats_need_a_template_that_fits(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("hi", "yes")])
-    assert f"{path}: it holds chats (messages), and there is no chat_template" in refused(
+    assert f"{path}: it holds chats (messages), and there is no chat template" in refused(
         tmp_path, path
     )
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from nemotron_v3.data.pretrained import PretrainedTokenizer
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.generation import Chat, ChatTemplate, generate
 from tests.generation.samples import Bytes
 from tests.models import tiny_model
@@ -199,3 +201,12 @@ class Noting(Bytes):
     def encode(self, text):
         self.texts.append(text)
         return super().encode(text)
+
+
+def test_a_tokenizer_that_adds_tokens_is_refused(model):
+    """A chat would begin with one that no chat in training begins with."""
+    made = Tokenizer.train(["a b"], 258).backend
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"tokens \[0\] around .*add_special_tokens=False"):
+        Chat(model, PretrainedTokenizer(made), template)
+    Chat(model, PretrainedTokenizer(made, add_special_tokens=False), template)

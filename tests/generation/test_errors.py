@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron_v3.cache import NemotronHybridCache
-from nemotron_v3.generation import generate, stream
+from nemotron_v3.generation import GenerationOptions, generate, stream
 from tests.generation.samples import Bytes
 from tests.models import tiny_model, tokens
 
@@ -135,3 +135,8 @@ def test_a_cache_that_holds_the_whole_prompt_is_left_alone(model):
 def test_a_foreign_cache_is_named(model):
     with pytest.raises(TypeError, match="past_key_values is a dict"):
         generate(model, tokens(1, 4), past_key_values={})
+
+
+def test_a_seed_without_draws_is_refused():
+    with pytest.raises(ValueError, match="seed=3 has no effect without do_sample=True: add it"):
+        GenerationOptions.of({"seed": 3})

@@ -264,7 +264,7 @@ def test_another_model_or_a_folder_in_use_is_refused_and_nothing_changes(options
         ({"schedule": ScheduleOptions(steps=50), "data": made_up_options(epochs=1.0)}, "ends aft"),
         ({"model": ModelOptions()}, "there is no model"),
         ({"optimizer": OptimizerOptions(learning_rate=0.0)}, "learning_rate is 0.0"),
-        ({"model": ModelOptions(path="x", device="cuda:7")}, "tokenizer.json|nothing can be"),
+        ({"model": ModelOptions(path="x", device="cuda:7")}, "x does not exist|nothing can be"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(options, changes, message):

@@ -217,6 +217,16 @@ class ChatTemplate:
         return before if behind.startswith(" ") else before.rstrip()
 
 
+def template_folder(folder: Path, adapter: Path | None = None) -> Path:
+    """Where the chat template of a checkpoint with an adapter is: beside the adapter where there is
+    a file of one, for what it was trained with counts; else with the checkpoint.
+
+    Raises:
+        ValueError: a file of the adapter's cannot be read.
+    """
+    return adapter if adapter is not None and _files(adapter) else folder
+
+
 def read_special_tokens(folder: str | PathLike[str]) -> dict[str, str]:
     """The special tokens' texts by name, of a checkpoint's folder; what it does not say is absent.
 

@@ -38,8 +38,11 @@ from nemotron_v3.checkpoint.reader import Checkpoint, open_checkpoint
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, replacing
 from nemotron_v3.checkpoint.side_files import (
     MORE_TEMPLATES,
+    is_template,
     names_in,
     read_side_files,
+    templates_in,
+    with_templates,
     write_side_files,
 )
 from nemotron_v3.checkpoint.spelling import (
@@ -76,7 +79,8 @@ def convert(
     options, but only a block of a million elements of it is in memory at a time. It is read again
     and compared bit for bit before it takes its place; a conversion that is killed or fails leaves
     what was in `target`, and nothing that loads where there was nothing. Tokenizer, chat template
-    and generation_config.json are copied along.
+    and generation_config.json are copied along; a chat template beside the adapter takes the place
+    of the source's.
 
     Args:
         source: as for `from_pretrained`.
@@ -120,7 +124,8 @@ class Conversion:
     """A conversion that was planned, and checked as far as headers tell.
 
     `checkpoint` is read by `plan`, `files` are written with `config`; `prefix` and `experts` are
-    how they are spelled; `copied` names side files, `left_behind` files that are not carried along;
+    how they are spelled; `copied` names side files, `left_behind` files that are not carried along,
+    `templates` are the adapter's chat templates;
     `layers` are those converted, None for all.
     """
 
@@ -137,6 +142,7 @@ class Conversion:
     overwrite: bool
     copied: tuple[str, ...]
     left_behind: tuple[str, ...]
+    templates: Mapping[str, bytes]
 
     @property
     def pieces(self) -> list[StoredPiece]:
@@ -184,7 +190,8 @@ class Conversion:
                 (directory / INDEX).write_text(index_text(self.files))
             source = self.checkpoint
             held = read_side_files(source.path, source.directory, HF_QUANT_CONFIG in self.copied)
-            write_side_files(directory, {name: held[name] for name in self.copied})
+            files = {name: held[name] for name in self.copied if name not in self.templates}
+            write_side_files(directory, with_templates(files, self.templates))
             self.config.to_json(directory / CONFIG)
             return self._prove(directory, progress)
 
@@ -287,6 +294,9 @@ def plan_conversion(
         pieces = _Pieces(checkpoint, plan, spelling, change, dtype).all(tensors)
     files = spelling.files(pieces, max_shard_size)
     copied, left_behind = _side_files(checkpoint.path, Path(target), kept)
+    templates = {} if adapter is None else templates_in(Path(adapter))
+    if templates:
+        copied = (*(name for name in copied if not is_template(name)), *templates)
     _check_target(Path(target), copied, overwrite)
     _check_room(Path(target), sum(map(nbytes, pieces)))
     return Conversion(
@@ -303,6 +313,7 @@ def plan_conversion(
         overwrite=overwrite,
         copied=copied,
         left_behind=left_behind,
+        templates=templates,
     )
 
 

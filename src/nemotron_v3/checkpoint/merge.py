@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from nemotron_v3.checkpoint.convert_adapter import Adapter, read_adapter
 from nemotron_v3.checkpoint.convert_pieces import Part
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.plan import tensors_of
+from nemotron_v3.checkpoint.side_files import templates_in, with_templates
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 
 
@@ -18,7 +20,8 @@ def merge_adapter(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> Adap
     """Merge the LoRA adapter in the directory `path` into the model's weights, in place.
 
     The weights become those that `convert(adapter=path)` writes: `W + scale * B A`, computed in
-    fp32 or wider and rounded once (arXiv 2106.09685; with magnitudes DoRA, arXiv 2402.09353).
+    fp32 or wider and rounded once (arXiv 2106.09685; with magnitudes DoRA, arXiv 2402.09353). The
+    chat template beside the adapter, if there is one, is saved with the model in place of its own.
 
     Args:
         model: a native model with all the layers that the adapter was trained on.
@@ -43,6 +46,10 @@ def merge_adapter(model: NemotronV3ForCausalLM, path: str | os.PathLike) -> Adap
     for name in adapter.tensors:
         for target, source in _changes(adapter, weights, name):
             target.copy_(source)
+    origin = model.checkpoint_origin
+    if origin is not None:
+        files = with_templates(origin.side_files, templates_in(adapter.path))
+        model.checkpoint_origin = replace(origin, side_files=files)
     return adapter
 
 

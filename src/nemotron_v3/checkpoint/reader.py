@@ -30,6 +30,7 @@ from nemotron_v3.checkpoint.refuse import refuse_narrow, refuse_without_weights
 from nemotron_v3.checkpoint.replace import CONFIG, INDEX, SINGLE, is_plain_name, whole_copy
 from nemotron_v3.checkpoint.side_files import read_side_files
 from nemotron_v3.config.files import MAX_CONFIG_BYTES, exists
+from nemotron_v3.config.missing import NOT_FETCHED
 from nemotron_v3.config.source import Source, of_text_model
 
 MAX_CONFIG_KEYS = 1000
@@ -269,13 +270,9 @@ def _open_whole(path: Path, read: Callable[[Path, Path], _Read]) -> _Read:
     """What `read` makes of the directory asked for and the one that the checkpoint lies in, while
     nobody replaces it."""
     if not path.is_dir():
-        way_out = (
-            "give the directory it lies in"
-            if path.exists()
-            else "nothing is fetched from the network here: download the release, then give its "
-            "directory"
-        )
-        raise CheckpointError(f"{str(path)!r} is not a directory: {way_out}")
+        if not path.exists():
+            raise CheckpointError(f"{str(path)!r} does not exist: {NOT_FETCHED}")
+        raise CheckpointError(f"{str(path)!r} is not a directory: give the directory it lies in")
     try:
         for _ in range(3):
             directory = whole_copy(path)

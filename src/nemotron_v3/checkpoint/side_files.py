@@ -12,12 +12,16 @@ from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
 from nemotron_v3.config.files import exists, parse_object, read_bytes
 
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE, _LEGACY_TEMPLATE = "chat_template.jinja", "chat_template.json"
 SIDE_FILES = (
-    GENERATION_CONFIG, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    GENERATION_CONFIG, "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    TEMPLATE, _LEGACY_TEMPLATE,
 )  # fmt: skip
 """What is taken along with the weights, byte for byte. Code is not."""
+OF_WEIGHTS = (GENERATION_CONFIG, HF_QUANT_CONFIG)
+"""Those that are no tokenizer's and no template's."""
 MORE_TEMPLATES = "additional_chat_templates"
 """A folder of chat templates, which is taken along too."""
 
@@ -66,6 +70,35 @@ def read_side_files(path: Path, directory: Path, narrow: bool = False) -> dict[s
     return found
 
 
+def templates_in(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's chat templates; those in a `tokenizer_config.json` are not among
+    them."""
+    names = [n for n in names_in(folder) if is_template(n) and n != _LEGACY_TEMPLATE]
+    return {name: read_bytes(folder / name, MAX_BYTES) for name in names}
+
+
+def with_templates(files: Mapping[str, bytes], templates: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Side files with other chat templates than their own, where there are some.
+
+    Raises:
+        CheckpointError: the tokenizer_config.json among `files` is no JSON object.
+    """
+    if not templates:
+        return dict(files)
+    kept = {name: raw for name, raw in files.items() if not is_template(name)}
+    if TOKENIZER_CONFIG in kept:
+        about = _parsed(kept[TOKENIZER_CONFIG], TOKENIZER_CONFIG)
+        if about.pop("chat_template", None) is not None:
+            text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+            kept[TOKENIZER_CONFIG] = text.encode("utf-8", "surrogatepass")
+    return kept | dict(templates)
+
+
+def is_template(name: str) -> bool:
+    """Whether a side file is a chat template."""
+    return name in (TEMPLATE, _LEGACY_TEMPLATE) or name.startswith(f"{MORE_TEMPLATES}/")
+
+
 def read_generation_config(files: Mapping[str, bytes], path: Path) -> dict[str, Any] | None:
     """What the generation config among `files` says; None where there is none.
 
@@ -73,11 +106,12 @@ def read_generation_config(files: Mapping[str, bytes], path: Path) -> dict[str, 
         CheckpointError: it is no JSON object.
     """
     raw = files.get(GENERATION_CONFIG)
-    if raw is None:
-        return None
-    where = path / GENERATION_CONFIG
+    return None if raw is None else _parsed(raw, str(path / GENERATION_CONFIG))
+
+
+def _parsed(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        return parse_object(raw.decode("utf-8"), str(where))
+        return parse_object(raw.decode("utf-8"), where)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where} is no UTF-8 text: byte {error.start}") from None
     except ValueError as error:

@@ -33,6 +33,7 @@ class Conversation:
         path: its checkpoint, which holds the tokenizer and the chat template.
         system: the system message, if any.
         arguments: further ones of `nemotron_v3.generation.Chat`.
+        adapter: that was merged into the model; a chat template beside it is taken.
 
     Raises:
         ValueError: no tokenizer or template, or an option that cannot be obeyed.
@@ -44,13 +45,17 @@ class Conversation:
         path: Path,
         system: str | None,
         arguments: dict[str, Any],
+        adapter: Path | None = None,
     ):
         from nemotron_v3.chat import MARKUP
+        from nemotron_v3.chat.template import template_folder
         from nemotron_v3.data.pretrained import PretrainedTokenizer
         from nemotron_v3.generation import Chat, ChatTemplate
 
         tokenizer = PretrainedTokenizer.load(path, add_special_tokens=False, keep=MARKUP)
-        self.chat: Chat = Chat(model, tokenizer, ChatTemplate.load(path), system, **arguments)
+        names = tokenizer.special_tokens
+        template = ChatTemplate.load(template_folder(path, adapter)).with_special_tokens(names)
+        self.chat: Chat = Chat(model, tokenizer, template, system, **arguments)
 
     def hold(self, first: str | None = None) -> None:
         """Talk until standard input ends; `first` is said at once."""

@@ -22,8 +22,8 @@ class Completion:
     """of which the script is"""
 
     def run(self) -> None:
-        from nemotron_v3.cli.main import VERBS
         from nemotron_v3.cli.options import read_verb
+        from nemotron_v3.cli.verbs import VERBS
 
         write = {"bash": bash, "zsh": zsh, "fish": fish}[self.shell]
         print(write([read_verb(verb) for verb in VERBS]), end="")

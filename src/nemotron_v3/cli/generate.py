@@ -66,7 +66,8 @@ class Generate:
             from nemotron_v3.cli.chat import Conversation
 
             first = prompts[0] if prompts else None
-            Conversation(model, self.path, self.system, arguments | options).hold(first)
+            talk = Conversation(model, self.path, self.system, arguments | options, self.adapter)
+            talk.hold(first)
             return
         tokens, lengths = self._stream(model, prompts, options)
         rows = [Continuation(*row) for row in zip(prompts, lengths, strict=True)]

@@ -12,22 +12,8 @@ from typing import Any, Protocol
 import nemotron_v3
 from nemotron_v3.cli.errors import in_words, status_of
 from nemotron_v3.cli.repeated import check_repeated
-from nemotron_v3.cli.terminal import one_line
-
-# A verb is the dataclass of that name in the file of the verb's name. Its fields are the options,
-# its docstring is the help text, and `run` does the work. These files import neither torch nor a
-# room before `run`, so that help and completion come at once.
-VERBS = {
-    "convert": "Convert",
-    "demo": "Demo",
-    "eval": "Eval",
-    "generate": "Generate",
-    "inspect": "Inspect",
-    "report": "Report",
-    "train": "Train",
-    "warm": "Warm",
-    "completion": "Completion",
-}
+from nemotron_v3.cli.terminal import told_lines
+from nemotron_v3.cli.verbs import VERBS
 
 MORE = "nemotron-v3 VERB --help shows the options of a verb, nemotron-v3 --version the version."
 
@@ -69,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = status_of(error)
         if status is None:
             raise
-        print(f"nemotron-v3: {one_line(in_words(error))}", file=sys.stderr)
+        print(f"nemotron-v3: {told_lines(in_words(error))}", file=sys.stderr)
         return status
 
 
@@ -99,7 +85,8 @@ def parse(args: Sequence[str]) -> Verb | None:
     except SystemExit as stopped:
         if not stopped.code:
             return None
-        raise ValueError(_plain(stderr.getvalue())) from None
+        told = _plain(stderr.getvalue())
+        raise ValueError(_of_unknown_option(told, args) or told) from None
     check_repeated(verb, args)
     return verb
 
@@ -122,6 +109,21 @@ def verbs(args: Sequence[str]) -> Any:
             more["default"] = cls.defaults(args[1:] if args[:1] == [verb] else ())
         classes.append(Annotated[cls, tyro.conf.subcommand(verb, prefix_name=False, **more)])
     return Union[tuple(classes)]  # noqa: UP007
+
+
+def _of_unknown_option(told: str, args: Sequence[str]) -> str | None:
+    """Of an option that a verb does not have, the ones that may be meant; None for other errors."""
+    unknown = re.match(r"Unrecognized options: (--[^\s,]+)", told)
+    if unknown is None or args[0] not in VERBS:
+        return None
+    from nemotron_v3.cli.nearest import nearest
+    from nemotron_v3.cli.options import read_verb
+
+    given = unknown[1].partition("=")[0]
+    flags = [option.flag for option in read_verb(args[0]).options if option.flag is not None]
+    found = " or ".join(nearest(given, flags))
+    meant = f"did you mean {found}? " if found else ""
+    return f"{args[0]} has no option {given}: {meant}nemotron-v3 {args[0]} --help shows all"
 
 
 def _plain(frame: str) -> str:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from nemotron_v3.cli.verbs import VERBS
+
 # `Positional[X]` is `Annotated[X, mark]`, and so are the others.
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 _APPEND = get_args(tyro.conf.UseAppendAction[tuple[int, ...]])[1]
@@ -54,8 +56,6 @@ class VerbOptions:
 
 def read_verb(verb: str) -> VerbOptions:
     """What `verb` takes, in order."""
-    from nemotron_v3.cli.main import VERBS
-
     cls = getattr(importlib.import_module(f"nemotron_v3.cli.{verb}"), VERBS[verb])
     summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
     options = (*_of_class(cls), Option("help", "--help", "show the options", takes_value=False))

@@ -1,6 +1,7 @@
 """What is written to a terminal or a pipe: tables that lose no digit, text that is only text."""
 
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -25,6 +26,15 @@ def harmless(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` as one harmless line: line breaks become spaces."""
     return harmless(" ".join(text.split()))
+
+
+def told_lines(text: str) -> str:
+    """`text` as one harmless line, but for the items of a list in it (`  - item`), which stand on
+    lines of their own where there are several."""
+    first, *items = re.split(r"\n\s*(?:- |(?=\.\.\. and ))", text)
+    if len(items) < 2:
+        return one_line(" ".join([first, *items]))
+    return "\n".join([one_line(first), *(f"  - {one_line(item)}" for item in items)])
 
 
 def new_table(*headings: str, title: str | None = None) -> "Table":

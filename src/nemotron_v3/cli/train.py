@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nemotron_v3.cli.quiet import quiet_imports
 from nemotron_v3.cli.threads import settle_threads
 from nemotron_v3.data.options import DataOptions, Source
 from nemotron_v3.train.options import TrainOptions
@@ -154,7 +155,8 @@ def _adapters(options: TrainOptions) -> Any:
     if not options.lora.rank:
         return None
     try:
-        from nemotron_v3.hf import lora
+        with quiet_imports():
+            from nemotron_v3.hf import lora
     except ImportError as error:
         raise ValueError(
             f"LoRA needs PEFT and transformers ({error}): pip install 'nemotron-v3[hf]'"

@@ -6,6 +6,10 @@ from pathlib import Path
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 RUN = "train.toml"
+NOT_FETCHED = (
+    "give the folder of a checkpoint; a released one is downloaded first, for nothing is fetched "
+    "from the network here"
+)
 
 
 def no_config(folder: str | os.PathLike[str]) -> str:
@@ -14,9 +18,11 @@ def no_config(folder: str | os.PathLike[str]) -> str:
 
 
 def instead_of_a_model(folder: str | os.PathLike[str]) -> str | None:
-    """What a folder holds in a model's place, and the way out; None where it is neither an adapter
-    nor a run."""
+    """What a folder holds in a model's place, or that it is not there, and the way out; None where
+    it is there and neither an adapter nor a run."""
     folder = Path(folder)
+    if not folder.exists():
+        return f"{folder} does not exist: {NOT_FETCHED}"
     if (folder / CONFIG).exists():
         return None
     if (folder / ADAPTER).is_file():
@@ -24,7 +30,8 @@ def instead_of_a_model(folder: str | os.PathLike[str]) -> str | None:
         return (
             f"{folder} is a LoRA adapter{f' of {base}' if base else ''}: give "
             f"{base or 'the checkpoint that it was trained on'}, with the adapter beside it "
-            f"(--adapter {folder})"
+            f"(generate and eval --adapter {folder}), or merge both first "
+            f"(nemotron-v3 convert {base or 'BASE'} MERGED --adapter {folder})"
         )
     if (folder / RUN).is_file():
         return (

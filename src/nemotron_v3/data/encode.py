@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -62,7 +63,8 @@ class Encoder:
 
     Attributes:
         backend: the tokeniser.
-        literal: whether a special token's spelling in a text is text like any other.
+        literal: whether a special token's spelling in a text is text like any other; in a chat it
+            is that token, since the template writes it.
         before, behind: token ids around each document that is no chat.
         template: for chats, or None.
         train_on: which tokens of chats are targets.
@@ -164,7 +166,12 @@ class Encoder:
 
     def _checked_template(self) -> ChatTemplate:
         if self.template is None:
-            raise ValueError("it holds chats (messages), and there is no chat_template: give one")
+            raise ValueError(
+                "it holds chats (messages), and there is no chat template: put one into the "
+                "checkpoint's folder (chat_template.jinja), or give it (train --data.chat-template "
+                "FILE, eval --chat-template FILE, in Python chat_template), with {% generation %} "
+                "and {% endgeneration %} around what the assistant writes"
+            )
         if self.train_on == "assistant" and not self.template.marks_assistant:
             raise ValueError(
                 "the chat template marks no assistant's words, which alone are to be learnt: put "
@@ -191,11 +198,7 @@ class Encoder:
         """The ids of each text, none for one that is blank."""
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
-            # The fast one does not say which characters a token stands for.
-            plain = all(text.spans is None for text in batch)
-            encode = self.backend.encode_batch_fast if plain else self.backend.encode_batch
-            found = encode([text.text for text in batch], add_special_tokens=False)
-            for text, encoding in zip(batch, found, strict=True):
+            for text, encoding in zip(batch, self._encodings(batch), strict=True):
                 if not text.text.strip():
                     yield []
                 elif not text.is_chat:
@@ -204,6 +207,18 @@ class Encoder:
                     yield encoding.ids
                 else:
                     yield only_in(text.spans, encoding.ids, encoding.offsets)
+
+    def _encodings(self, batch: Sequence["_Text"]) -> Iterator[tokenizers.Encoding]:
+        # The fast one does not say which characters a token stands for.
+        plain = all(text.spans is None for text in batch)
+        encode = self.backend.encode_batch_fast if plain else self.backend.encode_batch
+        for are_chats, group in groupby(batch, lambda text: text.is_chat):
+            self.backend.encode_special_tokens = self.literal and not are_chats
+            try:
+                found = encode([text.text for text in group], add_special_tokens=False)
+            finally:
+                self.backend.encode_special_tokens = self.literal
+            yield from found
 
 
 @dataclass(frozen=True)

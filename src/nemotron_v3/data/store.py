@@ -18,7 +18,7 @@ from torch import Tensor
 from nemotron_v3.config.files import read_object
 
 TOKENS, LENGTHS, SIZES, ABOUT = "tokens.bin", "lengths.bin", "sizes.bin", "about.json"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

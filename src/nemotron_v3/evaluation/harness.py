@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from nemotron_v3.chat import ChatTemplate
-from nemotron_v3.chat.template import read_special_tokens
+from nemotron_v3.chat.template import read_special_tokens, template_folder
 from nemotron_v3.checkpoint import from_pretrained, merge_adapter
 from nemotron_v3.data.pretrained import PretrainedTokenizer
 from nemotron_v3.evaluation.forks import Fed, Forks
@@ -106,6 +106,7 @@ class NemotronV3LM(TemplateLM):
                 raise ValueError("a model in memory has no tokenizer: give one, or its folder")
             tokenizer = PretrainedTokenizer.load(folder)
         self.model, self.text, self._folder = model, tokenizer, folder
+        self._adapter = None if adapter is None else Path(adapter)
         self._template = template
         self._device = model.model.embeddings.weight.device
         self._world = world if world is not None else World(0, 1, self._device)
@@ -164,7 +165,8 @@ class NemotronV3LM(TemplateLM):
         if self._template is None:
             if self._folder is None:
                 raise ValueError("a model in memory has no chat template: give one")
-            self._template = ChatTemplate.load(self._folder)
+            where = template_folder(self._folder, self._adapter)
+            self._template = ChatTemplate.load(where).with_special_tokens(self.text.special_tokens)
         return self._template
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemotron_v3.chat import ChatTemplate
+from nemotron_v3.chat.template import template_folder
 from nemotron_v3.checkpoint import from_pretrained, merge_adapter, open_checkpoint
 from nemotron_v3.checkpoint.audit import read_config
 from nemotron_v3.config import NemotronV3Config
@@ -151,8 +152,9 @@ def _opened(candidate: Candidate, options: EvalOptions, tell: Tell) -> Iterator[
         encoder, stores = None, []
         if options.sources:
             told = options
-            if options.chat_template is None and _has_template(candidate.path):
-                told = replace(options, chat_template=str(candidate.path))
+            folder = template_folder(candidate.path, candidate.adapter)
+            if options.chat_template is None and _has_template(folder):
+                told = replace(options, chat_template=str(folder))
             encoder = _encoder(PretrainedTokenizer.load(candidate.path), told, config)
             stores = stack.enter_context(_stores(encoder, options, config.vocab_size, tell))
         yield _Subject(candidate, config, encoder, stores)
@@ -287,7 +289,7 @@ def _check_out(out: Path | None, overwrite: bool, resume: bool) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: make it, or give another file to write to")
     if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: give another name, or overwrite")
+        raise ValueError(f"{out} exists: give another name, or overwrite it (--overwrite)")
 
 
 def _identity(subjects: Sequence[_Subject], options: EvalOptions) -> dict[str, Any]:

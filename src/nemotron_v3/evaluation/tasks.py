@@ -5,6 +5,8 @@ import difflib
 import math
 from typing import TYPE_CHECKING, Any
 
+from nemotron_v3.chat import ChatTemplate
+from nemotron_v3.chat.template import template_folder
 from nemotron_v3.data.pretrained import PretrainedTokenizer
 from nemotron_v3.evaluation.options import Candidate, TaskOptions
 from nemotron_v3.evaluation.result import CheckpointResult, TaskMetric
@@ -86,10 +88,15 @@ def run_tasks(
             raise Interrupted
 
     tokenizer = PretrainedTokenizer.load(candidate.path)
+    template = None
+    if options.chat_template:
+        folder = template_folder(candidate.path, candidate.adapter)
+        template = ChatTemplate.load(folder).with_special_tokens(tokenizer.special_tokens)
     harness_model = NemotronV3LM(
         model,
         tokenizer,
         folder=candidate.path,
+        template=template,
         window=window,
         batch_size=options.batch_size,
         world=around.world,

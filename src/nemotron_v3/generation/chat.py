@@ -25,7 +25,9 @@ class Chat:
     Args:
         model: the model.
         tokenizer: its `encode` must read the template's special tokens as such, and its `decode`
-            must write the tags around thoughts and tool calls (`nemotron_v3.chat.MARKUP`).
+            must write the tags around thoughts and tool calls (`nemotron_v3.chat.MARKUP`). It adds
+            no token of its own around a text: `PretrainedTokenizer.load(folder,
+            add_special_tokens=False, keep=MARKUP)`.
         template: makes a prompt of the messages.
         system: the system message, if any.
         tools: what the model may call: JSON schemas, or functions with annotations and a docstring.
@@ -43,8 +45,9 @@ class Chat:
 
     Raises:
         TypeError: an unknown option.
-        ValueError: an option out of range; when something is said, a `thinking_budget` that leaves
-            no token to answer with; a variable that would stand in for the messages.
+        ValueError: an option out of range; a tokenizer that adds tokens; when something is said, a
+            `thinking_budget` that leaves no token to answer with; a variable that would stand in
+            for the messages.
     """
 
     def __init__(
@@ -81,6 +84,13 @@ class Chat:
             raise ValueError(
                 f"a conversation has one answer at a time, not num_return_sequences="
                 f"{options.num_return_sequences}: leave it out"
+            )
+        around = list(self.tokenizer.encode(""))
+        if around:
+            raise ValueError(
+                f"the tokenizer puts the tokens {around} around every text, and a chat has what "
+                "its template writes and nothing else: give one that adds none "
+                "(PretrainedTokenizer.load(folder, add_special_tokens=False))"
             )
         _check_names(self.template_variables)
         budget = self.thinking_budget

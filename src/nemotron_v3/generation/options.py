@@ -151,6 +151,8 @@ class GenerationOptions:
                     "temperature 0 is the likeliest token every time: leave do_sample out for that"
                 )
             return
+        if self.seed is not None:
+            raise ValueError(f"seed={self.seed} has no effect without do_sample=True: add it")
         for name, default in SAMPLING_DEFAULTS.items():
             value = getattr(self, name)
             if value != default and not (name == "temperature" and value == 0):

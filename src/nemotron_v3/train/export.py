@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from nemotron_v3.chat.template import MORE_TEMPLATES, TEMPLATE_FILE
 from nemotron_v3.checkpoint import audit, save_pretrained
 from nemotron_v3.checkpoint.names import CheckpointOrigin
-from nemotron_v3.checkpoint.side_files import GENERATION_CONFIG
+from nemotron_v3.checkpoint.side_files import OF_WEIGHTS, with_templates
 from nemotron_v3.config import NemotronV3Config
 from nemotron_v3.config.atomic import atomic_file
 from nemotron_v3.data.tokenizer import FILE
@@ -20,7 +19,7 @@ from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.train.build import Adapters
 from nemotron_v3.train.options import TrainOptions
 from nemotron_v3.train.processes import World
-from nemotron_v3.train.tokenizer import files_of
+from nemotron_v3.train.tokenizer import files_of, trained_templates
 
 
 def export(
@@ -33,7 +32,8 @@ def export(
     """Write to the run's folder what was trained; every process has to call it.
 
     The whole model with the tokeniser and chat template that it was trained with, and the
-    checkpoint's generation config; or, of LoRA, the adapters alone.
+    checkpoint's generation config; or, of LoRA, the adapters with the template where it is not
+    the base's.
 
     Raises:
         ValueError: LoRA, and nobody who saves adapters.
@@ -47,6 +47,7 @@ def export(
                 raise ValueError(f"lora.rank is {options.lora.rank}, and nobody saves adapters")
             base = None if options.model.path is None else str(options.model.path.resolve())
             trained = model if state is None else Gathered(model.config, state)
+            _write(trained_templates(tokenizer, options), options.out)
             adapters.save(trained, options.lora, options.out, base)
         else:
             files = files_of(tokenizer, options)
@@ -82,17 +83,12 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
 
 def _with_files(origin: CheckpointOrigin, files: Mapping[str, bytes]) -> CheckpointOrigin:
     """The origin with a tokenizer's files in the place of its own, or those of a chat template."""
-
-    def stays(name: str) -> bool:
-        if name == GENERATION_CONFIG:
-            return True
-        if FILE in files:
-            return False
-        return not (TEMPLATE_FILE in files and name.startswith(MORE_TEMPLATES))
-
-    kept = {name: raw for name, raw in origin.side_files.items() if stays(name)}
-    new = {name: raw for name, raw in files.items() if name != GENERATION_CONFIG}
-    return replace(origin, side_files=kept | new)
+    own = origin.side_files.items()
+    kept = {name: raw for name, raw in own if name in OF_WEIGHTS or FILE not in files}
+    new = {name: raw for name, raw in files.items() if name not in OF_WEIGHTS}
+    if FILE in files:
+        return replace(origin, side_files=kept | new)
+    return replace(origin, side_files=with_templates(kept, new))
 
 
 def _whole(model: NemotronV3ForCausalLM, state: Mapping[str, Tensor]) -> NemotronV3ForCausalLM:

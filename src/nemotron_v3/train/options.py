@@ -203,7 +203,10 @@ class TrainOptions:
         """Raises ValueError, naming every option that cannot be."""
         problems = [told for told, fine in _rules(self) if not fine]
         if problems:
-            raise ValueError("; ".join(problems))
+            alone = len(problems) == 1
+            raise ValueError(
+                problems[0] if alone else "\n  - ".join(["the options cannot be:", *problems])
+            )
 
 
 def _has_room_for_bytes(model: ModelOptions) -> bool:

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_v3.config import NemotronV3Config
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.model.cost import block_flops, forward_flops, parameters
 from nemotron_v3.train.build import read_model_config
 from nemotron_v3.train.display import clock
+from nemotron_v3.train.ends import settle_ends
 from nemotron_v3.train.memory import (
     Memory,
     device_room,
@@ -45,6 +47,7 @@ class Plan:
     room: int
     recomputed: int
     advice: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Plan:
@@ -82,7 +85,7 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
         seconds = steps * flops / (peak * mfu * size)
     return Plan(
         total=count.total + lora,
-        trainable=lora or count.total,
+        trainable=lora or count.total - _balanced(config),
         active=count.active,
         steps=steps,
         tokens_per_step=tokens,
@@ -92,7 +95,14 @@ def make_plan(options: TrainOptions, mfu: float, room: int | None = None) -> Pla
         room=room,
         recomputed=len(again),
         advice=tuple(_advice(options, config, dtype, size, kernels, room)),
+        warnings=_warnings(options, config),
     )
+
+
+def _balanced(config: NemotronV3Config) -> int:
+    """Numbers of the routers' biases, which no gradient moves."""
+    blocks = enumerate(config.layers_block_type)
+    return sum(config.of_block(n).n_routed_experts for n, kind in blocks if kind == "moe")
 
 
 def show_plan(options: TrainOptions, mfu: float, console: Console | None = None) -> None:
@@ -107,8 +117,18 @@ def show_plan(options: TrainOptions, mfu: float, console: Console | None = None)
             table.add_row(*row)
         table.add_section()
     console.print(table)
-    for line in plan.advice:
+    for line in (*plan.advice, *(f"warning: {each}" for each in plan.warnings)):
         console.print(line, markup=False)
+
+
+def _warnings(options: TrainOptions, config: NemotronV3Config) -> tuple[str, ...]:
+    """What a run says of its tokenizer and its chats. A tokenizer that is still to be made has the
+    special tokens of any other of that kind."""
+    if options.model.tokenizer is None and options.model.path is None:
+        tokenizer = Tokenizer.train(["a"], 258)
+    else:
+        tokenizer = read_tokenizer(options)
+    return settle_ends(with_template(options), config, tokenizer).warnings
 
 
 def _sections(plan: Plan, mfu: float) -> list[list[tuple[str, str]]]:

@@ -16,14 +16,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemotron_v3.data.options import DataOptions
 from nemotron_v3.data.packed import PackedData
 from nemotron_v3.data.pieces import PackedRow
+from nemotron_v3.data.pretrained import PretrainedTokenizer
+from nemotron_v3.data.tokenizer import Tokenizer
 from nemotron_v3.layers.moe.load_balancing import ExpertLoad
 from nemotron_v3.model.cost import parameters
 from nemotron_v3.model.model import NemotronV3ForCausalLM
 from nemotron_v3.pages.live import LiveReport
-from nemotron_v3.train.build import Adapters, build_model
+from nemotron_v3.train.build import Adapters, build_model, read_model_config
 from nemotron_v3.train.checkpoints import Checkpoints
 from nemotron_v3.train.details import look
 from nemotron_v3.train.display import Display
+from nemotron_v3.train.ends import Ends, settle_ends
 from nemotron_v3.train.export import export
 from nemotron_v3.train.finite import first_not_finite
 from nemotron_v3.train.folder import check_folder, write_about, write_outcome
@@ -128,6 +131,10 @@ def train(
     check_folder(options.out, resume)
     tokenizer = read_tokenizer(options) if tokenizer is None else tokenizer
     options = with_template(options)
+    ends = None
+    if isinstance(tokenizer, Tokenizer | PretrainedTokenizer):
+        config = read_model_config(options.model, torch.device("cpu"))
+        ends = settle_ends(options, config, tokenizer)
     # Before the processes meet: the first one tokenises, which may take longer than they wait.
     data = make_data(options.data, tokenizer, *part)
     held_out = _validation(options, tokenizer, make_data, *part)
@@ -136,6 +143,7 @@ def train(
         display = Display() if display is None else display
         display.speaks = world.first
         run = _Run(options, world, data, held_out, length, display, adapters)
+        run.ends = ends
         if options.log.samples and write_on is not None:
             run.samples = Samples(
                 options.out, options.log, write_on, tokenizer, display.say, world.first
@@ -217,6 +225,7 @@ class _Run:
         self._saved = time.monotonic()
         self.page: LiveReport | None = None  # until the folder is this run's
         self.samples: Samples | None = None
+        self.ends: Ends | None = None
 
     def prepare(self, resume: bool, signal: Callable[[], int]) -> None:
         """Model, optimiser and what was saved."""
@@ -235,6 +244,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             options.out, model, optimizer, world, options.save, self._identity(model)
         )
+        self._take_ends(model)
         progress = (self.checkpoints.load() if resume else None) or Progress()
         if progress.step:
             self.data.load_state_dict(progress.data)
@@ -279,6 +289,17 @@ class _Run:
             )
         self._introduce(model, progress)
 
+    def _take_ends(self, model: NemotronV3ForCausalLM) -> None:
+        """Tell the model which tokens begin, end and fill up its texts."""
+        if self.ends is None:
+            return
+        before, config = model.config, model.config.replace(**self.ends.config)
+        for module in (model, model.model):
+            assert module.config is before, "a model and its body share a config"
+            module.config = config
+        said = self.ends.generation_config
+        model.generation_config = None if said is None else dict(said)
+
     def _compare_held_out(self, progress: Progress) -> None:
         """Forget the best loss where it is of other rows than those that are held out now."""
         before, now = progress.held_out, self.world.told(self.held_out.digest())
@@ -308,6 +329,8 @@ class _Run:
         count = parameters(model.config)
         trained = sum(parameter.numel() for parameter in _trained(model))
         say = self.display.say
+        for warning in () if self.ends is None else self.ends.warnings:
+            say(f"warning  {warning}")
         for line in self.data.report().lines():
             say(f"data     {line}")
         say(f"model    {count.total:,} parameters, {count.active:,} a token, {trained:,} trained")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from nemotron_v3.chat import ChatTemplate
-from nemotron_v3.checkpoint.side_files import MAX_BYTES, MORE_TEMPLATES, names_in
+from nemotron_v3.checkpoint.side_files import MAX_BYTES, names_in, with_templates
 from nemotron_v3.config.files import read_bytes
 from nemotron_v3.data.encode import read_template
 from nemotron_v3.data.pretrained import PretrainedTokenizer
@@ -44,12 +44,22 @@ def files_of(tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions) 
         if not isinstance(tokenizer, Tokenizer):
             raise ValueError("a tokenizer is saved from its folder: give model.tokenizer")
         files |= {name: text.encode() for name, text in tokenizer.texts().items()}
-    template = options.data.chat_template
-    if template is not None and template != str(folder or options.model.path):
-        # The others of a folder would be taken where there are tools.
-        files = {n: raw for n, raw in files.items() if not n.startswith(MORE_TEMPLATES)}
-        files |= read_template(template, tokenizer.special_tokens).files()
-    return files
+    return with_templates(files, trained_templates(tokenizer, options))
+
+
+def trained_templates(
+    tokenizer: PretrainedTokenizer | Tokenizer, options: TrainOptions
+) -> dict[str, bytes]:
+    """The files of the chat template that was given; none where it is that of the checkpoint or of
+    the folder of the tokenizer.
+
+    Raises:
+        ValueError: no template.
+    """
+    template, folder = options.data.chat_template, options.model.tokenizer or options.model.path
+    if template is None or (folder is not None and template == str(folder)):
+        return {}
+    return read_template(template, tokenizer.special_tokens).files()
 
 
 def with_template(options: TrainOptions) -> TrainOptions:
