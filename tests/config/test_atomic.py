@@ -157,3 +157,13 @@ def test_a_file_that_a_writer_left_is_written_over_from_its_beginning(tmp_path):
         file.write("new")
     assert (tmp_path / "x").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_model_is_saved_into_a_folder_that_is_being_filled(tmp_path):
+    """Both lock the folder: a run that is put in its place whole saves its checkpoint in it."""
+    from nemotron_v3 import from_pretrained, save_pretrained
+    from tests.models import tiny_model
+
+    with atomic_folder(tmp_path / "run") as folder:
+        save_pretrained(tiny_model("M"), folder)
+    assert from_pretrained(tmp_path / "run").config.num_hidden_layers == 1

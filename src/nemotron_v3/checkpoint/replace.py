@@ -31,7 +31,7 @@ except ImportError:  # Windows: there, nothing keeps two processes from saving t
 from nemotron_v3.checkpoint.errors import CheckpointError
 from nemotron_v3.checkpoint.header import read_json
 from nemotron_v3.checkpoint.narrow.declared import HF_QUANT_CONFIG
-from nemotron_v3.config.atomic import settle, sync
+from nemotron_v3.config.atomic import is_filled_here, settle, sync
 from nemotron_v3.config.missing import no_config
 
 CONFIG = "config.json"
@@ -183,7 +183,7 @@ def _link(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    if fcntl is None:
+    if fcntl is None or is_filled_here(directory):
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)

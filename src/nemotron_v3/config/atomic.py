@@ -22,6 +22,7 @@ except ImportError:  # Windows: there, what a killed writer left stays
     fcntl = None
 
 _NEW, _OLD = ".tmp", ".old"
+_filled_here: set[tuple[int, int]] = set()  # device and inode of folders that are being filled
 _FIRST = "0" * 8  # in a file's temporary name: what a killed writer left is found without a search
 
 
@@ -63,12 +64,21 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     settle(path)
     temporary = _beside(path)
     temporary.mkdir()
+    written = os.stat(temporary)
+    _filled_here.add((written.st_dev, written.st_ino))
     try:
         with _locked(temporary):
             yield temporary
             put_in_place(temporary, path)
     finally:
+        _filled_here.discard((written.st_dev, written.st_ino))
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_filled_here(folder: Path) -> bool:
+    """Whether a folder is one that `atomic_folder` has given this process to fill, and locks."""
+    found = os.stat(folder)
+    return (found.st_dev, found.st_ino) in _filled_here
 
 
 def put_in_place(folder: Path, path: Path) -> None:

@@ -223,7 +223,7 @@ def as_training(options: DemoOptions, folder: Path, seconds: float | None) -> Tr
             seed=options.seed,
             epochs=None,
         ),
-        model=ModelOptions(config=options.model.config().to_dict(), dtype="float32", device="cpu"),
+        model=ModelOptions(config=options.model.config().to_dict(), device="cpu"),
         optimizer=OptimizerOptions(
             kind="muon",
             learning_rate=options.learning_rate,
