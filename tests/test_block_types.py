@@ -135,6 +135,7 @@ PLACES = {
     "parallel/prefill.py": "its state where processes share a prompt; others are refused",
     "train/details.py": "kinds of parameters within it",
     "train/memory.py": "what training keeps of it (table); what shared tokens add",
+    "train/plan.py": "biases of routers, which no optimiser trains",
 }
 WORDS = {*BLOCK_TYPES, *blocks.RENAMED.values()}
 CLASSES = {

@@ -162,7 +162,7 @@ def test_uniform_numbers_go_on_across_blocks_and_leaving_rows():
 )
 def test_the_choice_of_a_gpu_is_the_same(asked):
     """Over more steps than there are numbers in a block; rows leave, and one has no token."""
-    options = GenerationOptions(**asked, seed=4)
+    options = GenerationOptions(**asked, seed=4 if asked.get("do_sample") else None)
     given = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([7, 8])]
     ways = [Sampler(options, given, 61, torch.empty(0), on_slots=on) for on in (False, True)]
     steps = BLOCK + 6
