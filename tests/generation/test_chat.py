@@ -203,10 +203,16 @@ class Noting(Bytes):
         return super().encode(text)
 
 
-def test_a_tokenizer_that_adds_tokens_is_refused(model):
-    """A chat would begin with one that no chat in training begins with."""
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_chat_has_what_its_template_writes_and_no_token_around_it(model, budget):
+    """No chat in training begins with one."""
     made = Tokenizer.train(["a b"], 258).backend
-    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(ValueError, match=r"tokens \[0\] around .*add_special_tokens=False"):
-        Chat(model, PretrainedTokenizer(made), template)
-    Chat(model, PretrainedTokenizer(made, add_special_tokens=False), template)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}<think>")
+    prompts = []
+    for adds in (True, False):
+        tokenizer = PretrainedTokenizer(made, add_special_tokens=adds)
+        assert tokenizer.encode("a")[: 1 + adds].count(0) == adds
+        chat = Chat(model, tokenizer, template, max_new_tokens=12, thinking_budget=budget)
+        answer = [token.token_id for token in chat.say("a b")]
+        prompts.append((answer, chat._held))
+    assert prompts[0] == prompts[1] and 0 not in prompts[0][1]

@@ -80,14 +80,19 @@ class PretrainedTokenizer:
             behind.append(self.eos_token_id)
         return before, behind
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """The text's tokens, as a prompt has them: nothing ends it.
+
+        Args:
+            add_special_tokens: those that the file puts around every text; None is as the
+                tokenizer was loaded.
 
         Raises:
             ValueError: no text: half a character is in it.
         """
         check_text(text, "the text")
-        return self.backend.encode(text, add_special_tokens=self._add_special_tokens).ids
+        adds = self._add_special_tokens if add_special_tokens is None else add_special_tokens
+        return self.backend.encode(text, add_special_tokens=adds).ids
 
     def encode_documents(self, texts: Iterable[str]) -> list[list[int]]:
         """Each text as a document to train on: its tokens within those of `frame`.

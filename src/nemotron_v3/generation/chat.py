@@ -1,5 +1,6 @@
 """Conversations: a chat template makes a prompt of the messages, and a cache follows."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -25,9 +26,9 @@ class Chat:
     Args:
         model: the model.
         tokenizer: its `encode` must read the template's special tokens as such, and its `decode`
-            must write the tags around thoughts and tool calls (`nemotron_v3.chat.MARKUP`). It adds
-            no token of its own around a text: `PretrainedTokenizer.load(folder,
-            add_special_tokens=False, keep=MARKUP)`.
+            must write the tags around thoughts and tool calls (`nemotron_v3.chat.MARKUP`). A chat
+            has what its template writes and nothing else: an `encode` that takes
+            `add_special_tokens` is given False, and another adds no token of its own.
         template: makes a prompt of the messages.
         system: the system message, if any.
         tools: what the model may call: JSON schemas, or functions with annotations and a docstring.
@@ -45,9 +46,8 @@ class Chat:
 
     Raises:
         TypeError: an unknown option.
-        ValueError: an option out of range; a tokenizer that adds tokens; when something is said, a
-            `thinking_budget` that leaves no token to answer with; a variable that would stand in
-            for the messages.
+        ValueError: an option out of range; when something is said, a `thinking_budget` that leaves
+            no token to answer with; a variable that would stand in for the messages.
     """
 
     def __init__(
@@ -85,13 +85,6 @@ class Chat:
                 f"a conversation has one answer at a time, not num_return_sequences="
                 f"{options.num_return_sequences}: leave it out"
             )
-        around = list(self.tokenizer.encode(""))
-        if around:
-            raise ValueError(
-                f"the tokenizer puts the tokens {around} around every text, and a chat has what "
-                "its template writes and nothing else: give one that adds none "
-                "(PretrainedTokenizer.load(folder, add_special_tokens=False))"
-            )
         _check_names(self.template_variables)
         budget = self.thinking_budget
         if budget is None:
@@ -116,7 +109,7 @@ class Chat:
         variables = {"tools": self.tools} | self.template_variables | variables
         rendered = self.template.render(messages, **variables)
         check_text(rendered, "the prompt")
-        prompt, thinking = list(self.tokenizer.encode(rendered)), is_thinking(rendered)
+        prompt, thinking = _tokens_of(self.tokenizer, rendered), is_thinking(rendered)
         held, cache = self._held, self._cache
         self._held, self._cache = [], None  # an answer left early leaves nothing to go on from
         if cache is None or len(held) >= len(prompt) or prompt[: len(held)] != held:
@@ -142,7 +135,7 @@ class Chat:
         if budget is None:
             yield from stream(self.model, prompt, past_key_values=cache, **self.options)
             return
-        close = list(self.tokenizer.encode(CLOSE_THOUGHT))
+        close = _tokens_of(self.tokenizer, CLOSE_THOUGHT)
         options = GenerationOptions.of(self.options, self.model.generation_config)
         most = options.fitted(len(prompt)).limit
         if thinking and most - budget - len(close) < 1:
@@ -186,6 +179,13 @@ class Chat:
             seed = seeds if isinstance(seeds, Integral) else seeds[0]
             options["seed"] = seed - 1 if seed == MOST_SEED else seed + 1
         return options
+
+
+def _tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text and nothing around them, where the tokenizer can leave that out."""
+    taken = inspect.signature(tokenizer.encode).parameters
+    told = any(p.name == "add_special_tokens" or p.kind is p.VAR_KEYWORD for p in taken.values())
+    return list(tokenizer.encode(text, **({"add_special_tokens": False} if told else {})))
 
 
 def _check_names(variables: Mapping[str, Any]) -> None:
