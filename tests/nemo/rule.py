@@ -41,7 +41,8 @@ class ByTheRule:
     """Layers of theirs, and accelerated ones, held to the accuracy rule over several configs."""
 
     def __init__(self) -> None:
-        self.reports = {"theirs": Report(factor=2.0), "ours": Report(factor=2.0)}
+        # Theirs is no promise of this package: it only has to be the same function.
+        self.reports = {"theirs": Report(factor=3.0), "ours": Report(factor=2.0)}
 
     def add(self, theirs: nn.Module, x: Tensor, call: Call, seed: int = 0) -> None:
         """Both on new draws of `x` and of every tensor of the layer, forward and gradients.

@@ -131,9 +131,9 @@ def as_named_on_disk(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def by_the_rule(measured: Steps, plain: Steps, truth: Steps) -> None:
+def by_the_rule(measured: Steps, plain: Steps, truth: Steps, factor: float = 2.0) -> None:
     """Losses, norms and every gradient, over all steps."""
-    report = Report(factor=2.0)
+    report = Report(factor)
     for steps in zip(measured, plain, truth, strict=True):
         rows = [as_named_on_disk(step["gradients"]) for step in steps]
         rows = [{f"grad {k}": t.float() for k, t in row.items()} for row in rows]
@@ -161,7 +161,9 @@ def test_losses_and_gradients_are_those_of_our_own_loop(folders, truth):
 @pytest.mark.parametrize(("two", "one"), [("two", "one"), ("two narrow", "narrow")])
 def test_two_sharded_processes_are_one(folders, truth, two, one):
     """FSDP2 by AutoModel's parallelizer, in fp32 and with bf16 beside the fp32 holder."""
-    by_the_rule(seen(folders[two]), seen(folders[one]), truth)
+    # In bf16 rounding decides between experts that score alike, and a router's gradient with it.
+    factor = 3.0 if "narrow" in two else 2.0
+    by_the_rule(seen(folders[two]), seen(folders[one]), truth, factor)
 
 
 def test_a_resumed_run_is_the_one_that_went_on(folders):
