@@ -2,6 +2,10 @@
 
 import pytest
 
+pytest.importorskip(
+    "nemo_automodel.components.distributed.context_parallel",
+    reason="this version has no context parallelism",
+)
 from tests.nemo import shared_tokens
 from tests.parallel.processes import run
 

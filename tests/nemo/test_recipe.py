@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from tests.nemo.models import saved, their_model
 pytestmark = pytest.mark.integration
 
 STEPS, SECONDS = 4, 300
+# Version 0.5 cannot load a checkpoint into sharded experts: its loader asks for a mesh of experts.
+SHARDS = not version("nemo-automodel").startswith("0.5.")
+needs_shards = pytest.mark.skipif(not SHARDS, reason="this version loads no sharded experts")
+TWO = pytest.param("two", marks=needs_shards)
+TWO_NARROW = pytest.param("two narrow", marks=needs_shards)
 Steps = list[dict[str, Any]]
 
 
@@ -78,7 +84,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         f"{found['narrow']}:{STEPS}:bfloat16",
     ]
     two = [f"{found['two']}:{STEPS}:float32", f"{found['two narrow']}:{STEPS}:bfloat16"]
-    finish(start(one, 1) + start(two, 2))
+    finish(start(one, 1) + (start(two, 2) if SHARDS else []))
     return found
 
 
@@ -158,6 +164,7 @@ def test_losses_and_gradients_are_those_of_our_own_loop(folders, truth):
     by_the_rule(found, ours, truth)
 
 
+@needs_shards
 @pytest.mark.parametrize(("two", "one"), [("two", "one"), ("two narrow", "narrow")])
 def test_two_sharded_processes_are_one(folders, truth, two, one):
     """FSDP2 by AutoModel's parallelizer, in fp32 and with bf16 beside the fp32 holder."""
@@ -181,7 +188,7 @@ def exported(folder: Path) -> Path:
     return folder / "checkpoints" / f"epoch_0_step_{STEPS - 1}" / "model" / "consolidated"
 
 
-@pytest.mark.parametrize("name", ["one", "two", "two narrow"])
+@pytest.mark.parametrize("name", ["one", TWO, TWO_NARROW])
 def test_its_checkpoint_is_ours_and_transformers_bit_for_bit(folders, name):
     folder = exported(folders[name])
     (file,) = folder.glob("*.safetensors")
