@@ -86,6 +86,7 @@ format: $(READY) ## ruff's formatter, and the fixes that it can make
 
 docs: $(READY) ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/ is the site; for its search: $(BIN)/python -m http.server --directory site"
 
 bench: $(READY) ## the benchmark tables
 	$(BIN)/python -m benchmarks $(ARGS)
